@@ -1,0 +1,242 @@
+"""What this machine reaches, each figure beside a baseline in the same run. Only the ratios travel.
+
+    python bench.py                                   # everything, GPT-2 124M, on the device that is there
+    python bench.py --jobs train --batch-size 64      # one job
+    python bench.py --model-size 124M --seq-len 1024 --compile --json bench.json
+
+    train      tokens/s of forward, backward and AdamW      beside transformers' GPT-2
+    hellaswag  items/s, scored from logits of the endings   beside four padded rows an item, all logits
+    generate   tokens/s of one sequence, key/value cache    beside transformers' generate with its cache
+    load       seconds from a checkpoint to a model         beside transformers' from_pretrained
+    tokenize   MB/s of a corpus                             beside tiktoken, a document at a time
+
+Ours and the baseline take turns, and each figure is a median, so that a noisy neighbour disturbs both alike.
+"""
+
+import gc
+import json
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+import checkpoint
+import fineweb
+import hellaswag
+import tokenizer
+from model import GPT, GPTConfig, config_to_hf, to_hf
+from train_gpt2 import pick_dtype
+
+Job = Literal["train", "hellaswag", "generate", "load", "tokenize"]
+
+
+@dataclass(frozen=True)
+class Config:
+    jobs: tuple[Job, ...] = ("train", "hellaswag", "generate", "load", "tokenize")
+    """What to measure."""
+    model_size: str = "124M"
+    """124M, 350M, 774M or 1558M."""
+    seq_len: int = 1024
+    """Tokens of context in `train`."""
+    batch_size: int = 4
+    """Sequences a step in `train`."""
+    items: int = 16
+    """Items in `hellaswag`."""
+    max_tokens: int = 64
+    """Tokens to make in `generate`."""
+    repeats: int = 3
+    """Measurements of each side; the median counts."""
+    device: str = "auto"
+    """auto, cpu, cuda, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the matrix products in `train`; hellaswag and generate run in float32."""
+    compile: bool = False
+    """torch.compile both sides of `train`."""
+    json: str = ""
+    """Also write the table to this file."""
+
+
+@dataclass(frozen=True)
+class Result:
+    job: str
+    unit: str
+    ours: float
+    baseline: float
+    higher_is_better: bool = True
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.baseline if self.higher_is_better else self.baseline / self.ours
+
+
+class Bench:
+    """The machine and a fresh model of ours with its twin in transformers."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.device = checkpoint.pick_device(cfg.device)
+        self.dtype, self.why = pick_dtype(cfg.dtype, self.device)
+
+    def models(self) -> tuple[GPT, Any]:
+        """The same random network twice: ours, and transformers' GPT2LMHeadModel."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        config = GPTConfig.named(self.cfg.model_size, block_size=max(1024, self.cfg.seq_len))
+        torch.manual_seed(0)
+        ours = GPT(config)
+        names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "embd_pdrop", "attn_pdrop")
+        hf_config = config_to_hf(config)
+        theirs = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, **{name: hf_config[name] for name in names}))
+        theirs.load_state_dict(to_hf(ours.state_dict(), config), strict=False)  # lm_head is tied
+        return ours.to(self.device), theirs.to(self.device)  # type: ignore[arg-type]
+
+    def seconds(self, *sides: Callable[[], Any]) -> list[float]:
+        """The median time of each side after one round that does not count; they take turns."""
+        times: list[list[float]] = [[] for _ in sides]
+        for round in range(self.cfg.repeats + 1):
+            for side, measured in zip(sides, times):
+                gc.collect()
+                self.wait()
+                begin = time.perf_counter()
+                side()
+                self.wait()
+                if round:
+                    measured.append(time.perf_counter() - begin)
+        return [statistics.median(measured) for measured in times]
+
+    def wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def train(self) -> Result:
+        cfg = self.cfg
+        ours, theirs = self.models()
+        idx = torch.randint(50257, (cfg.batch_size, cfg.seq_len), device=self.device)
+        fast_ours, fast_theirs = (torch.compile(m) if cfg.compile else m for m in (ours, theirs))
+
+        def stepper(model, loss_of: Callable[[], torch.Tensor]) -> Callable[[], None]:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+            def step():
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    loss = loss_of()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            return step
+
+        def their_loss() -> torch.Tensor:
+            logits = fast_theirs(idx).logits
+            return F.cross_entropy(logits.flatten(0, 1).float(), idx.flatten())
+
+        times = self.seconds(stepper(ours, lambda: fast_ours(idx, idx)), stepper(theirs, their_loss))
+        tokens = cfg.batch_size * cfg.seq_len
+        return Result(
+            f"train B={cfg.batch_size} T={cfg.seq_len}", "tok/s", tokens / times[0], tokens / times[1]
+        )
+
+    def hellaswag(self) -> Result:
+        ours, theirs = self.models()
+        ours.eval(), theirs.eval()
+        draw = random.Random(0)  # lengths like HellaSwag's: contexts of 20 to 110 tokens, endings of 5 to 45
+        items = []
+        for _ in range(self.cfg.items):
+            context = [draw.randrange(50257) for _ in range(draw.randint(20, 110))]
+            items.append(
+                [(context, [draw.randrange(50257) for _ in range(draw.randint(5, 45))]) for _ in range(4)]
+            )
+
+        @torch.inference_mode()
+        def one_item_at_a_time():
+            for rows in items:
+                width = max(len(context) + len(ending) for context, ending in rows)
+                ids = torch.tensor([(c + e + [0] * width)[:width] for c, e in rows], device=self.device)
+                logits = theirs(ids).logits[:, :-1]
+                losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+                losses.view(4, -1).sum(dim=1).argmin().item()
+
+        rows = [row for item in items for row in item]
+        times = self.seconds(lambda: hellaswag.score(ours, rows, 64), one_item_at_a_time)
+        return Result(
+            f"hellaswag {len(items)} items", "items/s", len(items) / times[0], len(items) / times[1]
+        )
+
+    def generate(self) -> Result:
+        ours, theirs = self.models()
+        ours.eval(), theirs.eval()
+        count = self.cfg.max_tokens
+        prompt = torch.tensor([tokenizer.encode("Hello, I'm a language model,")], device=self.device)
+        options = dict(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=50256)
+        times = self.seconds(
+            lambda: ours.generate(prompt, count, temperature=0.0, stop_token=None),
+            lambda: theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options),
+        )
+        return Result(f"generate {count} tokens", "tok/s", count / times[0], count / times[1])
+
+    def load(self) -> Result:
+        from transformers import AutoModelForCausalLM
+
+        config = GPTConfig.named(self.cfg.model_size)
+        with tempfile.TemporaryDirectory() as folder:
+            path = checkpoint.save(Path(folder), 0, config, GPT(config).state_dict(), {}, {}, {})
+            times = self.seconds(
+                lambda: GPT.from_pretrained(path).to(self.device),
+                lambda: AutoModelForCausalLM.from_pretrained(path).to(self.device),
+            )
+        return Result("load a checkpoint", "s", times[0], times[1], higher_is_better=False)
+
+    def tokenize(self) -> Result:
+        documents = list(fineweb.pydocs())
+        encode = tokenizer.tiktoken_encoding().encode_ordinary
+        megabytes = sum(len(document.encode()) for document in documents) / 1e6
+        times = self.seconds(
+            lambda: tokenizer.encode_corpus(documents), lambda: [encode(document) for document in documents]
+        )
+        return Result(f"tokenize {megabytes:.1f} MB", "MB/s", megabytes / times[0], megabytes / times[1])
+
+
+def main(cfg: Config) -> list[Result]:
+    if cfg.repeats < 1 or cfg.items < 1 or cfg.batch_size < 1 or cfg.max_tokens < 1:
+        raise ValueError("--repeats, --items, --batch-size and --max-tokens must be at least 1")
+    bench = Bench(cfg)
+    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else platform.processor() or "CPU"
+    machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    precision = f"{str(bench.dtype).removeprefix('torch.')} ({bench.why})"
+    print(f"{machine}; GPT-2 {cfg.model_size}; train in {precision}{', compiled' if cfg.compile else ''}")
+    print(f"{'work':24} {'ours':>12} {'baseline':>12}  {'':8} ratio")
+    results = []
+    for job in cfg.jobs:
+        result = getattr(bench, job)()
+        results.append(result)
+        digits = 2 if result.unit == "s" else 1
+        print(
+            f"{result.job:24} {result.ours:12,.{digits}f} {result.baseline:12,.{digits}f}  {result.unit:8} "
+            f"{result.ratio:.2f} x",
+            flush=True,
+        )
+    if cfg.json:
+        rows = [{**vars(result), "ratio": result.ratio} for result in results]
+        report = {"machine": machine, "dtype": str(bench.dtype), "compile": cfg.compile, "results": rows}
+        Path(cfg.json).write_text(json.dumps(report, indent=2), encoding="utf-8")
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except (ValueError, OSError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        sys.exit(2)

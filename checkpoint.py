@@ -1,0 +1,222 @@
+"""A checkpoint: a Hugging Face model directory, and beside it what training needs to go on.
+
+    log/<run>/step_000250/
+        model.safetensors  config.json  generation_config.json  tokenizer.json  tokenizer_config.json
+        optimizer.safetensors           # the optimizer's tensors, by parameter name
+        state.json                      # step, configuration, ...; SHA-256 of every file and of itself
+
+    transformers.pipeline("text-generation", model="log/<run>/step_000250")      # works as it is
+
+A directory of that name is whole or does not exist: it is written under a temporary name, flushed file by
+file, and renamed. Nothing in it can run code when it is loaded.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import GPT, HUB_NAMES, SIZES, GPTConfig, config_to_hf, from_hf, to_hf
+
+STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+STEP_NAME = re.compile(r"step_(\d{6,})")
+LOG_ROOT = Path(__file__).resolve().parent / "log"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a resumed run needs: weights under our names, the optimizer's tensors, and the state given to
+    `save`."""
+
+    folder: Path
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+def save(
+    run: Path,
+    step: int,
+    config: GPTConfig,
+    weights: dict[str, torch.Tensor],
+    optimizer: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    files: dict[str, str],
+) -> Path:
+    """Writes run/step_<step> and returns it.
+
+    weights: the unwrapped model's state dict; optimizer: flat tensors by name; state: JSON values; files:
+    more text files by name (the tokenizer's). A directory of that name which is already there is replaced.
+    """
+    final, temporary = run / f"step_{step:06d}", run / f".tmp_step_{step:06d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file(to_hf(weights, config), temporary / "model.safetensors", metadata={"format": "pt"})
+        save_file(optimizer, temporary / OPTIMIZER)
+        hf_config = config_to_hf(config)
+        special = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id")}
+        texts = {
+            "config.json": json.dumps(hf_config, indent=2),
+            "generation_config.json": json.dumps(
+                {**special, "pad_token_id": special["eos_token_id"]}, indent=2
+            ),
+            **files,
+        }
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        digests = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
+        body = {"step": step, **state, "files": digests}
+        sealed = {**body, "sha256": sha256_json(body)}
+        (temporary / STATE).write_text(json.dumps(sealed, indent=2), encoding="utf-8")
+        for path in temporary.iterdir():
+            flush(path)
+        flush(temporary)
+        if final.exists():
+            old = run / f".old_step_{step:06d}"
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+            temporary.rename(final)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(final)
+        flush(run)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def flush(path: Path):
+    """Asks the kernel to put a file, or a directory's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint whose every byte is as written. Raises ValueError naming the first file that
+    is not."""
+    path = folder / STATE
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        seal, digests = body.pop("sha256"), body["files"]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is missing or damaged ({type(error).__name__})") from error
+    if sha256_json(body) != seal:
+        raise ValueError(f"{path} is damaged: its own SHA-256 does not fit")
+    step = STEP_NAME.fullmatch(folder.resolve().name)
+    if step and int(step[1]) != body["step"]:
+        raise ValueError(f"{path} is of step {body['step']}, not of {folder.name}")
+    for name, digest in digests.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing")
+        if sha256_file(folder / name) != digest:
+            raise ValueError(f"{folder / name} is damaged: its SHA-256 is not the one in {STATE}")
+    return body
+
+
+def load(folder: Path, config: GPTConfig) -> Checkpoint:
+    """Verifies and reads a checkpoint. Raises ValueError if it is not whole."""
+    state = verify(folder)
+    weights = from_hf(load_file(folder / "model.safetensors"), config)
+    return Checkpoint(folder, weights, load_file(folder / OPTIMIZER), state)
+
+
+def steps(run: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first, unverified."""
+    found = [p for p in run.iterdir() if STEP_NAME.fullmatch(p.name)] if run.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run folder that verifies, and why each newer one was passed over."""
+    passed_over = []
+    for folder in reversed(steps(run)):
+        try:
+            verify(folder)
+            return folder, passed_over
+        except ValueError as error:
+            passed_over.append(str(error))
+    return None, passed_over
+
+
+def newest_run(log_root: Path = LOG_ROOT) -> Path:
+    """The run folder with the youngest checkpoint. Raises FileNotFoundError where there is none."""
+    runs = [p for p in log_root.iterdir() if p.is_dir() and steps(p)] if log_root.is_dir() else []
+    if not runs:
+        raise FileNotFoundError(f"{log_root} holds no checkpoint; train one: `python train_gpt2.py demo`")
+    return max(runs, key=lambda run: steps(run)[-1].stat().st_mtime)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a --device flag means, made ready; "auto" is CUDA, else Apple's MPS, else the CPU. Raises
+    ValueError for a name that is no device, or one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by backend
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {name!r} cannot be used ({reason}); try cpu, cuda, cuda:1, mps or auto"
+        ) from error
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        # By default glibc hands large freed buffers back to the system and then fetches them again, page by
+        # page: more than half of the time of a training step on two cores (0.4 of it remained; measured on
+        # the demo).
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: take no buffer from outside the heap
+    return device
+
+
+def load_model(name: str, device: str = "auto", dropout: float = 0.0) -> tuple[GPT, str]:
+    """The model that a --model flag means, in evaluation mode, and what it turned out to be: a checkpoint or
+    other Hugging Face directory, a run folder (its newest valid checkpoint), a size name, a Hub id, or "" for
+    the newest run. Raises ValueError or FileNotFoundError for what is none of these."""
+    path = Path(name) if name else newest_run()
+    if path.is_dir() and steps(path):
+        found, passed_over = newest_valid(path)
+        if found is None:
+            raise ValueError(f"{path} has no valid checkpoint: {'; '.join(passed_over)}")
+        path = found
+    elif path.is_dir() and (path / STATE).is_file():
+        verify(path)
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} is neither a model directory nor a run with checkpoints in it")
+    elif (
+        not path.is_dir()
+        and name not in SIZES
+        and name not in HUB_NAMES
+        and (name.count("/") != 1 or path.exists())
+    ):
+        raise FileNotFoundError(
+            f"--model {name!r} is no directory here, no size ({', '.join([*SIZES, *HUB_NAMES])}) "
+            "and no Hub id (org/name)"
+        )
+    source = str(path) if path.is_dir() else name
+    return GPT.from_pretrained(source, dropout).to(pick_device(device)).eval(), source

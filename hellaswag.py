@@ -1,0 +1,252 @@
+"""Stage 3: HellaSwag, the multiple-choice test that GPT-2-sized models are measured by.
+
+    python hellaswag.py --model gpt2 --device cuda
+    python hellaswag.py                                   # the newest checkpoint under log/
+    python hellaswag.py --model log/<run>/step_019073 --limit 1000 --json scores.json
+
+Each of the 10,042 validation items is a context with four endings, one of them true (Zellers et al., 2019).
+The model chooses the ending to which it gives the highest probability (acc), or the highest for its length
+(acc_norm). Two protocols are in use, and their figures differ:
+
+    completion  the raw context and " " + ending; acc_norm is by tokens (build-nanogpt, OpenAI's eval style)
+    harness     cleaned text, begun by the activity label; acc_norm is by characters (EleutherAI's lm_eval)
+
+GPT-2 124M reaches 28.59 / 29.55 and 28.92 / 31.14 (acc / acc_norm, percent), XL 38.42 / 48.93 and 40.04 /
+50.89: build-nanogpt's and the harness's own figures. Chance is 25. The data (12 MB) come from the author's
+repository, into data/hellaswag/, and are checked against their SHA-256.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+import tokenizer
+from model import GPT
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+SIZE = 12_246_618
+DATA = Path(__file__).resolve().parent / "data" / "hellaswag" / "hellaswag_val.jsonl"
+PROTOCOLS = ("completion", "harness")
+Row = tuple[list[int], list[int]]  # the ids of a context and of one ending
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = ""
+    """A checkpoint, a run folder, a size (gpt2, 124M, ...) or a Hub id; by default the newest run's
+    checkpoint."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps, ..."""
+    data: str = ""
+    """Another hellaswag_val.jsonl than the one that is downloaded."""
+    limit: int = 0
+    """Score only the first so many items; 0 for all."""
+    batch_size: int = 64
+    """Rows (context and one ending) at a time."""
+    json: str = ""
+    """Also write the figures to this file."""
+    download: bool = False
+    """Only download the data."""
+
+
+def download(url: str = URL, path: Path = DATA, sha256: str = SHA256, tries: int = 4) -> Path:
+    """Fetches the data to a temporary name, going on where a broken connection stopped, checks them and
+    renames.
+
+    Raises OSError, naming the URL, when all tries fail or the bytes are not the expected ones.
+    """
+    import requests
+
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + f".{os.getpid()}.tmp")
+    failure = ""
+    try:
+        for attempt in range(tries):
+            time.sleep(0 if attempt == 0 else 2**attempt / 2)
+            have = partial.stat().st_size if partial.exists() else 0
+            try:
+                headers = {"Range": f"bytes={have}-"} if have else {}
+                with requests.get(url, headers=headers, stream=True, timeout=10) as response:
+                    response.raise_for_status()
+                    with open(partial, "ab" if response.status_code == 206 else "wb") as f:
+                        for block in response.iter_content(1 << 16):
+                            f.write(block)
+                        f.flush()
+                        os.fsync(f.fileno())
+            except requests.RequestException as error:
+                failure = f"{type(error).__name__}: {error}"
+                continue
+            found = hashlib.sha256(partial.read_bytes()).hexdigest()
+            if found == sha256:
+                os.replace(partial, path)
+                return path
+            failure = f"{partial.stat().st_size:,} bytes with SHA-256 {found}, not {sha256}"
+            partial.unlink()
+    finally:
+        partial.unlink(missing_ok=True)
+    raise OSError(
+        f"{url} could not be had in {tries} tries: {failure}. Fetch it by hand and give it as --data FILE"
+    )
+
+
+def load_items(path: str | Path = "", limit: int = 0) -> list[dict]:
+    """The items of a HellaSwag JSONL file (by default the downloaded one). Raises ValueError for a bad
+    file."""
+    path = Path(path) if path else download()
+    try:
+        items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for item in items:
+            if len(item["endings"]) != 4 or not 0 <= int(item["label"]) < 4:
+                raise ValueError(f"an item with {len(item['endings'])} endings and label {item['label']}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a HellaSwag JSONL file: {error!r}") from error
+    if not items:
+        raise ValueError(f"{path} is empty; `python hellaswag.py --download` fetches the data")
+    return items[:limit] if limit else items
+
+
+def render(item: dict, protocol: str) -> tuple[list[Row], list[int]]:
+    """The four rows of an item, and the length that acc_norm divides each ending's score by."""
+    if protocol == "completion":
+        context, endings = item["ctx"], item["endings"]
+        ids = tokenizer.encode(context)
+        rows = [(ids, tokenizer.encode(" " + ending)) for ending in endings]
+        return rows, [len(ending) for _, ending in rows]
+    context = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
+    endings = [clean(ending) for ending in item["endings"]]
+    rows = []
+    for ending in endings:
+        # As lm_eval does: the text is tokenized whole and cut where the context's ids end.
+        blanks = len(context) - len(context.rstrip())
+        kept = context[: len(context) - blanks]
+        whole = tokenizer.encode(context + " " + ending)
+        cut = len(tokenizer.encode(kept))
+        rows.append((whole[:cut], whole[cut:]))
+    return rows, [len(ending) for ending in endings]
+
+
+def clean(text: str) -> str:
+    """lm_eval's clean-up of WikiHow's mark-up (lm_eval/tasks/hellaswag/utils.py)."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+@torch.inference_mode()
+def score(model: GPT, rows: list[Row], batch_size: int, progress: tqdm | None = None) -> list[float]:
+    """The log-probability of each row's ending after its context, in nats, computed from float32 logits.
+
+    Rows of like length go together, so that little is padded. A row longer than the model's context loses its
+    beginning. The network runs under whatever autocast is on; the logits do not.
+    """
+    device, longest = model.wte.weight.device, model.config.block_size + 1
+    scores = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]), reverse=True)
+    for begin in range(0, len(order), batch_size):
+        batch = order[begin : begin + batch_size]
+        ids = [(rows[i][0] + rows[i][1])[-longest:] for i in batch]
+        width = max(map(len, ids))
+        tokens = torch.tensor(
+            [row + [0] * (width - len(row)) for row in ids]
+        )  # (B, T + 1), padded on the right
+        is_ending = torch.zeros(
+            len(batch), width - 1, dtype=torch.bool
+        )  # positions whose target is in the ending
+        for row, i, mask in zip(ids, batch, is_ending):
+            mask[max(0, len(row) - 1 - len(rows[i][1])) : len(row) - 1] = True
+        tokens, is_ending = tokens.to(device), is_ending.to(device)
+        x = model.hidden(tokens[:, :-1])[is_ending].float()  # (endings' tokens, C)
+        with torch.autocast(device.type, enabled=False):
+            nll = F.cross_entropy(model.lm_head(x), tokens[:, 1:][is_ending], reduction="none")
+        lengths = is_ending.sum(dim=1).tolist()
+        for i, part in zip(batch, nll.split(lengths)):
+            scores[i] = -part.sum(dtype=torch.float64).item()
+        if progress is not None:
+            progress.update(len(batch))
+    return scores
+
+
+def evaluate(
+    model: GPT,
+    items: list[dict],
+    batch_size: int = 64,
+    protocols: tuple[str, ...] = PROTOCOLS,
+    show: bool = True,
+) -> dict:
+    """{"n": ..., protocol: {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr"}, ...}, accuracies in 0 to 1.
+
+    Under torch.distributed the items are dealt out to the processes, each item to one.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = model.wte.weight.device
+    result: dict = {"n": len(items)}
+    for protocol in protocols:
+        mine = [(render(item, protocol), int(item["label"])) for item in items[rank::world_size]]
+        rows = [row for (item_rows, _), _ in mine for row in item_rows]
+        hidden_bar = None if show and rank == 0 else True  # None: shown on a terminal only
+        with tqdm(total=len(rows), desc=f"HellaSwag, {protocol}", unit="row", disable=hidden_bar) as progress:
+            scores = score(model, rows, batch_size, progress)
+        right = torch.zeros(2, dtype=torch.int64, device=device)
+        for n, ((_, lengths), label) in enumerate(mine):
+            four = torch.tensor(scores[4 * n : 4 * n + 4], dtype=torch.float64)
+            right[0] += int(four.argmax()) == label
+            right[1] += int((four / torch.tensor(lengths)).argmax()) == label
+        if world_size > 1:
+            dist.all_reduce(right)
+        acc, acc_norm = (right / max(1, len(items))).tolist()
+        result[protocol] = {
+            "acc": acc,
+            "acc_norm": acc_norm,
+            "acc_stderr": standard_error(acc, len(items)),
+            "acc_norm_stderr": standard_error(acc_norm, len(items)),
+        }
+    return result
+
+
+def standard_error(accuracy: float, n: int) -> float:
+    """Of the mean of n yes-or-no outcomes, with the n - 1 of lm_eval."""
+    return math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else float("nan")
+
+
+def main(cfg: Config) -> dict:
+    from checkpoint import load_model
+
+    if cfg.download:
+        print(download())
+        return {}
+    model, source = load_model(cfg.model, cfg.device)
+    items = load_items(cfg.data, cfg.limit)
+    begin = time.perf_counter()
+    result = {"model": source, **evaluate(model, items, cfg.batch_size)}
+    seconds = time.perf_counter() - begin
+    print(f"HellaSwag, {result['n']:,} items, {source}, {seconds:.0f} s")
+    for protocol in PROTOCOLS:
+        s = {key: 100 * value for key, value in result[protocol].items()}
+        print(
+            f"{protocol:10}  acc {s['acc']:.2f} ± {s['acc_stderr']:.2f}   "
+            f"acc_norm {s['acc_norm']:.2f} ± {s['acc_norm_stderr']:.2f}"
+        )
+    if cfg.json:
+        Path(cfg.json).write_text(json.dumps(result, indent=2), encoding="utf-8")
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except (ValueError, OSError) as error:
+        print(f"hellaswag.py: {error}", file=sys.stderr)
+        sys.exit(2)

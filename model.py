@@ -1,0 +1,471 @@
+"""GPT-2 in PyTorch: the network, its loss, its key/value cache, sampling, Hugging Face weights in and out.
+
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig.named("124M"))         # 124,439,808 parameters, freshly initialised
+    model = GPT.from_pretrained("gpt2")          # OpenAI's weights, from the Hub or a local directory
+    loss = model(tokens, targets)                # a float32 scalar; 10.9 before training, near 3.1 after
+    logits = model(tokens)                       # (B, T, V)
+
+Shape comments use: B batch, T time (tokens), S tokens seen by a query, C channels, V vocabulary,
+Vp padded vocabulary, nh heads, hs head size (C = nh * hs).
+
+The architecture is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019),
+section 2.3, and of OpenAI's code (github.com/openai/gpt-2, src/model.py).
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# The four published sizes, by parameter count and by their names on the Hub (paper, table 2).
+SIZES = {
+    "124M": dict(n_layer=12, n_head=12, n_embd=768),
+    "350M": dict(n_layer=24, n_head=16, n_embd=1024),
+    "774M": dict(n_layer=36, n_head=20, n_embd=1280),
+    "1558M": dict(n_layer=48, n_head=25, n_embd=1600),
+}
+HUB_NAMES = {"gpt2": "124M", "gpt2-medium": "350M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
+END_OF_TEXT = 50256
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2. Defaults are the 124M model's; raises ValueError for shapes that cannot exist."""
+
+    block_size: int = 1024  # positions, the longest context
+    vocab_size: int = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_embd % self.n_head:
+            below = self.n_embd // self.n_head * self.n_head
+            near = " or ".join(str(n) for n in (below, below + self.n_head) if n)
+            raise ValueError(f"n_embd is {self.n_embd}, which {self.n_head} heads do not divide; try {near}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+
+    @classmethod
+    def named(cls, size: str, **overrides) -> "GPTConfig":
+        """The config of a published size ("124M", "gpt2-xl", ...), with single fields replaced."""
+        shape = SIZES.get(HUB_NAMES.get(size, size))
+        if shape is None:
+            raise ValueError(
+                f"model size {size!r} is unknown; choose one of {', '.join([*SIZES, *HUB_NAMES])}"
+            )
+        return cls(**{**shape, **overrides})
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary rounded up to 128, a size that matrix units like."""
+        return -(-self.vocab_size // 128) * 128
+
+    @property
+    def num_params(self) -> int:
+        """Trainable parameters, without the padding rows of the embedding."""
+        C = self.n_embd
+        block = (4 * C + 12 * C * C) + (3 + 1 + 4 + 1) * C  # two LayerNorms and four matrices; four biases
+        return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward, a token of a full context.
+
+        6 for each parameter used in a matrix product plus 12 * n_layer * C * T for attention:
+        PaLM (Chowdhery et al., 2022), appendix B. The causal mask is not credited.
+        """
+        matmul_params = self.num_params - self.block_size * self.n_embd
+        return 6 * matmul_params + 12 * self.n_layer * self.n_embd * self.block_size
+
+
+class KVCache:
+    """Keys and values that one attention layer has computed so far; grows up to `block_size` tokens."""
+
+    def __init__(self, block_size: int):
+        self.block_size, self.length = block_size, 0
+        self.kv: torch.Tensor | None = None  # (2, B, nh, block_size, hs), made by the first append
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds k and v (B, nh, T, hs); returns all keys and values so far, each (B, nh, S, hs)."""
+        B, nh, T, hs = k.shape
+        if self.kv is None:
+            self.kv = k.new_empty(2, B, nh, self.block_size, hs)
+        end = self.length + T
+        self.kv[0, :, :, self.length : end] = k
+        self.kv[1, :, :, self.length : end] = v
+        self.length = end
+        return self.kv[0, :, :, :end], self.kv[1, :, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and what came before."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+        mask = None
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, nh, S, hs)
+            if 1 < T < cache.length:  # several new tokens on top of old ones
+                mask = torch.ones(T, cache.length, dtype=torch.bool, device=x.device).tril(cache.length - T)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and T > 1,
+        )  # fmt: skip
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two layers, four times as wide inside, with GELU in its tanh form (openai/gpt-2, src/model.py)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.gelu(self.c_fc(x), approximate="tanh")
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One layer: attention, then the MLP, each reading a normalised copy of the residual stream."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2: token and position embeddings, `n_layer` blocks, a last LayerNorm, logits from the tied wte."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd),
+            )
+        )
+        self.init_weights()
+
+    @property
+    def wte(self) -> nn.Embedding:
+        return self.transformer["wte"]  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Matrices from N(0, 0.02), positions from N(0, 0.01), biases 0, LayerNorm gains 1 (openai/gpt-2,
+        src/model.py); projections into the residual stream scaled by 1/sqrt(2 * n_layer), its number of
+        additions (paper, section 2.3)."""
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif name.endswith("wpe.weight"):
+                nn.init.normal_(p, std=0.01)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            else:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+        self.wte.weight[self.config.vocab_size :] = 0.0  # padding: no gradient reaches it, so it stays zero
+
+    def hidden(self, idx: torch.Tensor, cache: list[KVCache] | None = None) -> torch.Tensor:
+        """Token ids (B, T) to the vectors that the logits are read from (B, T, C).
+
+        With a cache (from `new_cache`), idx continues the tokens already in it. Raises ValueError where the
+        context would grow past block_size.
+        """
+        T = idx.size(1)
+        start = cache[0].length if cache else 0
+        if start + T > self.config.block_size:
+            raise ValueError(
+                f"a context of {start + T} tokens; this model has {self.config.block_size} positions"
+            )
+        pos = torch.arange(start, start + T, device=idx.device)
+        x = self.wte(idx) + self.transformer["wpe"](pos)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(self.transformer["h"]):  # type: ignore[arg-type]
+            x = block(x, cache[i] if cache else None)
+        return self.transformer["ln_f"](x)
+
+    def lm_head(self, x: torch.Tensor) -> torch.Tensor:
+        """Vectors (..., C) to logits (..., V) in float32; the weight is the token embedding's."""
+        return F.linear(x, self.wte.weight.to(x.dtype))[..., : self.config.vocab_size].float()
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: list[KVCache] | None = None
+    ) -> torch.Tensor:
+        """Logits (B, T, V) of the next token; with targets (B, T), their mean cross-entropy instead, in
+        nats."""
+        x = self.hidden(idx, cache)
+        if targets is None:
+            return self.lm_head(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        args = (x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
+        return LinearCrossEntropy.apply(*args, torch.is_grad_enabled())  # type: ignore[return-value]
+
+    def new_cache(self) -> list[KVCache]:
+        """An empty cache, one part a layer."""
+        return [KVCache(self.config.block_size) for _ in range(self.config.n_layer)]
+
+    @torch.no_grad()
+    def stream(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop_token: int | None = END_OF_TEXT,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+    ) -> Iterator[torch.Tensor]:
+        """Continues the prompts idx (B, T), T >= 1; yields the next token of each, (B,), until max_new_tokens
+        are made or every row has met stop_token (rows that end early repeat it).
+
+        temperature 0 is greedy. top_k and top_p (nucleus: Holtzman et al., 2019) narrow the choice; both in
+        Hugging Face's order, after repetition_penalty (CTRL: Keskar et al., 2019, section 4.1) and
+        temperature. Past block_size the later half of the context is kept and read again.
+        """
+        context, cache = idx[:, -self.config.block_size :], self.new_cache() if use_cache else None
+        seen = torch.zeros(idx.size(0), self.config.vocab_size, dtype=torch.bool, device=idx.device)
+        seen.scatter_(1, idx, True)
+        done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+        unread = context
+        for _ in range(max_new_tokens):
+            x = self.hidden(unread, cache) if cache else self.hidden(context)
+            logits = self.lm_head(x[:, -1])  # (B, V)
+            if repetition_penalty != 1.0:
+                penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+                logits = torch.where(seen, penalised, logits)
+            token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
+            if stop_token is not None:
+                token = torch.where(done, stop_token, token)
+                done |= token == stop_token
+            yield token
+            if done.all():
+                return
+            unread = token[:, None]
+            seen.scatter_(1, unread, True)
+            context = torch.cat([context, unread], dim=1)
+            if context.size(1) > self.config.block_size:
+                context = unread = context[:, -max(1, self.config.block_size // 2) :]
+                cache = self.new_cache() if cache else None
+
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
+        """The prompts idx (B, T) and their continuations, (B, T + new); `options` are those of `stream`."""
+        return torch.cat([idx, *(t[:, None] for t in self.stream(idx, max_new_tokens, **options))], dim=1)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, dropout: float = 0.0) -> "GPT":
+        """Weights in Hugging Face format: a local directory, a size name ("gpt2", "124M", ...) or a Hub id.
+
+        Reads config.json and *.safetensors only, so nothing in the repository can run. Raises ValueError for
+        a model that is not GPT-2, FileNotFoundError for a directory without weights.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(name) if Path(name).is_dir() else hub_snapshot(str(name))
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face model directory")
+        config = config_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")), dropout)
+        index, weights = folder / "model.safetensors.index.json", {}
+        parts = ["model.safetensors"]
+        if index.is_file():  # large models come in parts
+            parts = sorted(
+                {Path(p).name for p in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+            )
+        for part in parts:
+            if not (folder / part).is_file():
+                raise FileNotFoundError(f"{folder} has no {part}; only safetensors weights are read")
+            weights.update(load_file(folder / part))
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(from_hf(weights, config), assign=True)
+        return model
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """mean(cross_entropy(x @ weight.T, targets)), an eighth of the rows at a time.
+
+    All logits of a batch in float32 would be the largest tensor of the whole network (B=16, T=1024: 3.3 GB).
+    So the gradient, softmax(logits) - onehot(targets), is turned into those of x and weight while a chunk's
+    logits are at hand, and only those two are kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size: int, needs_grad: bool):  # pyright: ignore
+        """x (N, C), weight (Vp, C), targets (N,); columns from vocab_size on are masked. A float32 scalar."""
+        w = weight.to(x.dtype)
+        nll = torch.zeros((), dtype=torch.float32, device=x.device)
+        dx, dw = [], torch.zeros_like(weight) if needs_grad else None
+        for x_c, targets_c in zip(x.chunk(8), targets.chunk(8)):
+            logits = (x_c @ w.t()).float()  # (N/8, Vp)
+            logits[:, vocab_size:] = -math.inf
+            logp = logits.log_softmax(dim=-1)
+            nll -= logp.gather(1, targets_c[:, None]).sum()
+            if dw is not None:
+                # Not yet divided by N: in float16 that would underflow. The backward pass divides at the end.
+                dlogits = (
+                    logp.exp_().scatter_add_(1, targets_c[:, None], -torch.ones_like(logp[:, :1])).to(x.dtype)
+                )
+                dx.append(dlogits @ w)
+                dw += dlogits.t() @ x_c
+        if dw is not None:
+            ctx.save_for_backward(torch.cat(dx), dw)
+        return nll / targets.numel()
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore
+        dx, dw = ctx.saved_tensors
+        scale = grad / dx.size(0)
+        return dx * scale.to(dx.dtype), dw * scale, None, None, None
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """One token id a row, (B,), from logits (B, V); see `GPT.stream` for the options."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None and top_p < 1:
+        values, order = logits.sort(descending=True)
+        before = values.softmax(dim=-1).cumsum(dim=-1) - values.softmax(
+            dim=-1
+        )  # probability of better tokens
+        logits = logits.scatter(1, order, values.masked_fill(before >= top_p, -math.inf))
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+def hub_snapshot(name: str) -> Path:
+    """Downloads (once) the config and the safetensors of a size name or Hub id; returns their folder."""
+    from huggingface_hub import snapshot_download
+
+    hub_ids = {size: hub for hub, size in HUB_NAMES.items()}
+    name = hub_ids.get(name, name)
+    repo = f"openai-community/{name}" if name in HUB_NAMES else name
+    if repo.count("/") != 1 or repo.startswith((".", "/")):
+        raise ValueError(
+            f"{name!r} is neither a directory here, nor a size ({', '.join([*hub_ids, *HUB_NAMES])}), "
+            "nor a Hub id (organisation/name)"
+        )
+    # The largest repositories also hold other frameworks' weights: take what is read, nothing else.
+    return Path(snapshot_download(repo, allow_patterns=["config.json", "model*.safetensors*"]))
+
+
+# Hugging Face keeps GPT-2's matrices as OpenAI's code had them, (in, out); nn.Linear has (out, in).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def to_hf(state: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
+    """Our state dict in Hugging Face's GPT2LMHeadModel layout, without the padding rows."""
+    out = {k: v.t().contiguous() if k.endswith(TRANSPOSED) else v for k, v in state.items()}
+    out["transformer.wte.weight"] = out["transformer.wte.weight"][: config.vocab_size].contiguous()
+    return out
+
+
+def from_hf(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
+    """The reverse of `to_hf`; also takes OpenAI's layout on the Hub, without the "transformer." prefix."""
+    state = {}
+    for key, value in weights.items():
+        key = "transformer." + key.removeprefix("transformer.")
+        if key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+            continue  # the causal mask, which old files carry, and the tied copy of wte
+        state[key] = (value.t() if key.endswith(TRANSPOSED) else value).float().contiguous()
+    if "transformer.wte.weight" not in state:
+        raise ValueError("the weights hold no wte.weight: this is not a GPT-2")
+    padding = config.padded_vocab_size - config.vocab_size
+    state["transformer.wte.weight"] = F.pad(state["transformer.wte.weight"], (0, 0, 0, padding))
+    return state
+
+
+def config_to_hf(config: GPTConfig) -> dict:
+    """The config.json with which transformers builds the same network."""
+    end_of_text = END_OF_TEXT if config.vocab_size > END_OF_TEXT else None
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "dtype": "float32",
+    }
+
+
+def config_from_hf(hf: dict, dropout: float = 0.0) -> GPTConfig:
+    """The reverse of `config_to_hf`. Raises ValueError for what GPT-2 is not, naming the entry."""
+    expected = {
+        "model_type": ("gpt2",),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,),
+        "tie_word_embeddings": (True,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "n_inner": (None, 4 * hf.get("n_embd", 768)),
+    }
+    for key, allowed in expected.items():
+        default = allowed[0] if key != "model_type" else None
+        if hf.get(key, default) not in allowed:
+            raise ValueError(f"config.json has {key} = {hf.get(key)!r}; GPT-2 has {allowed[0]!r}")
+    return GPTConfig(
+        block_size=hf.get("n_positions", 1024),
+        vocab_size=hf.get("vocab_size", 50257),
+        n_layer=hf.get("n_layer", 12),
+        n_head=hf.get("n_head", 12),
+        n_embd=hf.get("n_embd", 768),
+        dropout=dropout,
+    )

@@ -1,0 +1,625 @@
+"""model.py: the network against transformers' GPT-2, its loss, cache, sampling and Hugging Face weights."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import random_model, scripted_model
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from model import (
+    GPT,
+    MLP,
+    CausalSelfAttention,
+    GPTConfig,
+    config_from_hf,
+    config_to_hf,
+    sample,
+    to_hf,
+)
+
+SHAPES = [
+    dict(block_size=8, vocab_size=100, n_layer=1, n_head=1, n_embd=8),
+    dict(block_size=24, vocab_size=257, n_layer=3, n_head=4, n_embd=32),
+    dict(block_size=16, vocab_size=128, n_layer=2, n_head=5, n_embd=40),  # a vocabulary without padding
+]
+
+
+def tokens(model: GPT, batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+
+
+def random_theirs(shape: dict, **options) -> GPT2LMHeadModel:
+    """transformers' GPT-2, configured in its own words, with random weights everywhere."""
+    config = GPT2Config(
+        vocab_size=shape["vocab_size"],
+        n_positions=shape["block_size"],
+        n_embd=shape["n_embd"],
+        n_layer=shape["n_layer"],
+        n_head=shape["n_head"],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        **options,
+    )
+    theirs = GPT2LMHeadModel(config).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+    return theirs
+
+
+def as_theirs(model: GPT) -> GPT2LMHeadModel:
+    theirs = GPT2LMHeadModel(GPT2Config(**config_to_hf(model.config))).eval()
+    missing, unexpected = theirs.load_state_dict(to_hf(model.state_dict(), model.config), strict=False)
+    assert missing == ["lm_head.weight"]  # tied to wte
+    assert not unexpected
+    theirs.tie_weights()
+    return theirs
+
+
+# Shape and size
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [
+        ("124M", 124_439_808),
+        ("gpt2", 124_439_808),
+        ("350M", 354_823_168),
+        ("gpt2-medium", 354_823_168),
+        ("774M", 774_030_080),
+        ("gpt2-large", 774_030_080),
+        ("1558M", 1_557_611_200),
+        ("gpt2-xl", 1_557_611_200),
+    ],
+)
+def test_the_published_sizes_have_their_published_parameter_counts(size, count):
+    config = GPTConfig.named(size)
+    with torch.device("meta"):
+        model = GPT(config)
+    padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
+    assert sum(p.numel() for p in model.parameters()) - padding == count
+    assert config.num_params == count
+    assert config.padded_vocab_size == 50304
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_num_params_of_any_shape_is_what_the_module_and_transformers_hold(shape):
+    config = GPTConfig(**shape)
+    padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
+    assert config.num_params == sum(p.numel() for p in GPT(config).parameters()) - padding
+    assert config.num_params == sum(p.numel() for p in random_theirs(shape).parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (lambda: GPTConfig(n_embd=100, n_head=12), ["n_embd is 100", "96 or 108"]),
+        (lambda: GPTConfig(n_embd=2, n_head=4), ["n_embd is 2", "try 4"]),
+        (lambda: GPTConfig(dropout=1.0), ["dropout is 1.0", "[0, 1)"]),
+        (lambda: GPTConfig(dropout=-0.1), ["dropout is -0.1"]),
+        (lambda: GPTConfig(block_size=0), ["block_size is 0", "at least 1"]),
+        (lambda: GPTConfig(n_head=0), ["n_head is 0", "at least 1"]),
+        (lambda: GPTConfig(n_layer=-1), ["n_layer is -1", "at least 1"]),
+        (lambda: GPTConfig(vocab_size=0), ["vocab_size is 0", "at least 1"]),
+        (lambda: GPTConfig.named("125M"), ["125M", "124M", "gpt2-xl"]),
+    ],
+)
+def test_an_impossible_shape_is_refused_with_its_value_and_the_nearest_that_works(make, parts):
+    with pytest.raises(ValueError) as error:
+        make()
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_named_sizes_take_overrides():
+    config = GPTConfig.named("gpt2", block_size=256, dropout=0.1)
+    assert (config.n_layer, config.n_embd, config.block_size, config.dropout) == (12, 768, 256, 0.1)
+
+
+def test_initial_weights_have_gpt2s_statistics():
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=512, vocab_size=2000, n_layer=4, n_head=4, n_embd=256)
+    for name, p in GPT(config).named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif ".ln_" in name:
+            assert (p == 1).all(), name
+        else:
+            weights = p[: config.vocab_size] if "wte" in name else p
+            std = 0.01 if "wpe" in name else 0.02 / 8**0.5 if "c_proj" in name else 0.02
+            assert weights.std().item() == pytest.approx(std, rel=0.02), name
+            assert abs(weights.mean().item()) < std / 50, name
+
+
+def test_an_untrained_model_finds_every_token_about_equally_likely():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=64))
+    idx = tokens(model, 2, 64)
+    assert model(idx, idx.roll(-1, 1)).item() == pytest.approx(10.82, abs=0.1)  # ln 50257
+
+
+# Equality with transformers
+
+
+def assert_same_function(ours: GPT, theirs: GPT2LMHeadModel):
+    """Logits, loss and every gradient, within 1e-4."""
+    idx = tokens(ours, 3, ours.config.block_size)
+    result = theirs(input_ids=idx, labels=idx)
+    torch.testing.assert_close(ours(idx), result.logits, rtol=0, atol=1e-4)
+    loss = ours(idx[:, :-1], idx[:, 1:])
+    torch.testing.assert_close(loss, result.loss, rtol=0, atol=1e-4)
+    loss.backward()
+    result.loss.backward()
+    gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    converted = to_hf(gradients, ours.config)
+    assert converted.keys() == expected.keys()
+    for name, gradient in converted.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n} {m}")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_our_weights_in_transformers_give_equal_logits_loss_and_gradients(shape):
+    ours = random_model(**shape)
+    assert_same_function(ours, as_theirs(ours))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_their_weights_in_ours_give_equal_logits_loss_and_gradients(shape, tmp_path):
+    theirs = random_theirs(shape)
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    assert ours.config == GPTConfig(**shape)
+    assert_same_function(ours, theirs)
+
+
+def test_to_hf_and_back_through_a_file_is_bit_for_bit(tmp_path):
+    ours = random_model()
+    save_file(to_hf(ours.state_dict(), ours.config), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(ours.config)), encoding="utf-8")
+    again = GPT.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters()))
+    assert all(p.requires_grad for p in again.parameters())
+
+
+# Causality and the cache
+
+
+def test_no_gradient_flows_from_a_position_to_later_tokens():
+    model = random_model()
+    inputs = []
+    model.wte.register_forward_hook(lambda module, args, out: inputs.append(out))
+    logits = model(tokens(model, 1, 12))
+    for t in range(12):
+        (gradient,) = torch.autograd.grad(logits[0, t].square().sum(), inputs[0], retain_graph=True)
+        assert (gradient[0, : t + 1].abs().sum(dim=-1) > 0).all(), t
+        assert not gradient[0, t + 1 :].any(), t
+
+
+@pytest.mark.parametrize("chunks", [[32], [1] * 32, [5, 1, 3, 7, 16], [1, 31], [31, 1]])
+def test_cached_logits_equal_uncached_ones(chunks):
+    model = random_model()
+    idx = tokens(model, 3, 32)
+    cache = model.new_cache()
+    with torch.no_grad():
+        parts = [model(part, cache=cache) for part in idx.split(chunks, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(idx), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("prompt", [1, 9, 32, 45])
+def test_cached_generation_equals_uncached_also_past_the_context(temperature, prompt):
+    model = random_model()
+    idx = tokens(model, 2, prompt)
+    with_cache, without = (
+        model.generate(
+            idx, 60, temperature=temperature, generator=torch.Generator().manual_seed(3), use_cache=use_cache
+        )
+        for use_cache in (True, False)
+    )
+    assert with_cache.shape == (2, prompt + 60)
+    assert torch.equal(with_cache[:, :prompt], idx)
+    assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize(("block_size", "prompt"), [(8, 3), (8, 8), (8, 20), (1, 1), (1, 4)])
+def test_past_the_context_generation_goes_on_from_its_later_half(block_size, prompt):
+    model = random_model(block_size=block_size)
+    idx = tokens(model, 1, prompt)
+    made = model.generate(idx, 30, temperature=0.0)[0, prompt:].tolist()
+    context = idx[0, -block_size:].tolist()
+    for token in made:
+        assert token == model(torch.tensor([context]))[0, -1].argmax().item()
+        context.append(token)
+        if len(context) > block_size:
+            context = context[-max(1, block_size // 2) :]
+    assert len(made) == 30
+
+
+def test_a_context_longer_than_the_positions_is_refused_with_both_numbers():
+    model = random_model()
+    with pytest.raises(ValueError, match="33 tokens.*32 positions"):
+        model(tokens(model, 1, 33))
+    cache = model.new_cache()
+    model(tokens(model, 1, 30), cache=cache)
+    with pytest.raises(ValueError, match="33 tokens.*32 positions"):
+        model(tokens(model, 1, 3), cache=cache)
+
+
+# Generation
+
+
+def test_generation_stops_at_end_of_text_by_default():
+    model = scripted_model([0, 0, 11, 12, 50256, 13, 14])
+    made = model.generate(torch.tensor([[1, 2, 3]]), 10, temperature=0.0)
+    assert made.tolist() == [[1, 2, 3, 11, 12, 50256]]
+    free = model.generate(torch.tensor([[1, 2, 3]]), 5, temperature=0.0, stop_token=None)
+    assert free.tolist() == [[1, 2, 3, 11, 12, 50256, 13, 14]]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_row_that_meets_the_stop_token_repeats_it_and_leaves_the_others_alone(use_cache):
+    model = random_model()
+    idx = tokens(model, 2, 4)
+
+    def run(stop):
+        generator = torch.Generator().manual_seed(5)
+        return model.generate(idx, 20, stop_token=stop, generator=generator, use_cache=use_cache)[:, 4:].tolist()
+
+    free = run(None)
+    stop = next(token for token in free[0][2:6] if token not in free[1])
+    end = free[0].index(stop)
+    first, second = run(stop)
+    assert first == free[0][:end] + [stop] * (20 - end)
+    assert second == free[1]
+    both = model.generate(idx[:1].repeat(2, 1), 20, temperature=0.0, stop_token=None)[0, 4:].tolist()
+    early = model.generate(idx[:1].repeat(2, 1), 20, temperature=0.0, stop_token=both[2])
+    assert early.shape[1] == 4 + both.index(both[2]) + 1  # all rows done: nothing more is made
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=5.0), dict(top_k=400), dict(top_p=0.99)])
+def test_padding_ids_are_never_made_even_where_their_rows_are_not_zero(options):
+    model = random_model()
+    idx = tokens(model, 4, 8)
+    targets = idx.roll(-1, 1)
+    logits, loss = model(idx), model(idx, targets)
+    with torch.no_grad():
+        rows = model.wte.weight[model.config.vocab_size :]
+        rows.copy_(torch.cat([torch.full_like(rows[::2], 50.0), torch.full_like(rows[1::2], -50.0)]))
+    made = model.generate(idx, 40, generator=torch.Generator().manual_seed(0), **options)
+    assert made.max().item() < model.config.vocab_size
+    assert model(idx).shape == (4, 8, model.config.vocab_size)
+    assert torch.equal(model(idx), logits)
+    torch.testing.assert_close(model(idx, targets), loss)
+
+
+def huggingface_probabilities(logits: torch.Tensor, ids: torch.Tensor, **options) -> torch.Tensor:
+    """What transformers' processors, in the order that its `generate` gives them, leave of the logits."""
+    processors = LogitsProcessorList()
+    if "repetition_penalty" in options:
+        processors.append(RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
+    if "temperature" in options:
+        processors.append(TemperatureLogitsWarper(options["temperature"]))
+    if "top_k" in options:
+        processors.append(TopKLogitsWarper(options["top_k"]))
+    if "top_p" in options:
+        processors.append(TopPLogitsWarper(options["top_p"]))
+    return processors(ids, logits).softmax(dim=-1)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(temperature=0.5),
+        dict(temperature=3.0),
+        dict(top_k=1),
+        dict(top_k=7),
+        dict(top_k=1000),
+        dict(top_p=0.1),
+        dict(top_p=0.9),
+        dict(top_p=1.0),
+        dict(top_k=20, top_p=0.8, temperature=0.7),
+    ],
+)
+def test_sampling_draws_what_transformers_processors_would(options):
+    logits = 2 * torch.randn(1000, 60, generator=torch.Generator().manual_seed(0))
+    drawn = sample(logits, generator=torch.Generator().manual_seed(1), **options)
+    p = huggingface_probabilities(logits, torch.zeros(1000, 1, dtype=torch.long), **options)
+    expected = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(1)).squeeze(1)
+    assert (p.gather(1, drawn[:, None]) > 0).all()
+    assert (drawn == expected).float().mean() > 0.995  # a draw may fall on the border of two tokens
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(repetition_penalty=1.5), dict(repetition_penalty=0.7, temperature=0.8, top_k=40, top_p=0.9)],
+)
+def test_every_token_of_a_stream_is_drawn_as_transformers_would(options):
+    model = random_model()
+    context = tokens(model, 8, 5)
+    ours, theirs = torch.Generator().manual_seed(4), torch.Generator().manual_seed(4)
+    same = 0
+    for token in model.stream(context.clone(), 20, generator=ours, **options):
+        p = huggingface_probabilities(model(context)[:, -1].detach(), context, **options)
+        same += (token == torch.multinomial(p, 1, generator=theirs).squeeze(1)).sum().item()
+        context = torch.cat([context, token[:, None]], dim=1)
+    assert same >= 8 * 20 - 1
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_generation_equals_transformers(penalty):
+    model = random_model()
+    idx = tokens(model, 1, 6)
+    theirs = as_theirs(model).generate(
+        idx, attention_mask=torch.ones_like(idx), max_new_tokens=20, do_sample=False, repetition_penalty=penalty
+    )
+    assert torch.equal(model.generate(idx, 20, temperature=0.0, repetition_penalty=penalty), theirs)
+
+
+def test_temperature_zero_is_greedy_whatever_else_is_asked():
+    logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sample(logits, 0.0, top_k=5, top_p=0.3), logits.argmax(dim=-1))
+
+
+# The loss
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 5), (3, 7), (4, 32)])
+def test_the_loss_and_its_gradients_are_those_of_cross_entropy(batch, length):
+    model = random_model()
+    idx, targets = tokens(model, batch, length), tokens(model, batch, length, seed=2)
+    expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+    (3 * expected).backward()
+    wanted = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    loss = model(idx, targets)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    (3 * loss).backward()
+    torch.testing.assert_close(loss, expected)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n} {m}")
+    with torch.no_grad():
+        assert torch.equal(model(idx, targets), loss)
+
+
+def test_the_loss_under_bfloat16_autocast_is_that_of_cross_entropy_to_its_precision():
+    model = random_model(n_embd=64)
+    idx, targets = tokens(model, 4, 32), tokens(model, 4, 32, seed=2)
+    expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+    expected.backward()
+    wanted = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx, targets)
+        with torch.no_grad():
+            assert torch.equal(model(idx, targets), loss)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
+    for name, p in model.named_parameters():
+        error, size = torch.dist(p.grad, wanted[name]), wanted[name].norm()  # type: ignore[arg-type,union-attr]
+        assert p.grad.dtype == torch.float32 and error < 0.05 * size, name  # type: ignore[union-attr]
+
+
+class LargestFloat32(TorchDispatchMode):
+    """Records the most elements, and the most rows of logits, in any one float32 tensor made under it."""
+
+    def __init__(self, columns: set[int]):
+        super().__init__()
+        self.columns, self.elements, self.rows = columns, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for made in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(made, torch.Tensor) and made.dtype == torch.float32 and made.numel():
+                self.elements = max(self.elements, made.numel())
+                if made.size(-1) in self.columns:
+                    self.rows = max(self.rows, made.numel() // made.size(-1))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_never_holds_float32_logits_of_the_whole_batch(dtype):
+    model = random_model(n_embd=8, vocab_size=600).train()
+    idx, targets = tokens(model, 16, 32), tokens(model, 16, 32, seed=2)
+    columns = {model.config.vocab_size, model.config.padded_vocab_size}
+    with LargestFloat32(columns) as seen:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(idx, targets)
+        loss.backward()
+    assert 0 < seen.rows <= idx.numel() // 8
+    assert seen.elements < idx.numel() * model.config.vocab_size // 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_rows_stay_zero_through_adamw_with_weight_decay(dtype):
+    model = random_model().train()
+    before = model.wte.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    for step in range(5):
+        idx = tokens(model, 4, 16, seed=step)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(idx, idx.roll(-1, 1))
+        loss.backward()
+        optimizer.step()
+    rows = model.config.vocab_size
+    assert model.config.padded_vocab_size > rows
+    assert not model.wte.weight[rows:].any()
+    assert (model.wte.weight[:rows] != before[:rows]).any(dim=1).all()
+
+
+# Dropout
+
+
+def test_dropout_acts_in_training_only():
+    plain, model = random_model(), random_model(dropout=0.5)
+    idx = tokens(model, 2, 16)
+    assert torch.equal(model(idx), plain(idx))
+    model.train()
+    assert not torch.allclose(model(idx), model(idx))
+    assert not torch.allclose(model(idx), plain(idx))
+
+
+def test_dropout_acts_on_embeddings_attention_weights_and_both_residual_branches():
+    config = GPTConfig(block_size=16, vocab_size=100, n_layer=1, n_head=2, n_embd=64, dropout=0.5)
+    x = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mlp, attention = MLP(config), CausalSelfAttention(config)
+        full, thin = mlp.eval()(x), mlp.train()(x)
+        assert 0.3 < (thin == 0).float().mean() < 0.7
+        torch.testing.assert_close(thin[thin != 0], 2 * full[thin != 0])  # the rest is scaled up
+        full, thin = attention.eval()(x), attention.train()(x)
+        assert 0.3 < (thin == 0).float().mean() < 0.7
+        assert not torch.allclose(thin[thin != 0], 2 * full[thin != 0])  # some weights were dropped, too
+        model = random_model(dropout=0.5).train()
+        for block in model.transformer["h"]:  # type: ignore[union-attr]
+            for layer in (block.attn.c_proj, block.mlp.c_proj):  # type: ignore[union-attr]
+                layer.weight.zero_()
+                layer.bias.zero_()
+        idx = tokens(model, 1, 16)
+        assert not torch.allclose(model(idx), model(idx))  # only the embeddings' dropout is left
+
+
+# Hugging Face directories
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "gptj"),
+        ("model_type", None),
+        ("activation_function", "relu"),
+        ("activation_function", "gelu"),  # the exact form is another function
+        ("layer_norm_epsilon", 1e-6),
+        ("tie_word_embeddings", False),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("add_cross_attention", True),
+        ("n_inner", 100),
+    ],
+)
+def test_a_config_that_is_not_gpt2_is_refused_by_entry_and_value(key, value):
+    config = {**config_to_hf(GPTConfig()), key: value}
+    with pytest.raises(ValueError) as error:
+        config_from_hf(config)
+    assert key in str(error.value) and repr(value) in str(error.value)
+
+
+def test_a_config_survives_the_way_to_hugging_face_and_back():
+    config = GPTConfig(block_size=77, vocab_size=500, n_layer=3, n_head=5, n_embd=35)
+    assert config_from_hf(config_to_hf(config)) == config
+    assert config_from_hf(GPT2Config().to_dict()) == GPTConfig()
+    assert config_from_hf({"model_type": "gpt2", "n_inner": 3072}, dropout=0.1) == GPTConfig(dropout=0.1)
+
+
+def test_weights_in_several_files_with_an_index_are_read(tmp_path):
+    theirs = random_theirs(SHAPES[1])
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB")
+    parts = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(parts) > 2 and (tmp_path / "model.safetensors.index.json").is_file()
+    ours = GPT.from_pretrained(tmp_path).eval()
+    idx = tokens(ours, 2, 10)
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, rtol=0, atol=1e-4)
+    (tmp_path / parts[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=parts[1]):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_openais_files_without_prefix_and_with_masks_are_read(tmp_path):
+    theirs = random_theirs(SHAPES[1])
+    theirs.save_pretrained(tmp_path)
+    path, size = tmp_path / "model.safetensors", SHAPES[1]["block_size"]
+    weights = {name.removeprefix("transformer."): value for name, value in load_file(path).items()}
+    for layer in range(SHAPES[1]["n_layer"]):
+        weights[f"h.{layer}.attn.bias"] = torch.ones(1, 1, size, size).tril()
+        weights[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(weights, path)
+    ours = GPT.from_pretrained(tmp_path).eval()
+    idx = tokens(ours, 2, 10)
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_become_float32(dtype, tmp_path):
+    theirs = random_theirs(SHAPES[0]).to(dtype)
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    assert torch.equal(ours.wte.weight[:100], theirs.transformer.wte.weight.float())
+
+
+def test_from_pretrained_takes_a_dropout(tmp_path):
+    random_theirs(SHAPES[0]).save_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path, dropout=0.25).config.dropout == 0.25
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error", "part"),
+    [
+        (lambda d: (d / "config.json").unlink(), FileNotFoundError, "config.json"),
+        (lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors"),
+        (lambda d: (d / "config.json").write_text("{", encoding="utf-8"), ValueError, ""),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\x08"), ValueError, "model.safetensors"),
+        (lambda d: edit_config(d, n_layer=2), ValueError, "h.1."),
+        (lambda d: edit_config(d, n_positions=9), ValueError, "wpe"),
+        (lambda d: edit_config(d, vocab_size=99), ValueError, "wte"),
+        (lambda d: save_file({"x": torch.ones(1)}, d / "model.safetensors"), ValueError, "wte"),
+    ],
+    ids=["no config", "no weights", "bad config", "bad weights", "n_layer", "n_positions", "vocab_size", "other"],
+)
+def test_a_directory_that_does_not_hold_a_whole_gpt2_is_refused(break_it, error, part, tmp_path):
+    random_theirs(SHAPES[0]).save_pretrained(tmp_path)
+    break_it(tmp_path)
+    with pytest.raises(error) as caught:
+        GPT.from_pretrained(tmp_path)
+    assert part in str(caught.value)
+
+
+def edit_config(folder: Path, **entries):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **entries}), encoding="utf-8")
+
+
+def test_a_name_that_is_nothing_is_refused_with_the_known_names():
+    with pytest.raises(ValueError, match=r"no/such/folder.*124M.*gpt2-xl"):
+        GPT.from_pretrained("no/such/folder")
+
+
+class Canary:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickled_model_is_refused_and_not_opened(tmp_path):
+    folder, canary = tmp_path / "model", tmp_path / "canary"
+    random_theirs(SHAPES[0]).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(canary)))
+    with pytest.raises(FileNotFoundError, match="only safetensors"):
+        GPT.from_pretrained(folder)
+    assert not canary.exists()

@@ -1,0 +1,187 @@
+"""GPT-2's tokenizer, offline: text to ids and back, one document or a whole corpus.
+
+    import tokenizer
+    tokenizer.encode("Hello, world!")                # [15496, 11, 995, 0]
+    tokenizer.decode([15496, 11, 995, 0])            # 'Hello, world!'
+    tokenizer.encode_corpus(["one", "two"])          # uint16 stream for a shard, each document after 50256
+
+GPT-2 reads text as UTF-8 bytes. A regular expression cuts it into words, and inside each word neighbours are
+merged, the pair of lowest rank first, until no pair is in the vocabulary: byte-level byte-pair encoding
+(Radford et al., 2019, section 2.2). `encode_from_scratch` is that in 30 lines, to be read and to be tested
+against; tiktoken does it fast for one text and gigatoken for a corpus, with the same ids.
+
+The 50,256 ranks are in assets/gpt2.tiktoken, the file that OpenAI publishes as r50k_base.tiktoken (MIT).
+"""
+
+import base64
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+RANKS_FILE = Path(__file__).resolve().parent / "assets" / "gpt2.tiktoken"
+RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+VOCAB_SIZE = 50257
+END_OF_TEXT = 50256
+END_OF_TEXT_STRING = "<|endoftext|>"
+
+# Contractions; a run of letters, of digits or of other signs, each with at most one space before it; white
+# space, which leaves its last blank to the word that follows (openai/gpt-2, src/encoder.py).
+SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# tiktoken's regular expression can overflow its stack on one very long run, and then it cannot be caught.
+LONGEST_FOR_TIKTOKEN = 100_000
+
+
+@functools.lru_cache(maxsize=1)
+def ranks() -> dict[bytes, int]:
+    """The vocabulary, bytes to id; a merge's id is also its rank. Raises ValueError if the file was
+    altered."""
+    data = RANKS_FILE.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != RANKS_SHA256:
+        raise ValueError(
+            f"{RANKS_FILE} has SHA-256 {found}, not {RANKS_SHA256}: restore it with git checkout"
+        )
+    return {
+        base64.b64decode(token): int(rank) for token, rank in (line.split() for line in data.splitlines())
+    }
+
+
+def merge_bytes(word: bytes, max_rank: int | None = None) -> list[bytes]:
+    """Byte-pair encoding of one word: joins the neighbouring pair of lowest rank until none is in the
+    vocabulary.
+
+    With max_rank, only pairs of a lower rank are joined.
+    """
+    parts = [bytes([b]) for b in word]
+    limit = VOCAB_SIZE if max_rank is None else max_rank
+    while True:
+        pairs = [(ranks().get(a + b, VOCAB_SIZE), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
+        rank, i = min(pairs, default=(VOCAB_SIZE, 0))
+        if rank >= limit:
+            return parts
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def encode_from_scratch(text: str) -> list[int]:
+    """The ids of `encode`, by the definition of the algorithm. Slow: for reading and for tests."""
+    import regex  # `re` has no \p{L}
+
+    words = regex.findall(SPLIT_PATTERN, replace_surrogates(text))
+    return [ranks()[part] for word in words for part in merge_bytes(word.encode("utf-8"))]
+
+
+@functools.lru_cache(maxsize=1)
+def tiktoken_encoding():
+    import tiktoken
+
+    special = {END_OF_TEXT_STRING: END_OF_TEXT}
+    return tiktoken.Encoding("gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks(), special_tokens=special)
+
+
+@functools.lru_cache(maxsize=1)
+def gigatoken_tokenizer():
+    import gigatoken
+
+    ranks()  # checks the file's hash
+    return gigatoken.Tokenizer.from_tiktoken(RANKS_FILE, "gpt2")  # no special tokens: what documents need
+
+
+def replace_surrogates(text: str) -> str:
+    """Lone surrogates, which UTF-8 cannot hold, become U+FFFD; pairs become the character they stand for."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def encode(text: str, special: bool = False) -> list[int]:
+    """Text to ids. "<|endoftext|>" in it is plain text, or with special=True the control token 50256."""
+    text = replace_surrogates(text)
+    if special:
+        first, *rest = text.split(END_OF_TEXT_STRING)
+        return encode(first) + [id for piece in rest for id in (END_OF_TEXT, *encode(piece))]
+    if len(text) > LONGEST_FOR_TIKTOKEN:
+        return gigatoken_tokenizer().encode(text).tolist()
+    return tiktoken_encoding().encode_ordinary(text)
+
+
+def decode(ids) -> str:
+    """Ids to text; bytes that are not UTF-8 (half a character, say) become U+FFFD.
+
+    Raises ValueError for an id that is not in the vocabulary.
+    """
+    return decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def decode_bytes(ids) -> bytes:
+    """Ids to the exact bytes they stand for."""
+    ids = [int(id) for id in ids]
+    for position, id in enumerate(ids):
+        if not 0 <= id < VOCAB_SIZE:
+            raise ValueError(
+                f"id {id} at position {position} is outside the vocabulary, 0 to {VOCAB_SIZE - 1}"
+            )
+    return tiktoken_encoding().decode_bytes(ids)
+
+
+def encode_corpus(documents: list[str], workers: int = 0) -> np.ndarray:
+    """Many documents at once: their ids as one uint16 stream (N,), each document after a 50256. `workers`
+    threads (0: all cores); their number does not change the result."""
+    if workers:
+        os.environ.setdefault(
+            "RAYON_NUM_THREADS", str(workers)
+        )  # read once, when gigatoken starts its threads
+    data = [replace_surrogates(document).encode("utf-8") for document in documents]
+    if not data:
+        return np.empty(0, dtype=np.uint16)
+    layout = gigatoken_tokenizer().encode_batch(data, parallel=workers != 1).layout
+    offsets = np.asarray(layout.offsets.data, dtype=np.int64)
+    ids = np.asarray(layout.content.data, dtype=np.uint16)[offsets[0] : offsets[-1]]
+    return np.insert(ids, offsets[:-1] - offsets[0], END_OF_TEXT)
+
+
+@functools.lru_cache(maxsize=1)
+def hf_files() -> dict[str, str]:
+    """tokenizer.json and tokenizer_config.json, as transformers wants them in a model directory."""
+    # Hugging Face writes tokens as printable characters: bytes that are not printable move up to U+0100
+    # onwards (openai/gpt-2, src/encoder.py, bytes_to_unicode).
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) not in " \u00a0\u00ad"]
+    moved = [b for b in range(256) if b not in printable]
+    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(moved)}
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[b] for b in token)
+
+    merges = [
+        [spell(p) for p in merge_bytes(token, rank)] for token, rank in ranks().items() if len(token) > 1
+    ]
+    special = {"id": END_OF_TEXT, "content": END_OF_TEXT_STRING, "special": True, "normalized": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer_json = {
+        "version": "1.0",
+        "added_tokens": [{**special, "single_word": False, "lstrip": False, "rstrip": False}],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": {spell(t): r for t, r in ranks().items()} | {END_OF_TEXT_STRING: END_OF_TEXT},
+            "merges": merges,
+        },
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT_STRING,
+        "eos_token": END_OF_TEXT_STRING,
+        "unk_token": END_OF_TEXT_STRING,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {
+        "tokenizer.json": json.dumps(tokenizer_json, ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(config, indent=2),
+    }

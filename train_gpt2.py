@@ -1,0 +1,725 @@
+"""Stage 2: trains GPT-2.
+
+    python train_gpt2.py demo                # no data, no network, no GPU: about 5 minutes on two cores
+    python train_gpt2.py                     # GPT-2 124M on FineWeb-Edu (first: python fineweb.py)
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py            # the same on 8 GPUs, or --num-gpus 8
+    python train_gpt2.py --init-from gpt2 --dataset-path data/mine --learning-rate 3e-5 --max-steps 500
+    python train_gpt2.py --resume            # goes on with the newest run; or --resume log/<run>
+
+On disk: log/<run>/log.txt, a line a fact: <step> <stream> <value> with streams train val hella lr norm toks;
+log/<run>/config.json; log/<run>/step_000250/, a checkpoint that Hugging Face loads (checkpoint.py).
+
+The preset `gpt2` is the 124M recipe of build-nanogpt: 19,073 steps of 524,288 tokens are 10 billion, and end
+near a validation loss of 3.07 and 30.4% of HellaSwag (its README). Losses are in nats a token; an untrained
+model's is ln(50257) = 10.82.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
+from torch.distributed.run import main as torchrun
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import hellaswag
+import shards
+import tokenizer
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Config:
+    # data
+    dataset_path: str = "data/fineweb-edu-10BT"
+    """Folder of token shards, as fineweb.py makes them."""
+    # model
+    model_size: str = "124M"
+    """124M, 350M, 774M or 1558M, or gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
+    n_layer: int | None = None
+    """Layers, instead of the size's."""
+    n_head: int | None = None
+    """Attention heads, instead of the size's."""
+    n_embd: int | None = None
+    """Channels, instead of the size's."""
+    seq_len: int = 1024
+    """Tokens of context, T."""
+    dropout: float = 0.0
+    """Dropout probability; 0 for pre-training, 0.1 helps on small data."""
+    init_from: str = ""
+    """Start from these weights (a checkpoint, a size name or a Hub id) instead of random ones:
+    fine-tuning."""
+    # optimization
+    batch_size: int = 16
+    """Sequences a process and micro-step, B; as large as memory allows. It does not change the result."""
+    total_batch_tokens: int = 524_288
+    """Tokens an optimizer step; gradients are accumulated until they are reached."""
+    learning_rate: float = 6e-4
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """The cosine ends at this fraction of the peak."""
+    max_steps: int = 19_073
+    """Optimizer steps."""
+    warmup_steps: int = 715
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """Weight decay on matrices and embeddings."""
+    grad_clip: float = 1.0
+    """Gradients are scaled down to this norm; 0 for no clipping."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon on the matrices inside the blocks and AdamW on the rest."""
+    seed: int = 1337
+    """Initial weights, data order and dropout."""
+    # machine
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the matrix products; weights are float32."""
+    compile: bool = True
+    """Compile the model with torch.compile; where that fails, training goes on without."""
+    num_gpus: int = 1
+    """Processes on this machine, one a GPU (on a machine without: CPU processes); what torchrun would
+    start."""
+    # run
+    run_name: str = ""
+    """Folder under log/; by default the model and the time."""
+    log_dir: str = ""
+    """Where run folders go; by default log/ beside this script."""
+    resume: str = ""
+    """Go on with a run: its folder or one of its checkpoints; without a value, --run-name's or the newest
+    run."""
+    override: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """With --resume: accept settings or data that differ from those of the checkpoint."""
+    # periodic jobs: every so many steps and at the end; 0 for never
+    val_every: int = 250
+    """Validation loss."""
+    val_tokens: int = 10_485_760
+    """Tokens of the validation split to use."""
+    hellaswag_every: int = 250
+    """HellaSwag accuracy."""
+    hellaswag_limit: int = 0
+    """HellaSwag items to use; 0 for all 10,042."""
+    sample_every: int = 250
+    """Four sampled texts."""
+    sample_prompt: str = "Hello, I'm a language model,"
+    """What the samples begin with."""
+    checkpoint_every: int = 5000
+    """A checkpoint."""
+
+
+PRESETS = {
+    "gpt2": Config(),
+    "demo": Config(
+        dataset_path="data/pydocs",
+        n_layer=4,
+        n_head=4,
+        n_embd=256,
+        seq_len=256,
+        batch_size=16,
+        total_batch_tokens=4096,
+        learning_rate=3e-3,
+        max_steps=220,
+        warmup_steps=10,
+        optimizer="muon",
+        compile=False,
+        val_every=50,
+        hellaswag_every=0,
+        sample_every=100,
+        sample_prompt="This function returns",
+        checkpoint_every=100,
+    ),
+}
+
+# What a resumed run may change without changing what it learns.
+FREE_TO_CHANGE = {
+    *(
+        "batch_size",
+        "max_steps",
+        "device",
+        "compile",
+        "num_gpus",
+        "run_name",
+        "log_dir",
+        "resume",
+        "override",
+    ),
+    *("val_every", "val_tokens", "hellaswag_every", "hellaswag_limit", "sample_every", "sample_prompt"),
+    *("checkpoint_every", "dataset_path", "init_from"),
+}
+
+# Peak dense bf16 (T4, V100: fp16) FLOP/s, from NVIDIA's data sheets, for MFU; longer names first.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
+    "A10G": 70e12, "A10": 125e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
+}  # fmt: skip
+
+
+# For torch.distributed.checkpoint: whole tensors, on the CPU, whatever wraps or shards the model.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+# -----------------------------------------------------------------------------
+# configuration
+
+
+def parse_args(argv: list[str]) -> Config:
+    """The configuration of a command line: flags over a preset's values, or over those of the resumed run."""
+    argv = list(argv)
+    preset = argv.pop(0) if argv and argv[0] in PRESETS else "gpt2"
+    for i, word in enumerate(argv):  # --resume alone: the newest
+        if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
+            argv.insert(i + 1, "newest")
+    description = f"{__doc__}\nThe first word may be a preset, {' or '.join(PRESETS)} (by default gpt2)."
+    cfg = tyro.cli(Config, args=argv, default=PRESETS[preset], description=description)
+    found = find_checkpoint(cfg) if cfg.resume else None
+    if found is None:
+        return dataclasses.replace(cfg, resume="")
+    saved = Config(**checkpoint.verify(found)["config"])
+    cfg = tyro.cli(Config, args=argv, default=saved, description=description)
+    return dataclasses.replace(
+        cfg, resume=str(found), run_name=found.parent.name, log_dir=str(found.parent.parent)
+    )
+
+
+def find_checkpoint(cfg: Config) -> Path | None:
+    """The checkpoint that --resume means; None where --run-name names a run without any, which starts
+    afresh."""
+    log_root = Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT
+    if cfg.resume != "newest":
+        run = Path(cfg.resume)
+        if not run.is_dir():
+            raise FileNotFoundError(
+                f"--resume {cfg.resume!r} is no folder; give a run (log/<run>) or a checkpoint in it"
+            )
+        if (run / checkpoint.STATE).is_file():
+            return run.resolve()
+    else:
+        run = log_root / cfg.run_name if cfg.run_name else checkpoint.newest_run(log_root)
+        if not checkpoint.steps(run):
+            return None
+    found, passed_over = checkpoint.newest_valid(run)
+    for reason in passed_over:
+        print(f"resume: passed over a checkpoint: {reason}", file=sys.stderr)
+    if found is None:
+        raise ValueError(f"{run} has no valid checkpoint to resume from")
+    return found.resolve()
+
+
+def check(cfg: Config, world_size: int):
+    """Raises ValueError for values that cannot work, with the value, the bound and the nearest that does."""
+    positive = ("seq_len", "batch_size", "total_batch_tokens", "learning_rate", "num_gpus", "val_tokens")
+    for name in positive:
+        if not getattr(cfg, name) > 0 or math.isinf(getattr(cfg, name)):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be a number above 0"
+            )
+    every = ("val_every", "hellaswag_every", "sample_every", "checkpoint_every")
+    for name in (*every, "max_steps", "warmup_steps", "weight_decay", "grad_clip", "hellaswag_limit", "seed"):
+        if not getattr(cfg, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be 0 or more")
+    if not 0 <= cfg.min_lr_ratio <= 1:
+        raise ValueError(f"--min-lr-ratio is {cfg.min_lr_ratio}; it must be in [0, 1]")
+    micro_step = cfg.batch_size * cfg.seq_len * world_size
+    if cfg.total_batch_tokens % micro_step:
+        below = cfg.total_batch_tokens // micro_step * micro_step
+        near = " or ".join(f"{n}" for n in (below, below + micro_step) if n)
+        raise ValueError(
+            f"--total-batch-tokens {cfg.total_batch_tokens} is no multiple of the {micro_step} tokens of a "
+            f"micro-step (--batch-size {cfg.batch_size} x --seq-len {cfg.seq_len} x {world_size} processes); "
+            f"the nearest that are: {near}; or change --batch-size"
+        )
+    if cfg.run_name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", cfg.run_name):
+        raise ValueError(
+            f"--run-name is {cfg.run_name!r}; use letters, digits, '.', '_' and '-', beginning with a letter"
+        )
+
+
+def check_same(cfg: Config, data: str, state: dict):
+    """Raises ValueError where a resumed run would not be the run that was saved, and says in what."""
+    changed = [
+        f"--{name.replace('_', '-')} was {old!r}, is {getattr(cfg, name)!r}"
+        for name, old in state["config"].items()
+        if name not in FREE_TO_CHANGE and getattr(cfg, name) != old
+    ]
+    if data != state["data"]:
+        changed.append(f"the shards in {cfg.dataset_path} are not those of the checkpoint")
+    if changed and not cfg.override:
+        raise ValueError(
+            f"{cfg.resume} is of another run: {'; '.join(changed)}. To go on all the same: --override"
+        )
+
+
+# -----------------------------------------------------------------------------
+# processes, device, precision
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that torchrun started."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each value summed over all processes."""
+        if self.world_size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value, on every process."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+
+def start_process(cfg: Config) -> Process:
+    """Joins torchrun's process group, if torchrun started us, and picks the device."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" not in os.environ:
+        return Process(0, 1, checkpoint.pick_device(cfg.device))
+    device = checkpoint.pick_device(cfg.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    return Process(dist.get_rank(), world_size, device)
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The precision of matrix products that --dtype means, and why."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU has it"
+        return torch.float16, "this GPU has no bfloat16; gradients are scaled"
+    if device.type != "cpu":
+        return torch.float32, f"the safe choice on {device.type}"
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
+        times = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    ratio = seconds(torch.float32) / seconds(torch.bfloat16)
+    chosen = torch.bfloat16 if ratio > 1.5 else torch.float32
+    return chosen, f"bfloat16 products run at {ratio:.1f} times float32's speed on this CPU"
+
+
+def compiled(model: GPT, batch: torch.Tensor, autocast: torch.autocast) -> torch.nn.Module:
+    """torch.compile(model), tried on one batch (forward and backward); the model itself where that does not
+    work."""
+    fast = torch.compile(model)
+    begin = time.perf_counter()
+    try:
+        with autocast:
+            loss = fast(batch, batch)
+        loss.backward()
+    except Exception as error:  # whatever a missing or broken compiler raises
+        print(
+            f"torch.compile does not work here ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "training goes on without it"
+        )
+        torch._dynamo.reset()
+        fast = model
+    else:
+        print(f"compiled in {time.perf_counter() - begin:.0f} s")
+    model.zero_grad(set_to_none=True)
+    return fast  # type: ignore[return-value]
+
+
+# -----------------------------------------------------------------------------
+# optimizer and schedule
+
+
+def make_optimizers(cfg: Config, model: GPT) -> list[torch.optim.Optimizer]:
+    """AdamW with betas (0.9, 0.95) and eps 1e-8 (GPT-3: Brown et al., 2020, appendix B) and, if asked, Muon
+    (Jordan et al., 2024) for the matrices inside the blocks, its update scaled to AdamW's size (Liu et al.,
+    2025).
+
+    Weight decay is for matrices and embeddings, not for biases and LayerNorm.
+    """
+    named = list(model.named_parameters())
+    hidden = [p for name, p in named if ".h." in name and p.dim() == 2] if cfg.optimizer == "muon" else []
+    rest = [p for _, p in named if not any(p is h for h in hidden)]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    ]
+    if hidden:
+        muon = torch.optim.Muon(
+            hidden, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        optimizers.append(muon)
+    return optimizers
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """Linear warm-up to the peak, then a cosine down to min_lr_ratio of it at max_steps (GPT-3, appendix
+    B)."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    progress = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.learning_rate * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * cosine)
+
+
+# -----------------------------------------------------------------------------
+# periodic jobs
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, reader: shards.ShardReader, cfg: Config, process: Process) -> float:
+    """Mean loss, nats a token, over the first val_tokens of the validation split: the same tokens whatever
+    the number of processes and the batch size."""
+    windows = range(min(reader.num_windows, max(1, cfg.val_tokens // cfg.seq_len)))
+    mine, total = windows[process.rank :: process.world_size], 0.0
+    for begin in range(0, len(mine), cfg.batch_size):
+        x, y = (t.to(process.device) for t in reader.read(list(mine[begin : begin + cfg.batch_size])))
+        total += model(x, y).item() * x.size(0)
+    (total,) = process.sum([total])
+    return total / len(windows)
+
+
+def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
+    """Four continuations of the sample prompt, drawn with a generator of their own."""
+    ids = torch.tensor([tokenizer.encode(cfg.sample_prompt)] * 4, device=device)
+    generator = torch.Generator(device=device).manual_seed(cfg.seed + step)
+    for row in model.generate(ids, 48, top_k=50, generator=generator).tolist():
+        end = row.index(tokenizer.END_OF_TEXT) if tokenizer.END_OF_TEXT in row else len(row)
+        print(f"  sample | {tokenizer.decode(row[:end])!r}")
+
+
+class RunLog:
+    """log.txt, a line a fact: `<step> <stream> <value>`. Only rank 0 writes."""
+
+    def __init__(self, folder: Path, rank: int, resumed_step: int | None):
+        self.file = None
+        if rank:
+            return
+        path = folder / "log.txt"
+        if resumed_step is not None and path.exists():
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if len(line.split()) == 3]
+            kept = "".join(f"{line}\n" for line in lines if self.is_before(line, resumed_step))
+            shards.write_atomically(path, lambda f: f.write(kept.encode("utf-8")))
+        self.file = open(path, "a", encoding="utf-8")
+
+    @staticmethod
+    def is_before(line: str, checkpoint_step: int) -> bool:
+        """Whether a line was written before the checkpoint: in a step, evaluations are, training is not."""
+        step, stream, _ = line.split()
+        return int(step) < checkpoint_step or (int(step) == checkpoint_step and stream in ("val", "hella"))
+
+    def write(self, step: int, **values: float):
+        if self.file:
+            self.file.writelines(f"{step} {stream} {value:.6g}\n" for stream, value in values.items())
+            self.file.flush()
+
+
+# -----------------------------------------------------------------------------
+# before the first step and after the last
+
+
+def find_data(dataset_path: str, process: Process) -> Path:
+    """The folder of shards, relative to here or to this script; the demo's are made if missing."""
+    data = Path(dataset_path)
+    data = data if data.exists() or data.is_absolute() else ROOT / data
+    if process.rank == 0 and data.name == "pydocs" and not (data / shards.MANIFEST).exists():
+        command = [sys.executable, str(ROOT / "fineweb.py"), "--source", "pydocs", "--out-dir", str(data)]
+        print(f"making shards from the documentation of the installed Python packages: {' '.join(command)}")
+        subprocess.run(command, check=True)
+    process.agree(None)  # the other processes wait for it
+    return data
+
+
+def build_model(cfg: Config) -> GPT:
+    """The network that the flags describe, on the CPU, initialised from the seed or from --init-from."""
+    if cfg.init_from:
+        model, source = checkpoint.load_model(cfg.init_from, "cpu", cfg.dropout)
+        if cfg.seq_len > model.config.block_size:
+            raise ValueError(
+                f"--seq-len {cfg.seq_len} is longer than the {model.config.block_size} of {source}"
+            )
+        return model
+    shape = {k: v for k in ("n_layer", "n_head", "n_embd") if (v := getattr(cfg, k)) is not None}
+    torch.manual_seed(cfg.seed)
+    return GPT(GPTConfig.named(cfg.model_size, block_size=cfg.seq_len, dropout=cfg.dropout, **shape))
+
+
+def open_run(cfg: Config, config: GPTConfig, process: Process) -> tuple[Path, dict]:
+    """Makes the run's folder, or finds the resumed one's; returns it and the settings as they are saved."""
+    name = cfg.run_name or f"gpt2-{config.num_params / 1e6:.0f}M_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    run = (Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT) / process.agree(name)
+    settings = dataclasses.asdict(cfg) | {"run_name": run.name, "resume": "", "override": False}
+    if process.rank == 0:
+        if not cfg.resume and run.exists() and any(run.iterdir()):
+            raise ValueError(f"{run} exists: go on with it (--resume {run}) or choose another --run-name")
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    return run, settings
+
+
+def finish(run: Path, last_checkpoint: Path | None):
+    """Draws the run's curves and says what to do next."""
+    subprocess.run([sys.executable, str(ROOT / "plot.py"), str(run)], stdout=subprocess.DEVNULL, check=False)
+    here = Path(os.path.relpath(run))
+    print(f"\nDone. The log is in {here}/log.txt, the curves are in {here}/loss.png.")
+    if last_checkpoint:
+        model = Path(os.path.relpath(last_checkpoint))
+        print("What next:")
+        print(f'  python generate.py --model {model} --prompt "This function returns"')
+        print(f"  python hellaswag.py --model {model} --limit 1000")
+        print(f"  python plot.py {here} --out loss.png")
+
+
+def main(cfg: Config) -> Path:
+    """Trains as cfg says; returns the run's folder."""
+    torch.set_float32_matmul_precision("high")  # TF32 on the GPUs that have it
+    process = start_process(cfg)
+    rank, world_size, device = process.rank, process.world_size, process.device
+    check(cfg, world_size)
+
+    def say(text: str):
+        if rank == 0:
+            print(text, flush=True)
+
+    # ---- data
+    data = find_data(cfg.dataset_path, process)
+    train_data = shards.ShardReader(data, "train", cfg.seq_len, cfg.seed)
+    val_data = shards.ShardReader(data, "val", cfg.seq_len, cfg.seed) if cfg.val_every else None
+    data_fingerprint = shards.fingerprint(data)
+    sequences = cfg.total_batch_tokens // cfg.seq_len  # a step
+    accumulation = sequences // (cfg.batch_size * world_size)  # micro-steps a step
+
+    # ---- model, optimizers and, where a run goes on, their state
+    raw_model = build_model(cfg)
+    config = raw_model.config
+    resumed: dict = {}
+    saved = None
+    if cfg.resume:
+        saved = checkpoint.load(Path(cfg.resume), config)
+        resumed = saved.state
+        check_same(cfg, data_fingerprint, resumed)
+        raw_model.load_state_dict(saved.weights)
+    raw_model.to(device)
+    wanted_dtype = resumed.get("dtype", "auto") if cfg.dtype == "auto" else cfg.dtype
+    dtype, why = process.agree(pick_dtype(wanted_dtype, device))
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    optimizers = make_optimizers(cfg, raw_model)
+    if saved:
+        load_optimizers(raw_model, optimizers, saved.optimizer)
+        scaler.load_state_dict(resumed["scaler"])
+    run, settings = open_run(cfg, config, process)
+    log = RunLog(run, rank, resumed.get("step"))
+
+    # ---- header
+    entropy = val_data.unigram_entropy(cfg.val_tokens) if val_data else math.nan
+    epochs = cfg.max_steps * sequences / train_data.num_windows
+    say(f"model  GPT-2, {config.num_params:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
+        f"{config.n_embd} channels, {config.block_size} positions; {cfg.optimizer}")  # fmt: skip
+    say(f"data   {data}: {train_data.num_tokens:,} training tokens, {epochs:.2f} epochs")
+    say(f"batch  {cfg.total_batch_tokens:,} tokens = {cfg.batch_size} sequences x {cfg.seq_len} tokens x "
+        f"{world_size} processes x {accumulation} micro-steps")  # fmt: skip
+    say(f"device {device}, {str(dtype).removeprefix('torch.')} ({why})")
+    if val_data:
+        say(f"loss   {math.log(config.vocab_size):.2f} if all tokens were alike, {entropy:.2f} if a model "
+            "knows only how frequent each is (the validation split's unigram entropy)")  # fmt: skip
+    say(f"run    {run}" + (f", resumed at step {resumed['step']}" if resumed else ""))
+
+    # ---- what wraps the model; evaluation and checkpoints use raw_model
+    model: torch.nn.Module = raw_model
+    if cfg.compile:
+        model = compiled(raw_model, train_data.batch(0, 0, cfg.batch_size, sequences)[0].to(device), autocast)
+    if world_size > 1:
+        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    hellaswag_items = []
+    if cfg.hellaswag_every:
+        try:
+            hellaswag_items = hellaswag.load_items("", cfg.hellaswag_limit)
+        except OSError as error:
+            say(f"HellaSwag is left out: {error}")
+    peak_flops = (
+        next((flops for name, flops in PEAK_FLOPS.items() if name in device_name(device)), 0) * world_size
+    )
+
+    # ---- the loop: max_steps + 1 times, the last only evaluates and saves
+    first_step, last_checkpoint = resumed.get("step", 0), Path(cfg.resume) if cfg.resume else None
+    best_val_loss = resumed.get("best_val_loss", math.inf)
+    train_seconds = 0.0
+    for step in range(first_step, cfg.max_steps + 1):
+        # A resumed step was evaluated before its checkpoint was saved.
+        due = {} if resumed and step == first_step else jobs_due(step, cfg)
+        raw_model.eval()
+        if val_data and due.get("val"):
+            with autocast:
+                val_loss = validation_loss(raw_model, val_data, cfg, process)
+            best_val_loss = min(best_val_loss, val_loss)
+            log.write(step, val=val_loss)
+            say(f"step {step:>6} | validation loss {val_loss:.4f} (unigram entropy {entropy:.2f})")
+        if hellaswag_items and due.get("hellaswag"):
+            with autocast:
+                scores = hellaswag.evaluate(raw_model, hellaswag_items, protocols=("completion",))
+            acc = scores["completion"]["acc_norm"]
+            log.write(step, hella=acc)
+            say(f"step {step:>6} | HellaSwag acc_norm {acc:.2%} of {scores['n']:,} items")
+        if due.get("sample") and rank == 0:
+            with autocast:
+                print_samples(raw_model, cfg, step, device)
+        if due.get("checkpoint"):
+            begin = time.perf_counter()
+            state = {
+                "config": settings,
+                "data": data_fingerprint,
+                "dtype": str(dtype).removeprefix("torch."),
+                "scaler": scaler.state_dict(),
+                "best_val_loss": best_val_loss,
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            }
+            last_checkpoint = save_checkpoint(run, step, raw_model, optimizers, rank, state)
+            say(f"step {step:>6} | saved {last_checkpoint} in {time.perf_counter() - begin:.1f} s")
+        if step == cfg.max_steps:
+            break
+
+        begin = time.perf_counter()
+        model.train()
+        torch.manual_seed(
+            cfg.seed * 2**40 + step * 2**12 + rank
+        )  # dropout depends on the step, not on the past
+        lr = learning_rate(step, cfg)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        train_loss = torch.zeros((), device=device)
+        for micro_step in range(accumulation):
+            x, y = train_data.batch(step, micro_step, cfg.batch_size, sequences, rank, world_size)
+            if isinstance(
+                model, DistributedDataParallel
+            ):  # gradients are exchanged once, in the last backward
+                model.require_backward_grad_sync = micro_step == accumulation - 1
+            with autocast:
+                loss = model(x.to(device), y.to(device))
+            loss = (
+                loss / accumulation
+            )  # backward adds gradients up; the step wants their mean over micro-steps
+            train_loss += loss.detach()
+            scaler.scale(loss).backward()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss_value = process.sum([train_loss.item()])[0] / world_size  # .item() waits for the device
+        seconds = time.perf_counter() - begin
+
+        train_seconds += seconds
+        left = train_seconds / (step - first_step + 1) * (cfg.max_steps - step - 1)
+        toks = cfg.total_batch_tokens / seconds
+        mfu = f" | mfu {toks * config.flops_per_token / peak_flops:5.1%}" if peak_flops else ""
+        log.write(step, train=loss_value, lr=lr, norm=norm.item(), toks=toks)
+        say(
+            f"step {step:>6} | loss {loss_value:7.4f} | lr {lr:.2e} | norm {norm:7.3f} | "
+            f"{1000 * seconds:8.1f} ms | {toks:9,.0f} tok/s{mfu} | {format_seconds(left)} left"
+        )
+
+    if rank == 0:
+        finish(run, last_checkpoint)
+    if world_size > 1:
+        dist.destroy_process_group()
+    return run
+
+
+def jobs_due(step: int, cfg: Config) -> dict[str, bool]:
+    """Which periodic jobs a step begins with: those whose interval divides it; at the end, all of them."""
+
+    def due(every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == cfg.max_steps)
+
+    return {
+        "val": due(cfg.val_every),
+        "hellaswag": due(cfg.hellaswag_every),
+        "sample": due(cfg.sample_every),
+        "checkpoint": due(cfg.checkpoint_every) and step > 0,
+    }
+
+
+def save_checkpoint(
+    run: Path, step: int, model: GPT, optimizers: list[torch.optim.Optimizer], rank: int, state: dict
+) -> Path | None:
+    """Every rank takes part in gathering the tensors; rank 0 writes, and returns the checkpoint's folder."""
+    weights, optimizer = get_state_dict(model, optimizers, options=WHOLE)
+    if rank:
+        return None
+    rows = model.config.vocab_size  # the padding of the vocabulary stays out of checkpoints
+    tensors = {
+        f"{name}/{key}": value[:rows].clone() if "wte" in name and value.dim() == 2 else value
+        for name, values in optimizer["state"].items()
+        for key, value in values.items()
+    }
+    return checkpoint.save(run, step, model.config, weights, tensors, state, tokenizer.hf_files())
+
+
+def load_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]):
+    """Puts the tensors of `save_checkpoint` back; all else about the optimizers comes from the flags."""
+    _, state_dict = get_state_dict(model, optimizers, options=WHOLE)
+    padding = (0, 0, 0, model.config.padded_vocab_size - model.config.vocab_size)
+    for name, values in state_dict["state"].items():
+        for key in values:
+            saved = tensors[f"{name}/{key}"]
+            is_padded = "wte" in name and saved.dim() == 2
+            values[key] = torch.nn.functional.pad(saved, padding) if is_padded else saved
+    set_optimizer_state_dict(model, optimizers, state_dict, options=WHOLE)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    return f"{hours}h{minutes % 60:02d}m" if hours else f"{minutes}m{int(seconds % 60):02d}s"
+
+
+if __name__ == "__main__":
+    try:
+        cfg = parse_args(sys.argv[1:])
+        if cfg.num_gpus > 1 and "RANK" not in os.environ:
+            torchrun(["--standalone", f"--nproc-per-node={cfg.num_gpus}", __file__, *sys.argv[1:]])
+        else:
+            main(cfg)
+    except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train_gpt2.py: {error}", file=sys.stderr)
+        sys.exit(2)
