@@ -17,6 +17,7 @@ import random
 import re
 import sys
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -128,7 +129,7 @@ def local_documents(files: list[Path], text_field: str) -> Iterator[str]:
                     where = f"{path}, line {number}"
                     if line.strip():
                         yield text_of(json.loads(line), text_field)
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, RecursionError, OSError, EOFError, zlib.error) as error:
                 raise ValueError(f"{where}: {error}") from error
 
 
@@ -141,14 +142,21 @@ def text_of(row: dict, text_field: str) -> str:
 
 
 def parquet_documents(path: Path, text_field: str) -> Iterator[str]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(path)
+    try:
+        file = pq.ParquetFile(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
     if text_field not in file.schema_arrow.names:
         raise ValueError(
             f"{path} has no column {text_field!r}; it has {', '.join(file.schema_arrow.names)} "
             "(choose with --text-field)"
         )
+    kind = file.schema_arrow.field(text_field).type
+    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
+        raise ValueError(f"{path}: column {text_field!r} is {kind}, not text (choose with --text-field)")
     for batch in file.iter_batches(batch_size=1000, columns=[text_field]):
         yield from (text or "" for text in batch.column(0).to_pylist())
 
@@ -203,7 +211,7 @@ def prose_paragraphs(docstring: str) -> Iterator[str]:
     for paragraph in re.split(r"\n\s*\n", docstring):
         lines = paragraph.strip("\n").split("\n")
         indents = {len(line) - len(line.lstrip()) for line in lines[1:]}
-        text = " ".join(line.strip() for line in lines)
+        text = " ".join(line.strip() for line in lines).strip()
         letters = sum(c.isalpha() or c == " " for c in text)
         if (
             len(indents) <= 1
@@ -254,11 +262,15 @@ def inspect(folder: Path):
 
 def prepare(cfg: Config) -> Path:
     """Writes the data set that cfg describes, unless it is already there; returns its folder."""
+    if cfg.workers < 0:
+        raise ValueError(f"--workers is {cfg.workers}; it must be 0 (all cores) or more")
     fields = ("source", "config", "split", "text_field", "shard_tokens", "val_tokens")
     request = {name: getattr(cfg, name) for name in fields}
     try:
         existing = shards.read_manifest(cfg.folder)
-    except ValueError as error:
+        for shard in existing["shards"] if existing else []:
+            shards.open_shard(cfg.folder / shard["file"], shard["tokens"])
+    except (ValueError, FileNotFoundError) as error:
         print(f"starting again: {error}")
         existing = None
     if existing:
@@ -297,6 +309,6 @@ def main(cfg: Config):
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # OSError: also what the Hub's client raises
         print(f"fineweb.py: {error}", file=sys.stderr)
         sys.exit(2)

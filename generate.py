@@ -99,11 +99,7 @@ def sample_texts(model: GPT, ids: list[int], cfg: Config) -> list[str]:
     rows = model.generate(torch.tensor([ids] * cfg.num_samples, device=device), **options(cfg, device))[
         :, len(ids) :
     ]
-    texts = []
-    for row in rows.tolist():
-        end = row.index(tokenizer.END_OF_TEXT) if tokenizer.END_OF_TEXT in row else len(row)
-        texts.append(tokenizer.decode(row[:end]))
-    return texts
+    return [tokenizer.decode_until_end(row) for row in rows.tolist()]
 
 
 def converse(model: GPT, cfg: Config):

@@ -81,9 +81,15 @@ class ShardWriter:
             "shards": [],
         }
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.iterdir():  # what an interrupted run left
-            if SHARD_NAME.fullmatch(old.name) or old.name.endswith(".tmp"):
-                old.unlink()
+        ours = re.compile(rf"\.?{re.escape(name)}_(train|val)_\d+\.npy(\.tmp)?")
+        left = [old for old in folder.iterdir() if ours.fullmatch(old.name)]
+        if left and not (folder / MANIFEST).is_file():  # ours is written before the first shard
+            raise ValueError(
+                f"{folder} holds shards without a {MANIFEST}, such as {left[0].name}; "
+                "choose another --name or --out-dir"
+            )
+        for old in left:  # what an interrupted run left
+            old.unlink()
         self._write_manifest()
 
     @property
@@ -153,11 +159,13 @@ def read_manifest(folder: Path) -> dict | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         entries = [(s["file"], s["split"], s["tokens"], s["sha256"]) for s in manifest["shards"]]
         complete, version = manifest["complete"], manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(list(map(type, entry)) == [str, str, int, str] for entry in entries):
+            raise ValueError("a shard's file, split, tokens or sha256 has the wrong type")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); make the shards again with fineweb.py") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format {version}; this code reads format {FORMAT_VERSION}")
-    if not complete:
+    if complete is not True:
         raise ValueError(f"{path} is incomplete: its fineweb.py run did not end; run the same command again")
     for file, *_ in entries:
         if Path(file).name != file or not SHARD_NAME.fullmatch(file):
@@ -204,8 +212,8 @@ def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
         ids = np.memmap(path, dtype="<u2", mode="r", offset=BIN_HEADER_BYTES, shape=(int(header[2]),))
     else:
         try:
-            ids = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+            ids = np.lib.format.open_memmap(path, mode="r")  # np.load would also open archives and pickles
+        except Exception as error:  # NumPy's header parser raises SyntaxError, TokenError, OverflowError, ...
             raise ValueError(f"{path} is not a whole .npy file of numbers: {error}") from error
         if ids.ndim != 1 or ids.dtype != np.uint16:
             raise ValueError(

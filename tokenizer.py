@@ -119,6 +119,11 @@ def decode(ids) -> str:
     return decode_bytes(ids).decode("utf-8", errors="replace")
 
 
+def decode_until_end(ids: list[int]) -> str:
+    """The text before the first <|endoftext|>, or all of it where there is none."""
+    return decode(ids[: ids.index(END_OF_TEXT)] if END_OF_TEXT in ids else ids)
+
+
 def decode_bytes(ids) -> bytes:
     """Ids to the exact bytes they stand for."""
     ids = [int(id) for id in ids]

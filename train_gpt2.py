@@ -30,7 +30,13 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.distributed as dist
 import tyro
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 from torch.nn.parallel import DistributedDataParallel
 
@@ -101,8 +107,8 @@ class Config:
     log_dir: str = ""
     """Where run folders go; by default log/ beside this script."""
     resume: str = ""
-    """Go on with a run: its folder or one of its checkpoints; without a value, --run-name's or the newest
-    run."""
+    """Go on with a run: its folder or one of its checkpoints; without a value, the newest run, or
+    --run-name's (which begins if it has no checkpoint yet, so that a job can be requeued as it is)."""
     override: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """With --resume: accept settings or data that differ from those of the checkpoint."""
     # periodic jobs: every so many steps and at the end; 0 for never
@@ -147,20 +153,10 @@ PRESETS = {
 
 # What a resumed run may change without changing what it learns.
 FREE_TO_CHANGE = {
-    *(
-        "batch_size",
-        "max_steps",
-        "device",
-        "compile",
-        "num_gpus",
-        "run_name",
-        "log_dir",
-        "resume",
-        "override",
-    ),
-    *("val_every", "val_tokens", "hellaswag_every", "hellaswag_limit", "sample_every", "sample_prompt"),
-    *("checkpoint_every", "dataset_path", "init_from"),
-}
+    "batch_size", "max_steps", "device", "compile", "num_gpus", "dataset_path", "init_from",
+    "run_name", "log_dir", "resume", "override", "val_every", "val_tokens", "hellaswag_every",
+    "hellaswag_limit", "sample_every", "sample_prompt", "checkpoint_every",
+}  # fmt: skip
 
 # Peak dense bf16 (T4, V100: fp16) FLOP/s, from NVIDIA's data sheets, for MFU; longer names first.
 PEAK_FLOPS = {
@@ -177,28 +173,31 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # configuration
 
 
-def parse_args(argv: list[str]) -> Config:
-    """The configuration of a command line: flags over a preset's values, or over those of the resumed run."""
+def read_flags(argv: list[str], base: Config | None = None) -> Config:
+    """A command line as a configuration: flags over base, or else over the preset it begins with."""
     argv = list(argv)
     preset = argv.pop(0) if argv and argv[0] in PRESETS else "gpt2"
-    for i, word in enumerate(argv):  # --resume alone: the newest
+    for i, word in enumerate(argv):  # --resume without a value
         if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
             argv.insert(i + 1, "newest")
     description = f"{__doc__}\nThe first word may be a preset, {' or '.join(PRESETS)} (by default gpt2)."
-    cfg = tyro.cli(Config, args=argv, default=PRESETS[preset], description=description)
+    return tyro.cli(Config, args=argv, default=base or PRESETS[preset], description=description)
+
+
+def parse_args(argv: list[str]) -> Config:
+    """The configuration a command line means; a resumed run starts from what it was saved with."""
+    cfg = read_flags(argv)
     found = find_checkpoint(cfg) if cfg.resume else None
     if found is None:
-        return dataclasses.replace(cfg, resume="")
-    saved = Config(**checkpoint.verify(found)["config"])
-    cfg = tyro.cli(Config, args=argv, default=saved, description=description)
+        return cfg
+    cfg = read_flags(argv, Config(**checkpoint.verify(found)["config"]))
     return dataclasses.replace(
         cfg, resume=str(found), run_name=found.parent.name, log_dir=str(found.parent.parent)
     )
 
 
 def find_checkpoint(cfg: Config) -> Path | None:
-    """The checkpoint that --resume means; None where --run-name names a run without any, which starts
-    afresh."""
+    """The checkpoint that --resume means; None where --run-name names a run that has none yet."""
     log_root = Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT
     if cfg.resume != "newest":
         run = Path(cfg.resume)
@@ -276,13 +275,13 @@ class Process:
     world_size: int
     device: torch.device
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Each value summed over all processes."""
+    def sum(self, value: float) -> float:
+        """The value summed over all processes."""
         if self.world_size == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return total.tolist()
+        return total.item()
 
     def agree(self, value: Any) -> Any:
         """Rank 0's value, on every process."""
@@ -332,26 +331,23 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return chosen, f"bfloat16 products run at {ratio:.1f} times float32's speed on this CPU"
 
 
-def compiled(model: GPT, batch: torch.Tensor, autocast: torch.autocast) -> torch.nn.Module:
-    """torch.compile(model), tried on one batch (forward and backward); the model itself where that does not
-    work."""
-    fast = torch.compile(model)
+def compiled(model: GPT, batch: torch.Tensor, autocast: torch.autocast) -> tuple[torch.nn.Module, str]:
+    """torch.compile(model), tried on one batch, or the model itself where that fails; and what to say."""
+    fast = torch.compile(model.train())
     begin = time.perf_counter()
     try:
         with autocast:
             loss = fast(batch, batch)
         loss.backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a missing or broken compiler raises
-        print(
-            f"torch.compile does not work here ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "training goes on without it"
-        )
         torch._dynamo.reset()
-        fast = model
-    else:
-        print(f"compiled in {time.perf_counter() - begin:.0f} s")
-    model.zero_grad(set_to_none=True)
-    return fast  # type: ignore[return-value]
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return model, f"torch.compile does not work here ({reason}); training goes on without it"
+    finally:
+        model.zero_grad(set_to_none=True)
+    return fast, f"compiled in {time.perf_counter() - begin:.0f} s"  # type: ignore[return-value]
 
 
 # -----------------------------------------------------------------------------
@@ -406,17 +402,16 @@ def validation_loss(model: GPT, reader: shards.ShardReader, cfg: Config, process
     for begin in range(0, len(mine), cfg.batch_size):
         x, y = (t.to(process.device) for t in reader.read(list(mine[begin : begin + cfg.batch_size])))
         total += model(x, y).item() * x.size(0)
-    (total,) = process.sum([total])
-    return total / len(windows)
+    return process.sum(total) / len(windows)
 
 
 def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
     """Four continuations of the sample prompt, drawn with a generator of their own."""
-    ids = torch.tensor([tokenizer.encode(cfg.sample_prompt)] * 4, device=device)
+    ids = tokenizer.encode(cfg.sample_prompt) or [tokenizer.END_OF_TEXT]
     generator = torch.Generator(device=device).manual_seed(cfg.seed + step)
-    for row in model.generate(ids, 48, top_k=50, generator=generator).tolist():
-        end = row.index(tokenizer.END_OF_TEXT) if tokenizer.END_OF_TEXT in row else len(row)
-        print(f"  sample | {tokenizer.decode(row[:end])!r}")
+    rows = model.generate(torch.tensor([ids] * 4, device=device), 48, top_k=50, generator=generator)
+    for row in rows[:, len(ids) :].tolist():
+        print(f"  sample | {cfg.sample_prompt + tokenizer.decode_until_end(row)!r}")
 
 
 class RunLog:
@@ -431,7 +426,7 @@ class RunLog:
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if len(line.split()) == 3]
             kept = "".join(f"{line}\n" for line in lines if self.is_before(line, resumed_step))
             shards.write_atomically(path, lambda f: f.write(kept.encode("utf-8")))
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = open(path, "w" if resumed_step is None else "a", encoding="utf-8")
 
     @staticmethod
     def is_before(line: str, checkpoint_step: int) -> bool:
@@ -488,15 +483,19 @@ def open_run(cfg: Config, config: GPTConfig, process: Process) -> tuple[Path, di
     return run, settings
 
 
-def finish(run: Path, last_checkpoint: Path | None):
+def finish(cfg: Config, run: Path, last_checkpoint: Path | None):
     """Draws the run's curves and says what to do next."""
-    subprocess.run([sys.executable, str(ROOT / "plot.py"), str(run)], stdout=subprocess.DEVNULL, check=False)
     here = Path(os.path.relpath(run))
-    print(f"\nDone. The log is in {here}/log.txt, the curves are in {here}/loss.png.")
+    print(f"\nDone. The log is in {here}/log.txt.")
+    if cfg.val_every:
+        subprocess.run(
+            [sys.executable, str(ROOT / "plot.py"), str(run)], stdout=subprocess.DEVNULL, check=False
+        )
+        print(f"The curves are in {here}/loss.png.")
     if last_checkpoint:
         model = Path(os.path.relpath(last_checkpoint))
         print("What next:")
-        print(f'  python generate.py --model {model} --prompt "This function returns"')
+        print(f'  python generate.py --model {model} --prompt "{cfg.sample_prompt}"')
         print(f"  python hellaswag.py --model {model} --limit 1000")
         print(f"  python plot.py {here} --out loss.png")
 
@@ -525,7 +524,7 @@ def main(cfg: Config) -> Path:
     config = raw_model.config
     resumed: dict = {}
     saved = None
-    if cfg.resume:
+    if cfg.resume not in ("", "newest"):
         saved = checkpoint.load(Path(cfg.resume), config)
         resumed = saved.state
         check_same(cfg, data_fingerprint, resumed)
@@ -559,7 +558,9 @@ def main(cfg: Config) -> Path:
     # ---- what wraps the model; evaluation and checkpoints use raw_model
     model: torch.nn.Module = raw_model
     if cfg.compile:
-        model = compiled(raw_model, train_data.batch(0, 0, cfg.batch_size, sequences)[0].to(device), autocast)
+        example, _ = train_data.batch(0, 0, cfg.batch_size, sequences)
+        model, outcome = compiled(raw_model, example.to(device), autocast)
+        say(outcome)
     if world_size > 1:
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     hellaswag_items = []
@@ -573,7 +574,7 @@ def main(cfg: Config) -> Path:
     )
 
     # ---- the loop: max_steps + 1 times, the last only evaluates and saves
-    first_step, last_checkpoint = resumed.get("step", 0), Path(cfg.resume) if cfg.resume else None
+    first_step, last_checkpoint = resumed.get("step", 0), saved.folder if saved else None
     best_val_loss = resumed.get("best_val_loss", math.inf)
     train_seconds = 0.0
     for step in range(first_step, cfg.max_steps + 1):
@@ -612,9 +613,8 @@ def main(cfg: Config) -> Path:
 
         begin = time.perf_counter()
         model.train()
-        torch.manual_seed(
-            cfg.seed * 2**40 + step * 2**12 + rank
-        )  # dropout depends on the step, not on the past
+        # Dropout is drawn from the step's own seed, not from what was drawn before.
+        torch.manual_seed((cfg.seed * 2**40 + step * 2**12 + rank) % 2**63)
         lr = learning_rate(step, cfg)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -641,7 +641,7 @@ def main(cfg: Config) -> Path:
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss_value = process.sum([train_loss.item()])[0] / world_size  # .item() waits for the device
+        loss_value = process.sum(train_loss.item()) / world_size  # .item() waits for the device
         seconds = time.perf_counter() - begin
 
         train_seconds += seconds
@@ -655,7 +655,7 @@ def main(cfg: Config) -> Path:
         )
 
     if rank == 0:
-        finish(run, last_checkpoint)
+        finish(cfg, run, last_checkpoint)
     if world_size > 1:
         dist.destroy_process_group()
     return run
@@ -693,7 +693,7 @@ def save_checkpoint(
 
 def load_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]):
     """Puts the tensors of `save_checkpoint` back; all else about the optimizers comes from the flags."""
-    _, state_dict = get_state_dict(model, optimizers, options=WHOLE)
+    state_dict = get_optimizer_state_dict(model, optimizers)
     padding = (0, 0, 0, model.config.padded_vocab_size - model.config.vocab_size)
     for name, values in state_dict["state"].items():
         for key in values:
@@ -716,9 +716,12 @@ if __name__ == "__main__":
     try:
         cfg = parse_args(sys.argv[1:])
         if cfg.num_gpus > 1 and "RANK" not in os.environ:
+            check(cfg, cfg.num_gpus)
             torchrun(["--standalone", f"--nproc-per-node={cfg.num_gpus}", __file__, *sys.argv[1:]])
         else:
             main(cfg)
+    except ChildFailedError as error:  # the processes have said why
+        sys.exit(max(1, error.get_first_failure()[1].exitcode))
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt2.py: {error}", file=sys.stderr)

@@ -22,8 +22,8 @@ def random_model(seed: int = 0, **shape) -> GPT:
     model = GPT(GPTConfig(**{**small, **shape})).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
-            p += 0.3 * torch.randn(p.shape, generator=generator)
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if ".ln_" in name else 0.0, 0.3, generator=generator)
         model.wte.weight[model.config.vocab_size :] = 0.0
     return model
 

@@ -1,0 +1,400 @@
+"""checkpoint.py: what is saved comes back, what is damaged is refused by name, nothing stays half-written."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, VOCAB_SIZE, random_model, save_checkpoint
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+import checkpoint
+import tokenizer
+
+FILES = [
+    "model.safetensors",
+    "optimizer.safetensors",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "state.json",
+]
+
+
+def save(run: Path, step: int, files: dict | None = None, **state) -> Path:
+    """A checkpoint whose every file but the configurations differs from step to step."""
+    model = random_model(seed=step)
+    optimizer = {
+        "state.wte.exp_avg": torch.full((3, 2), float(step)),
+        "state.wte.step": torch.tensor(float(step)),
+    }
+    files = {"tokenizer.json": "{}", "tokenizer_config.json": "{}"} if files is None else files
+    return checkpoint.save(run, step, model.config, model.state_dict(), optimizer, state, files)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run with whole checkpoints of the steps 1 and 2."""
+    for step in (1, 2):
+        save(tmp_path / "run", step)
+    return tmp_path / "run"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Round trip
+
+
+def test_weights_optimizer_and_state_come_back_bit_for_bit(tmp_path):
+    model = random_model()
+    optimizer = {
+        "state.a.exp_avg": torch.randn(5, 3),
+        "state.a.step": torch.tensor(7.0),
+        "state.b.momentum": torch.randn(4).bfloat16(),
+        "param_groups.count": torch.tensor([2**40, -1]),
+    }
+    state = {
+        "config": {"learning_rate": 6e-4, "run_name": "größer"},
+        "best": 0.1 + 0.2,
+        "scaler": {"scale": 65536.0},
+        "nothing": None,
+    }
+    files = {"tokenizer.json": '{"é": 1}', "vocab.txt": "zwei\nZeilen\n"}
+    folder = checkpoint.save(tmp_path, 250, model.config, model.state_dict(), optimizer, state, files)
+    assert folder == tmp_path / "step_000250"
+    loaded = checkpoint.load(folder, model.config)
+    assert loaded.folder == folder
+    for got, given in ((loaded.weights, model.state_dict()), (loaded.optimizer, optimizer)):
+        assert got.keys() == given.keys()
+        for name, value in given.items():
+            assert got[name].dtype == value.dtype and torch.equal(got[name], value), name
+    assert {key: loaded.state[key] for key in state} == state
+    assert loaded.state["step"] == 250
+    for name, text in files.items():
+        assert (folder / name).read_text(encoding="utf-8") == text
+    assert sorted([*loaded.state["files"], "state.json"]) == names(folder)
+
+
+def test_the_files_are_those_of_the_contract(run):
+    assert names(run / "step_000002") == sorted(FILES)
+
+
+def test_padding_rows_are_not_written(tmp_path):
+    model = random_model()
+    weights = load_file(save_checkpoint(tmp_path, model) / "model.safetensors")
+    assert model.config.padded_vocab_size == 384
+    assert weights["transformer.wte.weight"].shape == (300, 16)
+    assert torch.equal(weights["transformer.wte.weight"], model.wte.weight[:300])
+
+
+def test_transformers_loads_a_checkpoint_as_it_is(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = random_model(vocab_size=VOCAB_SIZE)
+    folder = save_checkpoint(tmp_path, model)
+    theirs, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+        folder, output_loading_info=True
+    )
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not set(info["missing_keys"]) - {"lm_head.weight"}
+    idx = torch.randint(VOCAB_SIZE, (2, 32), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(idx), theirs.eval()(idx).logits, rtol=0, atol=1e-4)
+    assert theirs.generation_config.eos_token_id == theirs.generation_config.pad_token_id == 50256
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    text = "Hello,  naïve world!\n\n日本語 🙂 it's 12345"
+    assert theirs(text)["input_ids"] == tokenizer.encode(text)
+    assert theirs.decode(tokenizer.encode(text)) == text
+    assert theirs.eos_token_id == theirs("<|endoftext|>")["input_ids"][0] == 50256
+
+
+# Damage
+
+
+def assert_refused(run: Path, name: str):
+    """Step 2 of the run is refused, by the damaged file's name; step 1 is taken, and it is said why."""
+    folder = run / "step_000002"
+    with pytest.raises(ValueError, match=re.escape(str(folder / name))):
+        checkpoint.verify(folder)
+    with pytest.raises(ValueError, match=re.escape(str(folder / name))):
+        checkpoint.load(folder, random_model().config)
+    found, why = checkpoint.newest_valid(run)
+    assert found == run / "step_000001"
+    assert len(why) == 1 and str(folder / name) in why[0]
+
+
+def test_whole_checkpoints_are_accepted_newest_first(run):
+    assert checkpoint.newest_valid(run) == (run / "step_000002", [])
+    assert checkpoint.verify(run / "step_000001")["step"] == 1
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_refused_by_name(run, name):
+    (run / "step_000002" / name).unlink()
+    assert_refused(run, name)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_a_truncated_file_is_refused_by_name(run, name, kept):
+    path = run / "step_000002" / name
+    os.truncate(path, int(path.stat().st_size * kept))
+    assert_refused(run, name)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("place", "bit"), [(0.0, 0), (0.2, 5), (0.5, 3), (0.8, 1), (0.9999, 6)])
+def test_a_flipped_bit_is_refused_by_name(run, name, place, bit):
+    path = run / "step_000002" / name
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * place)] ^= 1 << bit
+    path.write_bytes(data)
+    assert_refused(run, name)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_file_of_another_step_is_refused_by_name(run, name):
+    shutil.copy(run / "step_000001" / name, run / "step_000002" / name)
+    assert_refused(run, name)
+
+
+def test_a_whole_checkpoint_under_another_steps_name_is_refused(run):
+    shutil.rmtree(run / "step_000002")
+    shutil.copytree(run / "step_000001", run / "step_000002")
+    assert_refused(run, "state.json")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", "null", "7", '"x"', '{"sha256": "0", "files": {}}', "\0" * 64]
+)
+def test_a_state_that_is_not_a_state_is_refused_by_name(run, content):
+    (run / "step_000002" / "state.json").write_text(content, encoding="utf-8")
+    assert_refused(run, "state.json")
+
+
+def test_every_single_flipped_bit_of_the_state_is_noticed(run):
+    path = run / "step_000002" / "state.json"
+    data = path.read_bytes()
+    for position in range(0, len(data), 3):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"state\.json"):
+            checkpoint.verify(path.parent)
+
+
+def test_with_no_whole_checkpoint_each_is_named(run):
+    for step, name in ((1, "config.json"), (2, "model.safetensors")):
+        (run / f"step_{step:06d}" / name).unlink()
+    found, why = checkpoint.newest_valid(run)
+    assert found is None
+    assert "step_000002/model.safetensors" in why[0] and "step_000001/config.json" in why[1]
+    assert checkpoint.newest_valid(run / "nothing") == (None, [])
+
+
+# Only whole directories
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_is_replaced(run):
+    shutil.copytree(run / "step_000002", run / ".tmp_step_000003")
+    (run / ".tmp_step_000003" / "garbage").write_text("x", encoding="utf-8")
+    shutil.copytree(run / "step_000002", run / ".old_step_000004")
+    for other in ("step_3", "step_000003.tmp", "log.txt"):
+        (run / other).mkdir()
+    assert checkpoint.steps(run) == [run / "step_000001", run / "step_000002"]
+    folder = save(run, 3)
+    assert names(folder) == sorted(FILES)
+    assert not (run / ".tmp_step_000003").exists()
+    assert checkpoint.newest_valid(run) == (folder, [])
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    for step in (1_000_000, 999_999, 5):
+        save(tmp_path, step)
+    assert [path.name for path in checkpoint.steps(tmp_path)] == [
+        "step_000005",
+        "step_999999",
+        "step_1000000",
+    ]
+    assert checkpoint.newest_valid(tmp_path) == (tmp_path / "step_1000000", [])
+
+
+def test_saving_over_a_step_replaces_all_of_it(run):
+    save(run, 2, files={"extra.txt": "old"})
+    assert "tokenizer.json" not in names(run / "step_000002")
+    save(run, 2, best=1.5)
+    assert names(run) == ["step_000001", "step_000002"]
+    assert names(run / "step_000002") == sorted(FILES)
+    assert checkpoint.verify(run / "step_000002")["best"] == 1.5
+
+
+@pytest.mark.parametrize(
+    "broken", [dict(files={"late.txt": 5}), dict(unserialisable=object())], ids=["a file", "the state"]
+)
+def test_a_save_that_fails_leaves_nothing_and_harms_nothing(run, broken):
+    with pytest.raises(TypeError):
+        save(run, 3, **broken)
+    assert names(run) == ["step_000001", "step_000002"]
+    before = checkpoint.verify(run / "step_000002")
+    with pytest.raises(TypeError):
+        save(run, 2, **broken)
+    assert names(run) == ["step_000001", "step_000002"]
+    assert checkpoint.verify(run / "step_000002") == before
+
+
+def calls_by_patching(run: Path, monkeypatch) -> list[tuple[str, str]]:
+    """(call, path) of a save's fsyncs and renames, in order, noted on their way to the system."""
+    calls = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(descriptor):
+        calls.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        fsync(descriptor)
+
+    def noted_rename(source, target, **options):
+        calls.append(("rename", str(source)))
+        rename(source, target, **options)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    save(run, 1)
+    return calls
+
+
+def calls_by_strace(run: Path, monkeypatch) -> list[tuple[str, str]]:
+    """The same as the kernel saw them, and the writes, too."""
+    trace = run.parent / "trace"
+    code = f"from pathlib import Path; from test_checkpoint import save; save(Path({str(run)!r}), 1)"
+    watched = "trace=fsync,fdatasync,rename,renameat,renameat2,write,pwrite64"
+    command = ["strace", "-f", "--seccomp-bpf", "-y", "-s", "0", "-e", watched, "-o", str(trace)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, sys.executable, "-c", code], check=True, env=env, timeout=120)
+    calls = []
+    for line in trace.read_text(encoding="utf-8").splitlines():
+        match = re.search(rf'(sync|rename|write)\w*\(.*?({re.escape(str(run))}[^">]*)', line)
+        if match:
+            calls.append((match[1].replace("sync", "fsync"), match[2]))
+    return calls
+
+
+RECORDERS = [calls_by_patching] + ([calls_by_strace] if shutil.which("strace") else [])
+
+
+@pytest.mark.parametrize("calls_of_save", RECORDERS)
+def test_every_file_is_on_disk_before_the_rename_and_the_rename_before_the_end(
+    calls_of_save, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    calls = calls_of_save(run, monkeypatch)
+    temporary = run / ".tmp_step_000001"
+    assert calls.count(("rename", str(temporary))) == 1
+    rename = calls.index(("rename", str(temporary)))
+    before, after = calls[:rename], calls[rename:]
+    for path in [*(temporary / name for name in FILES), temporary]:
+        assert ("fsync", str(path)) in before, path
+        assert ("write", str(path)) not in calls[before.index(("fsync", str(path))) :], path
+    assert ("fsync", str(run)) in after
+
+
+# Nothing in a checkpoint runs
+
+
+class Canary:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "model.safetensors"])
+@pytest.mark.parametrize("resealed", [False, True])
+def test_a_pickle_in_place_of_tensors_is_not_run(run, name, resealed, tmp_path):
+    folder, canary = run / "step_000002", tmp_path / "canary"
+    (folder / name).write_bytes(pickle.dumps(Canary(canary)))
+    if resealed:  # by someone who knows how
+        body = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        del body["sha256"]
+        body["files"][name] = checkpoint.sha256_file(folder / name)
+        body["sha256"] = checkpoint.sha256_json(body)
+        (folder / "state.json").write_text(json.dumps(body), encoding="utf-8")
+    with pytest.raises((ValueError, SafetensorError)):
+        checkpoint.load(folder, random_model().config)
+    assert not canary.exists()
+    pickle.loads((folder / name).read_bytes())
+    assert canary.exists()  # it would have been
+
+
+# --model
+
+
+def test_a_model_is_loaded_from_a_checkpoint_or_from_its_run(run):
+    for name, folder in (
+        (run / "step_000001", run / "step_000001"),
+        (run, run / "step_000002"),
+    ):
+        model, source = checkpoint.load_model(str(name), "cpu")
+        assert source == str(folder)
+        assert not model.training
+        expected = random_model(seed=int(folder.name[-1]))
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
+
+
+def test_a_plain_hugging_face_directory_is_a_model_too(run, tmp_path):
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "plain").mkdir(exist_ok=True)
+        shutil.copy(run / "step_000002" / name, tmp_path / "plain" / name)
+    model, source = checkpoint.load_model(str(tmp_path / "plain"), "cpu")
+    assert source == str(tmp_path / "plain")
+    assert torch.equal(model.wte.weight, random_model(seed=2).wte.weight)
+
+
+def test_a_damaged_checkpoint_is_passed_over_in_a_run_and_refused_by_itself(run):
+    os.truncate(run / "step_000002" / "optimizer.safetensors", 9)
+    assert checkpoint.load_model(str(run), "cpu")[1] == str(run / "step_000001")
+    with pytest.raises(ValueError, match=r"step_000002/optimizer\.safetensors"):
+        checkpoint.load_model(str(run / "step_000002"), "cpu")
+    os.truncate(run / "step_000001" / "model.safetensors", 9)
+    with pytest.raises(
+        ValueError, match=r"step_000002/optimizer\.safetensors.*step_000001/model\.safetensors"
+    ):
+        checkpoint.load_model(str(run), "cpu")
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "some/where/else"])
+def test_a_name_that_is_nothing_is_refused_with_what_could_be_meant(name):
+    with pytest.raises(FileNotFoundError, match=f"{name}.*124M.*gpt2-xl.*org/name"):
+        checkpoint.load_model(name, "cpu")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
+        checkpoint.load_model(str(tmp_path), "cpu")
+
+
+def test_the_newest_run_is_the_one_with_the_youngest_checkpoint(tmp_path):
+    for name, age in (("b", 300), ("a", 100), ("c", 200)):
+        os.utime(save(tmp_path / name, 1), (10**9 - age, 10**9 - age))
+    (tmp_path / "without").mkdir()
+    assert checkpoint.newest_run(tmp_path) == tmp_path / "a"
+    with pytest.raises(FileNotFoundError, match=r"train_gpt2\.py demo"):
+        checkpoint.newest_run(tmp_path / "without")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"--device '{name}'.*cpu, cuda"):
+        checkpoint.pick_device(name)

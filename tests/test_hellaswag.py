@@ -1,0 +1,581 @@
+"""hellaswag.py: its rows and scores against hand-written ids, a plain loop and lm_eval; its download."""
+
+import gzip
+import hashlib
+import json
+import math
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+import torch.distributed as dist
+from helpers import VOCAB_SIZE, random_model, run_script, save_checkpoint
+from torch.multiprocessing.spawn import spawn
+
+import hellaswag
+import tokenizer
+from checkpoint import load_model
+from model import GPT
+
+
+def item(activity: str, ctx_a: str, ctx_b: str, label: int, *endings: str) -> dict:
+    """As in the real file: ctx is ctx_a and ctx_b, parted by a blank."""
+    ctx = f"{ctx_a} {ctx_b}" if ctx_b else ctx_a
+    return dict(
+        ind=len(ctx),
+        activity_label=activity,
+        ctx_a=ctx_a,
+        ctx_b=ctx_b,
+        ctx=ctx,
+        split="val",
+        split_type="indomain",
+        label=label,
+        endings=list(endings),
+        source_id=f"invented~{activity}",
+    )
+
+
+HAND = item("Sitting", "A man sits down.", "he", 1, "eats.", "reads a book.", "reads.", "eats a book.")
+
+ITEMS = [
+    HAND,
+    item(
+        "Kite", "Two girls run on a beach.", "they", 2, "hold a kite.", "sleep.", "let it fly.", "eat sand."
+    ),
+    item(
+        "Tea", "A kettle boils.", "a woman", 0, "pours it out.", "drinks the kettle.", "boils, too.", "left"
+    ),
+    item(
+        "Rowing",
+        "The boat drifts off",
+        "",
+        3,
+        "a cliff.",
+        "the page.",
+        "its rails.",
+        "the shore and into fog.",
+    ),
+    item(
+        "Wood", "He splits a log.", "the log", 1, "thanks him.", "falls in two.", "is 3.5m long.", "smokes."
+    ),
+    item("Ça va", "Ein Mädchen tanzt — schön.", "the café", 0, "applauds.", "ist naïve.", "日本語.", "🙂"),
+    item(
+        "Food and Entertaining",
+        "[header] How to keep bread fresh [title] Cool it first. [step] Warm bread sweats in a bag.",
+        "",
+        1,
+        "[title] Eat all of it. [step] At once.",
+        "Wait for two hours. [substeps] Use a rack.",
+        "Bread is a  metaphor.",
+        "[title] Never bake.",
+    ),
+    item(
+        "Home and Garden",
+        "[header] How to plant a tree [title] Dig a hole twice as wide as the roots.",
+        "[step] the roots",
+        2,
+        "must be painted. [title] Use oil.",
+        "are not needed.  Cut them off.",
+        "need loose soil. [title] Water it. [step] Every day.",
+        "[step] sing.",
+    ),
+    item(
+        "Pets",
+        "[header] How to wash a cat [title] Trim the claws [title] Wait until it is asleep.",
+        "",
+        3,
+        "[step] It wakes.",
+        "Call a dog [title] Any dog.",
+        "Wash yourself, [step] and say so.",
+        "Use a soft brush first. [step] Then lukewarm water.",
+    ),
+    item(
+        "Sports and Fitness",
+        "[header] How to sail [title] Watch the wind. [step]",  # cleaned, it ends with a blank
+        "",
+        0,
+        "Wet a finger and hold it up.",
+        "Wet the wind.",
+        "[title] Row.",
+        "It is blue. [title] So is the sea.",
+    ),
+    item(
+        "Chess",
+        "She moves her queen. ",
+        "her rival",
+        0,
+        "resigns.",
+        "moves her queen, too!",
+        "is a rook.",
+        "e4",
+    ),
+    item(
+        "Snow",
+        "A child rolls a ball of snow",
+        "and",
+        2,
+        "melts.",
+        "rolls.",
+        "sets it on another one.",
+        "snow.",
+    ),
+    item(
+        "Violin",
+        "He tunes the strings,",
+        "then he",
+        3,
+        "tunes.",
+        "eats the bow.",
+        "is tuned.",
+        "plays a scale.",
+    ),
+]
+
+
+def turned(items: list[dict]) -> list[dict]:
+    """The same items with another of their endings taken for the right one."""
+    return [{**one, "endings": one["endings"][1:] + one["endings"][:1]} for one in items]
+
+
+def write_items(path: Path, items: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(one) + "\n" for one in items), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return random_model(seed=2, vocab_size=VOCAB_SIZE, block_size=64)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("run"), model)
+
+
+# Rows
+
+
+def test_the_rows_of_a_completion_are_the_raw_text():
+    rows, lengths = hellaswag.render(HAND, "completion")
+    context = [32, 582, 10718, 866, 13, 339]  # A| man| sits| down|.| he
+    assert rows == [
+        (context, [25365, 13]),  # eats|.
+        (context, [9743, 257, 1492, 13]),  # reads| a| book|.
+        (context, [9743, 13]),
+        (context, [25365, 257, 1492, 13]),
+    ]
+    assert lengths == [2, 4, 2, 4]  # tokens
+
+
+def test_the_rows_of_the_harness_begin_with_the_activity_and_a_capital():
+    rows, lengths = hellaswag.render(HAND, "harness")
+    context = [50, 2535, 25, 317, 582, 10718, 866, 13, 679]  # S|itting|:| A| man| sits| down|.| He
+    assert rows == [
+        (context, [25365, 13]),
+        (context, [9743, 257, 1492, 13]),
+        (context, [9743, 13]),
+        (context, [25365, 257, 1492, 13]),
+    ]
+    assert lengths == [5, 13, 6, 12]  # characters
+
+
+def test_the_harness_drops_wikihows_marks_and_completion_keeps_them():
+    bread, sail = ITEMS[6], ITEMS[9]
+    rows, lengths = hellaswag.render(bread, "harness")
+    assert tokenizer.decode(rows[1][0]) == (
+        "Food and Entertaining: How to keep bread fresh. Cool it first. Warm bread sweats in a bag."
+    )
+    assert tokenizer.decode(rows[1][1]) == " Wait for two hours. Use a rack."
+    assert lengths[1] == len("Wait for two hours. Use a rack.")
+    rows, lengths = hellaswag.render(sail, "harness")
+    assert tokenizer.decode(rows[1][0]) == "Sports and Fitness: How to sail. Watch the wind."
+    assert tokenizer.decode(rows[1][1]) == "  Wet the wind."  # the context's last blank goes to the ending
+    assert lengths[1] == len("Wet the wind.")
+    rows, _ = hellaswag.render(bread, "completion")
+    assert tokenizer.decode(rows[0][0] + rows[0][1]) == bread["ctx"] + " " + bread["endings"][0]
+
+
+@pytest.mark.parametrize("one", [*ITEMS, *turned(ITEMS)[6:10]], ids=lambda one: one["activity_label"])
+def test_the_harness_rows_are_lm_evals(one, tmp_path):
+    import datasets
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
+    class Encoder(TemplateLM):
+        """Only lm_eval's rule for cutting a text into context and continuation, over our tokenizer."""
+
+        backend = "causal"
+        eot_token_id = 50256  # pyright: ignore[reportAssignmentType]
+
+        def tok_encode(self, string, add_special_tokens=None, **kwargs):
+            return tokenizer.encode(string)
+
+        def _loglikelihood_tokens(self, requests, **kwargs):
+            raise NotImplementedError
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            raise NotImplementedError
+
+        def generate_until(self, requests, disable_tqdm=False):
+            raise NotImplementedError
+
+    doc = process_docs(datasets.Dataset.from_list([one]))[0]
+    rows, lengths = hellaswag.render(one, "harness")
+    assert rows == [Encoder()._encode_pair(doc["query"], " " + choice) for choice in doc["choices"]]
+    assert lengths == [len(choice) for choice in doc["choices"]]
+
+
+# Scores
+
+
+def test_a_row_is_scored_by_exactly_its_endings_tokens(model):
+    scores = hellaswag.score(model, [([10, 20, 30], [40, 50]), ([60], [70])], batch_size=2)
+    logp = model(torch.tensor([[10, 20, 30, 40]])).log_softmax(dim=-1)[0]
+    assert scores[0] == pytest.approx((logp[2, 40] + logp[3, 50]).item(), abs=1e-4)
+    logp = model(torch.tensor([[60]])).log_softmax(dim=-1)[0]
+    assert scores[1] == pytest.approx(logp[0, 70].item(), abs=1e-4)
+
+
+def plain_text(one: dict, protocol: str) -> tuple[str, list[str]]:
+    if protocol == "completion":
+        return one["ctx"], one["endings"]
+
+    def cleaned(text: str) -> str:
+        text = text.strip().replace(" [title]", ". ")
+        for mark in ("header", "title", "step", "substeps"):
+            text = text.replace(f"[{mark}]", "")
+        return text.replace("  ", " ")
+
+    context = one["ctx_a"] + " " + one["ctx_b"].capitalize()
+    return cleaned(one["activity_label"] + ": " + context), [cleaned(ending) for ending in one["endings"]]
+
+
+@torch.no_grad()
+def plain_loop(model: GPT, items: list[dict], protocol: str) -> tuple[list[float], float, float]:
+    """Each row's log-probability, acc and acc_norm: one item, one ending, one token at a time."""
+    scores, right, right_norm = [], 0, 0
+    for one in items:
+        context, endings = plain_text(one, protocol)
+        begin = len(tokenizer.encode(context.rstrip()))
+        best, best_norm = [], []
+        for ending in endings:
+            ids = tokenizer.encode(context + " " + ending)
+            total = 0.0
+            for position in range(begin, len(ids)):
+                read = ids[max(0, len(ids) - 65) : position]
+                total += model(torch.tensor([read]))[0, -1].log_softmax(dim=-1)[ids[position]].item()
+            scores.append(total)
+            best.append(total)
+            best_norm.append(total / (len(ids) - begin if protocol == "completion" else len(ending)))
+        right += best.index(max(best)) == one["label"]
+        right_norm += best_norm.index(max(best_norm)) == one["label"]
+    return scores, right / len(items), right_norm / len(items)
+
+
+@pytest.mark.parametrize("protocol", hellaswag.PROTOCOLS)
+def test_scores_and_accuracies_are_those_of_a_plain_loop(model, protocol):
+    items = [one for one in (*ITEMS, *turned(ITEMS)) if not one["ctx"].endswith(" ")]
+    scores, acc, acc_norm = plain_loop(model, items, protocol)
+    rows = [row for one in items for row in hellaswag.render(one, protocol)[0]]
+    assert hellaswag.score(model, rows, batch_size=10) == pytest.approx(scores, abs=2e-3)
+    result = hellaswag.evaluate(model, items, protocols=(protocol,), show=False)
+    assert result["n"] == len(items)
+    assert 0 < acc < 1 and 0 < acc_norm < 1 and acc != acc_norm  # else the comparison shows little
+    assert result[protocol]["acc"] == pytest.approx(acc, abs=1e-6)
+    assert result[protocol]["acc_norm"] == pytest.approx(acc_norm, abs=1e-6)
+    for name, value in (("acc", acc), ("acc_norm", acc_norm)):
+        error = math.sqrt(value * (1 - value) / (len(items) - 1))
+        assert result[protocol][f"{name}_stderr"] == pytest.approx(error, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 200])
+def test_the_batch_size_does_not_change_scores(model, batch_size):
+    rows = [row for one in ITEMS for row in hellaswag.render(one, "harness")[0]]
+    expected = hellaswag.score(model, rows, batch_size=16)
+    got = hellaswag.score(model, rows, batch_size=batch_size)
+    assert got == pytest.approx(expected, abs=1e-4, rel=0)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_size_below_one_is_refused_with_its_value(model, batch_size):
+    with pytest.raises(ValueError, match=f"batch.size.*{batch_size}"):
+        hellaswag.evaluate(model, ITEMS, batch_size=batch_size, show=False)
+
+
+def test_under_autocast_the_logits_are_still_in_float32(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        (score,) = hellaswag.score(model, [([10, 20, 30], [40, 50])], batch_size=1)
+        x = model.hidden(torch.tensor([[10, 20, 30, 40]]))
+    logp = model.lm_head(x.float()).log_softmax(dim=-1)[0]
+    assert score == pytest.approx((logp[2, 40] + logp[3, 50]).item(), abs=1e-4)
+
+
+def test_a_row_longer_than_the_context_loses_its_beginning(model):
+    ids = torch.randint(VOCAB_SIZE, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    long, cut, ending_only = hellaswag.score(
+        model, [(ids[:95], ids[95:]), (ids[35:95], ids[95:]), (ids[:5], ids[5:])], batch_size=3
+    )
+    assert long == pytest.approx(cut, abs=1e-4)
+    logp = model(torch.tensor([ids[35:99]])).log_softmax(dim=-1)[0]
+    expected = logp.gather(1, torch.tensor(ids[36:])[:, None]).sum().item()
+    assert ending_only == pytest.approx(expected, abs=1e-2)  # an ending that alone is too long
+
+
+def rank_of_two(rank: int, folder: str, data: str, out: str):
+    """One of two processes: scores its share and writes what it takes for the result."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2)
+    scored = []
+    score = hellaswag.score
+    hellaswag.score = lambda model, rows, *rest: scored.append(len(rows)) or score(model, rows, *rest)
+    result = hellaswag.evaluate(load_model(folder, "cpu")[0], hellaswag.load_items(data), show=False)
+    (Path(out) / f"{rank}.json").write_text(json.dumps([result, scored]), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_exactly_the_figures_of_one_and_share_the_rows(model, folder, tmp_path):
+    items = ITEMS[:7]
+    data = write_items(tmp_path / "items.jsonl", items)
+    spawn(rank_of_two, (str(folder), str(data), str(tmp_path)), nprocs=2)
+    results = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+    expected = hellaswag.evaluate(model, items, show=False)
+    assert [result for result, _ in results] == [expected, expected]
+    assert [scored for _, scored in results] == [[16, 16], [12, 12]]
+
+
+def test_the_harness_protocol_gives_lm_evals_own_figures(model, folder, tmp_path):
+    from lm_eval import evaluator
+    from lm_eval.models import huggingface
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
+    items = [*ITEMS, *turned(ITEMS)]
+    data = write_items(tmp_path / "items.jsonl", items)
+    task = {
+        "task": "invented_hellaswag",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(data)}, "cache_dir": str(tmp_path / "cache")},
+        "validation_split": "validation",
+        "output_type": "multiple_choice",
+        "process_docs": process_docs,
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "{{label}}",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    make_lm: Any = huggingface.HFLM  # lm_eval's decorators hide these signatures from type checkers
+    simple_evaluate: Any = evaluator.simple_evaluate
+    lm = make_lm(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8)
+    theirs = simple_evaluate(lm, tasks=[task], bootstrap_iters=0)
+    samples = sorted(theirs["samples"]["invented_hellaswag"], key=lambda sample: sample["doc_id"])
+    assert len(samples) == len(items)
+    for one, sample in zip(items, samples):
+        ours = hellaswag.evaluate(model, [one], protocols=("harness",), show=False)["harness"]
+        assert (ours["acc"], ours["acc_norm"]) == (sample["acc"], sample["acc_norm"]), one["ctx"]
+        scores = hellaswag.score(model, hellaswag.render(one, "harness")[0], batch_size=4)
+        assert scores == pytest.approx([logp for logp, _ in sample["filtered_resps"]], abs=1e-3)
+    ours = hellaswag.evaluate(model, items, show=False)["harness"]
+    for name in ("acc", "acc_norm"):
+        figure = theirs["results"]["invented_hellaswag"][f"{name},none"]
+        assert ours[name] == pytest.approx(figure, abs=1e-6)
+        assert 0 < figure < 1
+
+
+def test_the_command_prints_and_writes_both_protocols(folder, tmp_path):
+    data, out = write_items(tmp_path / "items.jsonl", ITEMS), tmp_path / "scores.json"
+    done = run_script(
+        *("hellaswag.py", "--model", str(folder), "--data", str(data), "--device", "cpu"),
+        *("--limit", "9", "--json", str(out)),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text(encoding="utf-8"))
+    expected = hellaswag.evaluate(load_model(str(folder), "cpu")[0], ITEMS[:9], show=False)
+    assert result.pop("model") == str(folder)
+    assert result == expected and result["n"] == 9
+    lines = done.stdout.splitlines()
+    assert "9 items" in lines[0] and str(folder) in lines[0]
+    for line, protocol in zip(lines[1:], ("completion", "harness")):
+        keys = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+        figures = [f"{100 * result[protocol][key]:.2f}" for key in keys]
+        assert line.replace("±", "").split() == [protocol, "acc", *figures[:2], "acc_norm", *figures[2:]]
+
+
+# The data file
+
+
+def test_items_are_read_and_limited(tmp_path):
+    data = write_items(tmp_path / "items.jsonl", ITEMS)
+    assert hellaswag.load_items(data) == ITEMS
+    assert hellaswag.load_items(data, limit=5) == ITEMS[:5]
+    with pytest.raises(ValueError, match=r"limit.*-1"):
+        hellaswag.load_items(data, limit=-1)
+
+
+def test_line_separators_inside_a_text_are_no_line_ends(tmp_path):
+    odd = {**HAND, "ctx": "A man\u2028sits\x85down. he"}
+    data = tmp_path / "items.jsonl"
+    data.write_text(json.dumps(odd, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert hellaswag.load_items(data) == [odd]
+
+
+def without(key: str) -> str:
+    return json.dumps({name: value for name, value in HAND.items() if name != key})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "<html>rate limited</html>",
+        "[1, 2]",
+        "7",
+        json.dumps({**HAND, "label": ""}),
+        json.dumps({**HAND, "label": 4}),
+        json.dumps({**HAND, "endings": HAND["endings"][:3]}),
+        without("label"),
+        without("endings"),
+        without("ctx"),
+        without("ctx_a"),
+        without("ctx_b"),
+        without("activity_label"),
+        json.dumps(HAND) + "\n" + json.dumps(HAND)[:40],
+    ],
+)
+def test_a_file_that_is_not_hellaswag_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"bad\.jsonl"):
+        hellaswag.load_items(path)
+
+
+# The download
+
+BODY = b"kettle" + b"".join(hashlib.sha256(bytes([n % 256, n // 256])).digest() for n in range(12_000))
+DIGEST = hashlib.sha256(BODY).hexdigest()
+
+
+@dataclass
+class Server:
+    """A web server with one file; `plan` says how each request in turn is answered, the last one for ever."""
+
+    plan: list[str]
+    url: str = ""
+    ranges: list[str | None] = field(default_factory=list)
+    end: threading.Event = field(default_factory=threading.Event)
+
+    def answer(self, request: BaseHTTPRequestHandler):
+        asked = request.headers.get("Range")
+        self.ranges.append(asked)
+        how = self.plan[min(len(self.ranges), len(self.plan)) - 1]
+        status, body, headers = 200, BODY, {}
+        if how == "404":
+            status, body = 404, b"not found"
+        elif how == "html":
+            body, headers = b"<html>too many requests</html>", {"Content-Type": "text/html"}
+        elif how == "altered":
+            body = BODY.replace(b"kettle", b"teapot")
+        elif "gzip" in request.headers.get("Accept-Encoding", ""):  # as GitHub does
+            body, headers = gzip.compress(body, mtime=0), {"Content-Encoding": "gzip"}
+        if asked and status == 200 and how != "no ranges":
+            begin = int(asked.removeprefix("bytes=").removesuffix("-"))
+            status, headers["Content-Range"] = 206, f"bytes {begin}-{len(body) - 1}/{len(body)}"
+            body = body[begin:]
+        request.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        part = how in ("cut", "stall")
+        request.wfile.write(body[: len(body) // 2] if part else body)
+        request.wfile.flush()
+        if how == "stall":
+            self.end.wait()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Starts servers by plan. Between tries nothing is waited for, and a stalled one is given up soon."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(hellaswag.time, "sleep", lambda seconds: None)
+    get = requests.get
+
+    def impatient_get(url, *, timeout, **options):
+        assert 1 <= timeout <= 60
+        return get(url, timeout=0.3, **options)
+
+    monkeypatch.setattr(requests, "get", impatient_get)
+    running: list[tuple[Server, ThreadingHTTPServer]] = []
+
+    def start(*plan: str) -> Server:
+        server = Server(list(plan))
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.answer(self)
+
+            def log_message(self, *args):
+                pass
+
+        http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.url = f"http://127.0.0.1:{http.server_port}/hellaswag_val.jsonl"
+        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        running.append((server, http))
+        return server
+
+    yield start
+    for server, http in running:
+        server.end.set()
+        http.shutdown()
+        http.server_close()
+
+
+def test_a_download_is_checked_and_made_once(serve, tmp_path):
+    server, path = serve("whole"), tmp_path / "data" / "items.jsonl"
+    for _ in range(2):
+        assert hellaswag.download(server.url, path, DIGEST) == path
+    assert path.read_bytes() == BODY
+    assert server.ranges == [None]
+    assert [p.name for p in path.parent.iterdir()] == ["items.jsonl"]
+
+
+@pytest.mark.parametrize("trouble", ["cut", "stall"])
+def test_a_broken_download_goes_on_where_it_stopped(serve, tmp_path, trouble):
+    server, path = serve(trouble, "whole"), tmp_path / "items.jsonl"
+    hellaswag.download(server.url, path, DIGEST)
+    assert path.read_bytes() == BODY
+    first, second = server.ranges
+    assert first is None and second is not None
+    assert 0 < int(second.removeprefix("bytes=").removesuffix("-")) <= len(BODY) // 2
+    assert [p.name for p in tmp_path.iterdir()] == ["items.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "plan", [("cut", "no ranges"), ("404", "whole"), ("html", "whole"), ("altered", "whole")]
+)
+def test_a_download_recovers_from_one_bad_answer(serve, tmp_path, plan):
+    server, path = serve(*plan), tmp_path / "items.jsonl"
+    hellaswag.download(server.url, path, DIGEST)
+    assert path.read_bytes() == BODY
+    assert len(server.ranges) == 2
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        ("404", "404"),
+        ("html", "30 bytes"),
+        ("altered", hashlib.sha256(BODY.replace(b"kettle", b"teapot")).hexdigest()),
+        ("stall", "timed out"),
+        ("no server", "refused"),
+    ],
+)
+def test_a_download_that_fails_says_why_and_leaves_nothing(serve, tmp_path, trouble, reason):
+    url = serve(trouble).url if trouble != "no server" else "http://127.0.0.1:9/nothing"
+    with pytest.raises(OSError) as error:
+        hellaswag.download(url, tmp_path / "items.jsonl", DIGEST, tries=2)
+    for part in (url, reason, "2 tries", "--data FILE"):
+        assert part in str(error.value)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,345 @@
+"""train_gpt2.py: the schedule, the optimizers, resuming, many processes, the log, and what it refuses."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import shards
+import train_gpt2
+from model import GPT, GPTConfig
+from train_gpt2 import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Losses of ten steps of `golden_config` in float32: they change only when what is computed changes.
+GOLDEN = {
+    "adamw": [10.8246, 10.8102, 10.7558, 10.6955, 10.6207, 10.5614, 10.5027, 10.4489, 10.4201, 10.3997],
+    "muon": [10.8246, 10.8141, 10.7644, 10.7036, 10.6281, 10.5683, 10.5085, 10.4564, 10.4265, 10.4056],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Shards of 6,000 tokens that can be learnt: each follows from the one before it, with some noise."""
+    folder = tmp_path_factory.mktemp("data") / "toy"
+    draw = np.random.default_rng(0)
+    ids = np.zeros(6000, dtype=np.uint16)
+    for i in range(1, len(ids)):
+        ids[i] = (ids[i - 1] * 7 + 3) % 97 if draw.random() < 0.9 else draw.integers(97)
+    writer = shards.ShardWriter(folder, "toy", shard_tokens=1500, val_tokens=1000, about={})
+    writer.write(ids)
+    writer.close()
+    return folder
+
+
+@pytest.fixture
+def config(data, tmp_path) -> Config:
+    """A run of ten steps on the toy data that takes seconds, in float32, with every job off."""
+    return Config(
+        dataset_path=str(data), n_layer=2, n_head=2, n_embd=16, seq_len=32, batch_size=2,
+        total_batch_tokens=256, learning_rate=3e-3, warmup_steps=3, max_steps=10, device="cpu",
+        dtype="float32", compile=False, log_dir=str(tmp_path), run_name="run",
+        val_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=0,
+    )  # fmt: skip
+
+
+def read(run: Path, stream: str) -> list[str]:
+    """A stream of a run's log, as it was written."""
+    lines = (run / "log.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.split()[1] == stream]
+
+
+def values(run: Path, stream: str) -> list[float]:
+    return [float(line.split()[2]) for line in read(run, stream)]
+
+
+def cli(*args: object, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "train_gpt2.py"), *map(str, args)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment)
+
+
+def flags(cfg: Config) -> list[str]:
+    """The command line that means cfg."""
+    words = []
+    for field in dataclasses.fields(cfg):
+        value, name = getattr(cfg, field.name), field.name.replace("_", "-")
+        if value == field.default:
+            continue
+        words += (
+            [f"--{name}" if value else f"--no-{name}"]
+            if isinstance(value, bool)
+            else [f"--{name}", str(value)]
+        )
+    return words
+
+
+def test_the_learning_rate_warms_up_peaks_and_ends_at_a_tenth():
+    cfg = train_gpt2.PRESETS["gpt2"]
+    rate = [train_gpt2.learning_rate(step, cfg) for step in range(cfg.max_steps + 1)]
+    assert rate[0] == pytest.approx(6e-4 / 715)
+    assert rate[714] == rate[715] == max(rate) == 6e-4
+    assert rate[(715 + 19073) // 2] == pytest.approx((6e-4 + 6e-5) / 2)
+    assert rate[-1] == pytest.approx(6e-5)
+
+
+def test_weight_decay_is_for_matrices_and_muon_for_those_inside_the_blocks():
+    model = GPT(GPTConfig(block_size=8, n_layer=2, n_head=2, n_embd=16))
+    names = {p: name for name, p in model.named_parameters()}
+    adamw, muon = train_gpt2.make_optimizers(Config(optimizer="muon"), model)
+    decayed, plain = adamw.param_groups
+    assert {names[p] for p in decayed["params"]} == {"transformer.wte.weight", "transformer.wpe.weight"}
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
+    assert all(p.dim() == 1 for p in plain["params"])
+    assert {names[p] for p in muon.param_groups[0]["params"]} == {
+        name
+        for name in names.values()
+        if ".h." in name and name.endswith(("attn.weight", "proj.weight", "fc.weight"))
+    }
+    (alone,) = train_gpt2.make_optimizers(Config(optimizer="adamw"), model)
+    assert sum(len(group["params"]) for group in alone.param_groups) == len(names)
+    assert (
+        alone.defaults["fused"] and alone.defaults["betas"] == (0.9, 0.95) and alone.defaults["eps"] == 1e-8
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_golden_losses(config, optimizer):
+    run = train_gpt2.main(dataclasses.replace(config, optimizer=optimizer))
+    assert values(run, "train") == pytest.approx(GOLDEN[optimizer], abs=2e-3)
+
+
+def test_four_micro_batches_equal_one_batch(config):
+    runs = [
+        train_gpt2.main(dataclasses.replace(config, batch_size=size, run_name=f"batch-{size}"))
+        for size in (2, 8)
+    ]
+    assert values(runs[0], "train") == pytest.approx(values(runs[1], "train"), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "optimizer, dtype", [("adamw", "float32"), ("muon", "bfloat16"), ("adamw", "float16")]
+)
+def test_a_resumed_run_ends_bit_identical(config, optimizer, dtype):
+    """Across epochs (21 windows of 32 tokens... each step takes 8) and with dropout and accumulation."""
+    cfg = dataclasses.replace(
+        config, optimizer=optimizer, dtype=dtype, dropout=0.2, val_every=3, checkpoint_every=4, max_steps=24
+    )
+    whole = train_gpt2.main(cfg)
+    part = train_gpt2.main(dataclasses.replace(cfg, run_name="part"))
+    for step in (
+        24,
+        20,
+        16,
+        12,
+    ):  # as if it had been killed after step 8 was saved and some more steps were made
+        for path in (part / f"step_{step:06d}").iterdir():
+            path.unlink()
+        (part / f"step_{step:06d}").rmdir()
+    resumed = train_gpt2.main(train_gpt2.parse_args(["--resume", str(part)]))
+    assert resumed == part
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (part / "step_000024" / name).read_bytes() == (whole / "step_000024" / name).read_bytes()
+    for stream in ("train", "val", "lr", "norm"):
+        assert read(part, stream) == read(whole, stream)
+
+
+def test_evaluation_and_sampling_leave_the_training_trace_unchanged(config):
+    quiet = train_gpt2.main(dataclasses.replace(config, dropout=0.2))
+    busy = train_gpt2.main(
+        dataclasses.replace(
+            config, dropout=0.2, run_name="busy", val_every=1, sample_every=3, checkpoint_every=2
+        )
+    )
+    assert read(quiet, "train") == read(busy, "train")
+
+
+def test_training_lowers_the_validation_loss(config):
+    cfg = dataclasses.replace(config, max_steps=60, val_every=60, optimizer="muon", learning_rate=2e-2)
+    first, last = values(train_gpt2.main(cfg), "val")
+    assert first == pytest.approx(math.log(50257), abs=0.1)
+    assert last < first - 3
+
+
+def test_validation_uses_the_same_tokens_whatever_the_batch(config):
+    losses = [
+        values(
+            train_gpt2.main(
+                dataclasses.replace(config, max_steps=0, val_every=1, batch_size=b, run_name=f"b{b}")
+            ),
+            "val",
+        )
+        for b in (1, 2, 8)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0] == pytest.approx(losses[2], abs=1e-5)
+
+
+def test_two_processes_equal_one(config, tmp_path):
+    """A real torch elastic launch with gloo, by the --num-gpus shortcut."""
+    cfg = dataclasses.replace(config, optimizer="muon", val_every=5, checkpoint_every=5)
+    one = train_gpt2.main(cfg)
+    result = cli(*flags(dataclasses.replace(cfg, run_name="two", num_gpus=2)))
+    assert result.returncode == 0, result.stderr
+    two = tmp_path / "two"
+    assert values(two, "train") == pytest.approx(values(one, "train"), abs=1e-4)
+    assert values(two, "val") == pytest.approx(values(one, "val"), abs=1e-4)
+    ours, theirs = (load_file(run / "step_000010" / "model.safetensors") for run in (one, two))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, atol=2e-4, rtol=0)
+    assert result.stdout.count("Done.") == 1  # only rank 0 speaks
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_another_micro_batch(config, tmp_path):
+    cfg = dataclasses.replace(config, checkpoint_every=5)
+    whole = train_gpt2.main(cfg)
+    part = train_gpt2.main(dataclasses.replace(cfg, run_name="part", max_steps=10))
+    (part / "step_000010").rename(tmp_path / "aside")
+    result = cli("--resume", part, "--num-gpus", 2, "--batch-size", 1)
+    assert result.returncode == 0, result.stderr
+    assert values(part, "train") == pytest.approx(values(whole, "train"), abs=1e-4)
+
+
+def test_the_run_folder_holds_what_the_contract_says(config):
+    cfg = dataclasses.replace(config, val_every=5, checkpoint_every=5, max_steps=5)
+    run = train_gpt2.main(cfg)
+    assert {p.name for p in run.iterdir()} == {"log.txt", "config.json", "loss.png", "step_000005"}
+    assert json.loads((run / "config.json").read_text())["learning_rate"] == cfg.learning_rate
+    state = checkpoint.verify(run / "step_000005")
+    assert state["step"] == 5 and state["data"] == shards.fingerprint(Path(cfg.dataset_path))
+    assert {"config", "dtype", "scaler", "best_val_loss", "versions"} <= set(state)
+    assert [len(values(run, s)) for s in ("train", "lr", "norm", "toks", "val")] == [5, 5, 5, 5, 2]
+
+
+def test_padding_rows_are_not_saved_and_stay_zero(config):
+    run = train_gpt2.main(dataclasses.replace(config, checkpoint_every=10, optimizer="muon"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        tensors = load_file(run / "step_000010" / name)
+        rows = {tensor.size(0) for key, tensor in tensors.items() if "wte" in key and tensor.dim() == 2}
+        assert rows == {50257}
+
+
+def test_a_run_folder_is_never_overwritten(config):
+    train_gpt2.main(dataclasses.replace(config, max_steps=1))
+    with pytest.raises(ValueError, match=r"run exists: go on with it \(--resume"):
+        train_gpt2.main(dataclasses.replace(config, max_steps=1))
+
+
+def test_the_default_run_name_says_model_and_time(config):
+    run = train_gpt2.main(dataclasses.replace(config, run_name="", max_steps=0))
+    assert run.name.startswith("gpt2-1M_20") and len(run.name) == len("gpt2-1M_2026-11-21_10-30-00")
+
+
+def test_fine_tuning_starts_where_the_checkpoint_ended(config):
+    run = train_gpt2.main(dataclasses.replace(config, val_every=10, checkpoint_every=10))
+    tuned = train_gpt2.main(
+        dataclasses.replace(config, init_from=str(run), run_name="tuned", max_steps=0, val_every=1)
+    )
+    assert values(tuned, "val")[0] == values(run, "val")[-1]
+
+
+def test_resume_refuses_other_settings_and_other_data_unless_told(config, data, tmp_path):
+    cfg = dataclasses.replace(config, checkpoint_every=5, max_steps=5)
+    run = train_gpt2.main(cfg)
+    with pytest.raises(ValueError, match=r"--learning-rate was 0.003, is 0.1.*--override"):
+        train_gpt2.main(train_gpt2.parse_args(["--resume", str(run), "--learning-rate", "0.1"]))
+    writer = shards.ShardWriter(tmp_path / "other", "other", 1000, 100, {})
+    writer.write(np.arange(2000, dtype=np.uint16))
+    writer.close()
+    with pytest.raises(ValueError, match="not those of the checkpoint"):
+        train_gpt2.main(
+            train_gpt2.parse_args(["--resume", str(run), "--dataset-path", str(tmp_path / "other")])
+        )
+    args = ["--resume", str(run), "--learning-rate", "0.1", "--override", "--max-steps", "6"]
+    train_gpt2.main(train_gpt2.parse_args(args))
+    assert len(values(run, "train")) == 6
+
+
+def test_resume_finds_the_newest_run_a_named_run_or_starts_one(config, tmp_path):
+    for name in ("older", "newer"):
+        train_gpt2.main(dataclasses.replace(config, run_name=name, checkpoint_every=1, max_steps=1))
+    log = ["--log-dir", str(tmp_path)]
+    assert Path(train_gpt2.parse_args(["--resume", *log]).resume) == tmp_path / "newer" / "step_000001"
+    named = train_gpt2.parse_args(["--resume", *log, "--run-name", "older"])
+    assert (
+        Path(named.resume) == tmp_path / "older" / "step_000001"
+        and named.learning_rate == config.learning_rate
+    )
+    unborn = train_gpt2.parse_args(["--resume", *log, "--run-name", "unborn", *flags(config)])
+    unborn = dataclasses.replace(unborn, run_name="unborn", max_steps=0)
+    assert train_gpt2.main(unborn) == train_gpt2.main(unborn)  # it may begin, and begin again
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        train_gpt2.parse_args(["--resume", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"total_batch_tokens": 1000}, ["1000", "64", "960 or 1024"]),
+        ({"batch_size": 0}, ["--batch-size is 0", "above 0"]),
+        ({"learning_rate": -1.0}, ["--learning-rate is -1.0"]),
+        ({"learning_rate": math.nan}, ["--learning-rate is nan"]),
+        ({"learning_rate": math.inf}, ["--learning-rate is inf"]),
+        ({"max_steps": -1}, ["--max-steps is -1"]),
+        ({"val_every": -5}, ["--val-every is -5"]),
+        ({"min_lr_ratio": 2.0}, ["--min-lr-ratio is 2.0"]),
+        ({"n_head": 3}, ["n_embd is 16", "3 heads", "15 or 18"]),
+        ({"dropout": 1.0}, ["dropout is 1.0"]),
+        ({"model_size": "7B"}, ["'7B'", "124M"]),
+        ({"seq_len": 256, "total_batch_tokens": 512, "val_every": 1}, []),
+        ({"run_name": "../away"}, ["'../away'"]),
+        ({"device": "tpu"}, ["'tpu'", "cpu"]),
+        ({"dataset_path": "nowhere"}, ["nowhere", "python fineweb.py", "train_gpt2.py demo"]),
+    ],
+)
+def test_bad_values_are_refused_before_the_first_step(config, tmp_path, change, words):
+    cfg = dataclasses.replace(config, **change)
+    if not words:  # a good neighbour of the bad ones: the same path must also accept
+        train_gpt2.main(dataclasses.replace(cfg, max_steps=0))
+        return
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        train_gpt2.main(cfg)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert not list(tmp_path.glob("*/log.txt"))
+
+
+def test_the_command_line(config):
+    demo = train_gpt2.read_flags(["demo", "--max-steps", "7", "--learning_rate=1"])
+    assert (demo.max_steps, demo.learning_rate, demo.n_layer) == (7, 1.0, 4)
+    assert train_gpt2.read_flags([]) == Config()
+    result = cli("demo", "--bogus", "3")
+    assert result.returncode == 2 and "--bogus" in result.stderr
+    result = cli(*flags(dataclasses.replace(config, batch_size=3)))
+    assert result.returncode == 2 and "nearest" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_without_a_compiler_training_goes_on_and_says_so(config):
+    result = cli(*flags(dataclasses.replace(config, compile=True, max_steps=1)), CXX="/nonexistent")
+    assert result.returncode == 0, result.stderr
+    assert "torch.compile does not work here" in result.stdout and "Done." in result.stdout
+
+
+@pytest.mark.slow
+def test_compiled_training_has_the_losses_of_eager_training(config):
+    eager = train_gpt2.main(config)
+    compiled = train_gpt2.main(dataclasses.replace(config, compile=True, run_name="compiled"))
+    assert values(compiled, "train") == pytest.approx(values(eager, "train"), abs=1e-3)
+
+
+def test_importing_a_script_does_nothing(tmp_path):
+    names = sorted(path.stem for path in ROOT.glob("*.py"))
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.dont_write_bytecode = True\n"
+    code += "".join(f"import {name}\n" for name in names)
+    code += "heavy = {'datasets', 'transformers', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
