@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import GPT, HUB_NAMES, SIZES, GPTConfig, config_to_hf, from_hf, to_hf
+from model import GPT, HUB_NAMES, SIZES, GPTConfig, config_to_hf, to_hf
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -34,11 +34,9 @@ LOG_ROOT = Path(__file__).resolve().parent / "log"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a resumed run needs: weights under our names, the optimizer's tensors, and the state given to
-    `save`."""
+    """What a resumed run needs: the model, the optimizer's tensors by name, and the state given to `save`."""
 
-    folder: Path
-    weights: dict[str, torch.Tensor]
+    model: GPT
     optimizer: dict[str, torch.Tensor]
     state: dict[str, Any]
 
@@ -123,7 +121,7 @@ def verify(folder: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         seal, digests = body.pop("sha256"), body["files"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is missing or damaged ({type(error).__name__})") from error
     if sha256_json(body) != seal:
         raise ValueError(f"{path} is damaged: its own SHA-256 does not fit")
@@ -138,11 +136,10 @@ def verify(folder: Path) -> dict[str, Any]:
     return body
 
 
-def load(folder: Path, config: GPTConfig) -> Checkpoint:
+def load(folder: Path, dropout: float = 0.0) -> Checkpoint:
     """Verifies and reads a checkpoint. Raises ValueError if it is not whole."""
     state = verify(folder)
-    weights = from_hf(load_file(folder / "model.safetensors"), config)
-    return Checkpoint(folder, weights, load_file(folder / OPTIMIZER), state)
+    return Checkpoint(GPT.from_pretrained(folder, dropout), load_file(folder / OPTIMIZER), state)
 
 
 def steps(run: Path) -> list[Path]:

@@ -112,7 +112,9 @@ def converse(model: GPT, cfg: Config):
     turn = 0
     while True:
         try:
-            line = input("> ")
+            if sys.stdin.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = input()
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return

@@ -80,7 +80,7 @@ def download(url: str = URL, path: Path = DATA, sha256: str = SHA256, tries: int
             time.sleep(0 if attempt == 0 else 2**attempt / 2)
             have = partial.stat().st_size if partial.exists() else 0
             try:
-                headers = {"Range": f"bytes={have}-"} if have else {}
+                headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
                 with requests.get(url, headers=headers, stream=True, timeout=10) as response:
                     response.raise_for_status()
                     with open(partial, "ab" if response.status_code == 206 else "wb") as f:
@@ -107,13 +107,17 @@ def download(url: str = URL, path: Path = DATA, sha256: str = SHA256, tries: int
 def load_items(path: str | Path = "", limit: int = 0) -> list[dict]:
     """The items of a HellaSwag JSONL file (by default the downloaded one). Raises ValueError for a bad
     file."""
+    if limit < 0:
+        raise ValueError(f"--limit is {limit}; it must be 0 (all) or more")
     path = Path(path) if path else download()
     try:
-        items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        items = [json.loads(line) for line in path.read_text(encoding="utf-8").strip("\n").split("\n")]
         for item in items:
+            if missing := {"ctx", "ctx_a", "ctx_b", "activity_label", "endings", "label"} - item.keys():
+                raise ValueError(f"an item without {', '.join(sorted(missing))}")
             if len(item["endings"]) != 4 or not 0 <= int(item["label"]) < 4:
                 raise ValueError(f"an item with {len(item['endings'])} endings and label {item['label']}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not a HellaSwag JSONL file: {error!r}") from error
     if not items:
         raise ValueError(f"{path} is empty; `python hellaswag.py --download` fetches the data")
@@ -190,6 +194,8 @@ def evaluate(
 
     Under torch.distributed the items are dealt out to the processes, each item to one.
     """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}; it must be at least 1")
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = model.wte.weight.device
     result: dict = {"n": len(items)}

@@ -296,6 +296,7 @@ class GPT(nn.Module):
         Reads config.json and *.safetensors only, so nothing in the repository can run. Raises ValueError for
         a model that is not GPT-2, FileNotFoundError for a directory without weights.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         folder = Path(name) if Path(name).is_dir() else hub_snapshot(str(name))
@@ -311,10 +312,16 @@ class GPT(nn.Module):
         for part in parts:
             if not (folder / part).is_file():
                 raise FileNotFoundError(f"{folder} has no {part}; only safetensors weights are read")
-            weights.update(load_file(folder / part))
+            try:
+                weights.update(load_file(folder / part))
+            except SafetensorError as error:
+                raise ValueError(f"{folder / part} is not a whole safetensors file: {error}") from error
         with torch.device("meta"):
             model = cls(config)
-        model.load_state_dict(from_hf(weights, config), assign=True)
+        try:
+            model.load_state_dict(from_hf(weights, config), assign=True)
+        except RuntimeError as error:  # missing, superfluous or misshapen tensors
+            raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from error
         return model
 
 

@@ -58,6 +58,9 @@ class Config:
 def load_ids(cfg: Config) -> np.ndarray:
     """The tokens to score, (N,). Raises FileNotFoundError for a path that is not there, ValueError for one
     that holds no text."""
+    for name, value, least in (("limit", cfg.limit, 0), ("batch-size", cfg.batch_size, 1)):
+        if value < least:
+            raise ValueError(f"--{name} is {value}; it must be at least {least}")
     path = Path(cfg.data)
     if path.is_dir():
         parts = [s for s in shards.list_shards(path) if s["split"] == cfg.split]
@@ -112,8 +115,10 @@ def main(cfg: Config) -> dict:
     model, source = load_model(cfg.model, cfg.device)
     stride = cfg.stride or max(1, model.config.block_size // 2)
     total, count = total_nll(model, ids, stride, cfg.batch_size)
-    text = tokenizer.decode_bytes(ids[ids != tokenizer.END_OF_TEXT])
-    words, size = len(text.split()), len(text)
+    documents = np.split(ids, np.flatnonzero(ids == tokenizer.END_OF_TEXT))
+    texts = [tokenizer.decode_bytes(document[document != tokenizer.END_OF_TEXT]) for document in documents]
+    words = sum(len(text.decode("utf-8", errors="replace").split()) for text in texts)
+    size = sum(map(len, texts))
     per_token = total / count
     total = per_token * (len(ids) - 1)  # what the unscored first tokens of windows would have cost on average
     result = {

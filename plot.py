@@ -38,10 +38,12 @@ def read_log(run: Path) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"{path} is not there; give a run folder, log/<run>")
     streams: dict[str, list[tuple[int, float]]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        match = re.fullmatch(r"(\d+) (\w+) (\S+)", line)
+        match = re.fullmatch(r"(\d+) (\w+) (-?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|inf|nan))", line)
         if not match:
             raise ValueError(f"{path}, line {number}: {line!r} is not `<step> <stream> <value>`")
         streams.setdefault(match[2], []).append((int(match[1]), float(match[3])))
+    if not streams:
+        raise ValueError(f"{path} has no lines yet")
     return {name: np.array(points) for name, points in streams.items()}
 
 

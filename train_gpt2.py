@@ -306,10 +306,12 @@ def start_process(cfg: Config) -> Process:
     return Process(dist.get_rank(), world_size, device)
 
 
-def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The precision of matrix products that --dtype means, and why."""
+def pick_dtype(name: str, device: torch.device, before: str | None = None) -> tuple[torch.dtype, str]:
+    """The precision of matrix products that --dtype means, and why; `before` is what a resumed run had."""
     if name != "auto":
         return getattr(torch, name), "as asked"
+    if before:
+        return getattr(torch, before), "as before"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU has it"
@@ -520,18 +522,13 @@ def main(cfg: Config) -> Path:
     accumulation = sequences // (cfg.batch_size * world_size)  # micro-steps a step
 
     # ---- model, optimizers and, where a run goes on, their state
-    raw_model = build_model(cfg)
-    config = raw_model.config
-    resumed: dict = {}
-    saved = None
-    if cfg.resume not in ("", "newest"):
-        saved = checkpoint.load(Path(cfg.resume), config)
-        resumed = saved.state
+    saved = checkpoint.load(Path(cfg.resume), cfg.dropout) if cfg.resume not in ("", "newest") else None
+    resumed = saved.state if saved else {}
+    if saved:
         check_same(cfg, data_fingerprint, resumed)
-        raw_model.load_state_dict(saved.weights)
-    raw_model.to(device)
-    wanted_dtype = resumed.get("dtype", "auto") if cfg.dtype == "auto" else cfg.dtype
-    dtype, why = process.agree(pick_dtype(wanted_dtype, device))
+    raw_model = (saved.model if saved else build_model(cfg)).to(device)
+    config = raw_model.config
+    dtype, why = process.agree(pick_dtype(cfg.dtype, device, resumed.get("dtype")))
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizers = make_optimizers(cfg, raw_model)
@@ -574,7 +571,7 @@ def main(cfg: Config) -> Path:
     )
 
     # ---- the loop: max_steps + 1 times, the last only evaluates and saves
-    first_step, last_checkpoint = resumed.get("step", 0), saved.folder if saved else None
+    first_step, last_checkpoint = resumed.get("step", 0), Path(cfg.resume) if saved else None
     best_val_loss = resumed.get("best_val_loss", math.inf)
     train_seconds = 0.0
     for step in range(first_step, cfg.max_steps + 1):

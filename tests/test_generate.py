@@ -131,9 +131,12 @@ def test_an_empty_prompt_begins_a_text_of_its_own(tmp_path, capsys):
 
 
 def test_a_conversation_through_a_pipe_continues_the_text_so_far(folder):
-    out = command(folder, "--interactive", "--temperature", "0", "--max-tokens", "5", stdin="One\n\nTwo\n")
-    first = "One" + continuation(folder, "One", temperature=0, max_tokens=5)
-    second = continuation(folder, first + "\nTwo", temperature=0, max_tokens=5)
+    options = dict(temperature=1.5, max_tokens=5)
+    flags = ("--interactive", "--temperature", "1.5", "--max-tokens", "5")
+    out = command(folder, *flags, stdin="One\n\nTwo\n")
+    first = "One" + continuation(folder, "One", **options, seed=1)  # each turn has its own seed
+    second = continuation(folder, first + "\nTwo", **options, seed=2)
+    assert second != continuation(folder, "Two", **options, seed=2)
     assert out == first + "\nTwo" + second + "\n"
 
 
