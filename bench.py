@@ -35,7 +35,6 @@ import fineweb
 import hellaswag
 import tokenizer
 from model import GPT, GPTConfig, config_to_hf, to_hf
-from train_gpt2 import pick_dtype
 
 Job = Literal["train", "hellaswag", "generate", "load", "tokenize"]
 
@@ -85,7 +84,7 @@ class Bench:
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.device = checkpoint.pick_device(cfg.device)
-        self.dtype, self.why = pick_dtype(cfg.dtype, self.device)
+        self.dtype, self.why = checkpoint.pick_dtype(cfg.dtype, self.device)
 
     def models(self) -> tuple[GPT, Any]:
         """The same random network twice: ours, and transformers' GPT2LMHeadModel."""
@@ -150,7 +149,8 @@ class Bench:
 
     def hellaswag(self) -> Result:
         ours, theirs = self.models()
-        ours.eval(), theirs.eval()
+        ours.eval()
+        theirs.eval()
         draw = random.Random(0)  # lengths like HellaSwag's: contexts of 20 to 110 tokens, endings of 5 to 45
         items = []
         for _ in range(self.cfg.items):
@@ -176,7 +176,8 @@ class Bench:
 
     def generate(self) -> Result:
         ours, theirs = self.models()
-        ours.eval(), theirs.eval()
+        ours.eval()
+        theirs.eval()
         count = self.cfg.max_tokens
         prompt = torch.tensor([tokenizer.encode("Hello, I'm a language model,")], device=self.device)
         options = dict(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=50256)
@@ -194,7 +195,7 @@ class Bench:
             path = checkpoint.save(Path(folder), 0, config, GPT(config).state_dict(), {}, {}, {})
             times = self.seconds(
                 lambda: GPT.from_pretrained(path).to(self.device),
-                lambda: AutoModelForCausalLM.from_pretrained(path).to(self.device),
+                lambda: AutoModelForCausalLM.from_pretrained(path).to(self.device),  # type: ignore[arg-type]
             )
         return Result("load a checkpoint", "s", times[0], times[1], higher_is_better=False)
 

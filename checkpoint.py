@@ -18,6 +18,8 @@ import os
 import platform
 import re
 import shutil
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import GPT, HUB_NAMES, SIZES, GPTConfig, config_to_hf, to_hf
+from model import END_OF_TEXT, GPT, HUB_NAMES, SIZES, GPTConfig, config_to_hf, to_hf
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -95,7 +97,9 @@ def save(
 
 def flush(path: Path):
     """Asks the kernel to put a file, or a directory's list of names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows keeps its directories itself
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -191,6 +195,33 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def pick_dtype(name: str, device: torch.device, before: str | None = None) -> tuple[torch.dtype, str]:
+    """The precision of matrix products that --dtype means, and why; `before` is what a resumed run had."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if before:
+        return getattr(torch, before), "as before"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU has it"
+        return torch.float16, "this GPU has no bfloat16; gradients are scaled"
+    if device.type != "cpu":
+        return torch.float32, f"the safe choice on {device.type}"
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
+        times = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            torch.mm(a, b)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    ratio = seconds(torch.float32) / seconds(torch.bfloat16)
+    chosen = torch.bfloat16 if ratio > 1.5 else torch.float32
+    return chosen, f"bfloat16 products run at {ratio:.1f} times float32's speed on this CPU"
+
+
 def load_model(name: str, device: str = "auto", dropout: float = 0.0) -> tuple[GPT, str]:
     """The model that a --model flag means, in evaluation mode, and what it turned out to be: a checkpoint or
     other Hugging Face directory, a run folder (its newest valid checkpoint), a size name, a Hub id, or "" for
@@ -200,8 +231,10 @@ def load_model(name: str, device: str = "auto", dropout: float = 0.0) -> tuple[G
         found, passed_over = newest_valid(path)
         if found is None:
             raise ValueError(f"{path} has no valid checkpoint: {'; '.join(passed_over)}")
+        for reason in passed_over:
+            print(f"passed over a checkpoint: {reason}", file=sys.stderr)
         path = found
-    elif path.is_dir() and (path / STATE).is_file():
+    elif path.is_dir() and ((path / STATE).is_file() or STEP_NAME.fullmatch(path.name)):
         verify(path)
     elif path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} is neither a model directory nor a run with checkpoints in it")
@@ -216,4 +249,9 @@ def load_model(name: str, device: str = "auto", dropout: float = 0.0) -> tuple[G
             "and no Hub id (org/name)"
         )
     source = str(path) if path.is_dir() else name
-    return GPT.from_pretrained(source, dropout).to(pick_device(device)).eval(), source
+    model = GPT.from_pretrained(source, dropout)
+    if model.config.vocab_size <= END_OF_TEXT:
+        raise ValueError(
+            f"{source} has {model.config.vocab_size} tokens; GPT-2's tokenizer has {END_OF_TEXT + 1}"
+        )
+    return model.to(pick_device(device)).eval(), source

@@ -10,6 +10,7 @@ On disk: data/<name>/<name>_{val,train}_000000.npy and manifest.json (format: sh
 sample makes 10 billion tokens (huggingface.co/datasets/HuggingFaceFW/fineweb-edu), 100 shards of 200 MB.
 """
 
+import contextlib
 import glob
 import gzip
 import json
@@ -161,17 +162,35 @@ def parquet_documents(path: Path, text_field: str) -> Iterator[str]:
         yield from (text or "" for text in batch.column(0).to_pylist())
 
 
+@contextlib.contextmanager
+def naming_the_repository(repo: str):
+    """Turns what the Hub's client raises (its errors have no common base) into an OSError with the name."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise OSError(f"{repo} could not be read from the Hugging Face Hub ({reason})") from error
+
+
 def hub_documents(repo: str, config: str, split: str, text_field: str) -> tuple[Iterator[str], dict]:
     """A Hugging Face data set, streamed: documents arrive while later files are still on the Hub."""
     import datasets
     from huggingface_hub import HfApi
 
-    revision = HfApi().dataset_info(repo).sha  # read exactly what the manifest will name
-    stream = datasets.load_dataset(repo, config or None, split=split, streaming=True, revision=revision)
+    with naming_the_repository(repo):
+        revision = HfApi().dataset_info(repo).sha  # read exactly what the manifest will name
+        stream = datasets.load_dataset(repo, config or None, split=split, streaming=True, revision=revision)
     if stream.column_names and text_field not in stream.column_names:
         raise ValueError(f"{repo} has no column {text_field!r}; it has {', '.join(stream.column_names)}")
-    about = {"source": f"hf:{repo}", "config": config, "split": split, "revision": revision}
-    return (text_of(row, text_field) for row in stream), about
+
+    def rows() -> Iterator[str]:
+        with naming_the_repository(repo):
+            for row in stream:
+                yield text_of(row, text_field)
+
+    return rows(), {"source": f"hf:{repo}", "config": config, "split": split, "revision": revision}
 
 
 # -----------------------------------------------------------------------------
@@ -260,25 +279,36 @@ def inspect(folder: Path):
             print(f"  at {start:,}: {tokenizer.decode(document[: end[0]] if len(end) else document)!r}")
 
 
+def is_there(cfg: Config, request: dict) -> bool:
+    """Whether the data set was already made, whole, by the same request. Raises ValueError if by another."""
+    try:
+        manifest = shards.read_manifest(cfg.folder)
+    except ValueError as error:
+        print(f"starting again: {error}")
+        return False
+    if manifest is None:
+        return False
+    if manifest.get("request") != request:
+        raise ValueError(
+            f"{cfg.folder} holds another data set; remove it, or give another --name or --out-dir"
+        )
+    try:
+        for shard in manifest["shards"]:
+            shards.open_shard(cfg.folder / shard["file"], shard["tokens"])
+    except (ValueError, FileNotFoundError) as error:
+        print(f"starting again: {error}")
+        return False
+    print(f"{cfg.folder} is already complete ({sum(s['tokens'] for s in manifest['shards']):,} tokens)")
+    return True
+
+
 def prepare(cfg: Config) -> Path:
     """Writes the data set that cfg describes, unless it is already there; returns its folder."""
     if cfg.workers < 0:
         raise ValueError(f"--workers is {cfg.workers}; it must be 0 (all cores) or more")
     fields = ("source", "config", "split", "text_field", "shard_tokens", "val_tokens")
     request = {name: getattr(cfg, name) for name in fields}
-    try:
-        existing = shards.read_manifest(cfg.folder)
-        for shard in existing["shards"] if existing else []:
-            shards.open_shard(cfg.folder / shard["file"], shard["tokens"])
-    except (ValueError, FileNotFoundError) as error:
-        print(f"starting again: {error}")
-        existing = None
-    if existing:
-        if existing.get("request") != request:
-            raise ValueError(
-                f"{cfg.folder} holds another data set; remove it or choose another --name or --out-dir"
-            )
-        print(f"{cfg.folder} is already complete ({sum(s['tokens'] for s in existing['shards']):,} tokens)")
+    if is_there(cfg, request):
         return cfg.folder
     docs, about = documents(cfg)
     about |= {"request": request, "tokenizer": {"name": "gpt2", "sha256": tokenizer.RANKS_SHA256}}
@@ -309,6 +339,6 @@ def main(cfg: Config):
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__))
-    except (ValueError, OSError) as error:  # OSError: also what the Hub's client raises
+    except (ValueError, OSError) as error:
         print(f"fineweb.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,11 +4,13 @@
     python generate.py --model gpt2 --prompt "The sun is" --temperature 0 --max-tokens 50
     python generate.py --interactive                    # the text grows as you and the model take turns
 
-Standard output is the prompt and its continuation, nothing else, printed as it is made; several samples are
-parted by an empty line. Top-k 50 and a temperature of 0.8 by default: cautious, for small models.
+Standard output is the prompt and its continuation, nothing else. One sample is printed as it is made; several
+are made together and parted by an empty line. Top-k 50 and a temperature of 0.8 by default: cautious, for
+small models.
 """
 
 import codecs
+import contextlib
 import dataclasses
 import json
 import sys
@@ -59,7 +61,7 @@ def check(cfg: Config):
     """Raises ValueError for a value that cannot work."""
     bounds = {
         "max_tokens": (cfg.max_tokens >= 1, "at least 1"),
-        "temperature": (cfg.temperature >= 0, "0 or more"),
+        "temperature": (cfg.temperature == 0 or cfg.temperature >= 0.01, "0 (greedy) or at least 0.01"),
         "top_k": (cfg.top_k >= 0, "0 or more"),
         "top_p": (0 < cfg.top_p <= 1, "above 0 and at most 1"),
         "repetition_penalty": (cfg.repetition_penalty > 0, "above 0"),
@@ -68,6 +70,8 @@ def check(cfg: Config):
     for name, (fits, bound) in bounds.items():
         if not fits:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be {bound}")
+    if cfg.interactive and (cfg.num_samples > 1 or cfg.json):
+        raise ValueError("--interactive makes one text, on the terminal: leave --num-samples and --json out")
 
 
 def options(cfg: Config, device: torch.device) -> dict:
@@ -105,7 +109,8 @@ def sample_texts(model: GPT, ids: list[int], cfg: Config) -> list[str]:
 def converse(model: GPT, cfg: Config):
     """Reads lines from the terminal until it ends, and continues the text that they and the model make
     together."""
-    import readline  # noqa: F401  gives input() a history and line editing
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  gives input() a history and line editing
 
     print("Type a beginning and press Enter; Ctrl-C stops a text, Ctrl-D ends.", file=sys.stderr)
     text = ""

@@ -26,9 +26,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
@@ -111,7 +111,7 @@ def load_items(path: str | Path = "", limit: int = 0) -> list[dict]:
         raise ValueError(f"--limit is {limit}; it must be 0 (all) or more")
     path = Path(path) if path else download()
     try:
-        items = [json.loads(line) for line in path.read_text(encoding="utf-8").strip("\n").split("\n")]
+        items = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         for item in items:
             if missing := {"ctx", "ctx_a", "ctx_b", "activity_label", "endings", "label"} - item.keys():
                 raise ValueError(f"an item without {', '.join(sorted(missing))}")
@@ -133,15 +133,10 @@ def render(item: dict, protocol: str) -> tuple[list[Row], list[int]]:
         return rows, [len(ending) for _, ending in rows]
     context = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
     endings = [clean(ending) for ending in item["endings"]]
-    rows = []
-    for ending in endings:
-        # As lm_eval does: the text is tokenized whole and cut where the context's ids end.
-        blanks = len(context) - len(context.rstrip())
-        kept = context[: len(context) - blanks]
-        whole = tokenizer.encode(context + " " + ending)
-        cut = len(tokenizer.encode(kept))
-        rows.append((whole[:cut], whole[cut:]))
-    return rows, [len(ending) for ending in endings]
+    # As lm_eval does, the text is tokenized whole and cut where the context's ids end.
+    cut = len(tokenizer.encode(context.rstrip()))
+    whole = [tokenizer.encode(context + " " + ending) for ending in endings]
+    return [(ids[:cut], ids[cut:]) for ids in whole], [len(ending) for ending in endings]
 
 
 def clean(text: str) -> str:
@@ -172,12 +167,10 @@ def score(model: GPT, rows: list[Row], batch_size: int, progress: tqdm | None = 
         for row, i, mask in zip(ids, batch, is_ending):
             mask[max(0, len(row) - 1 - len(rows[i][1])) : len(row) - 1] = True
         tokens, is_ending = tokens.to(device), is_ending.to(device)
-        x = model.hidden(tokens[:, :-1])[is_ending].float()  # (endings' tokens, C)
-        with torch.autocast(device.type, enabled=False):
-            nll = F.cross_entropy(model.lm_head(x), tokens[:, 1:][is_ending], reduction="none")
-        lengths = is_ending.sum(dim=1).tolist()
-        for i, part in zip(batch, nll.split(lengths)):
-            scores[i] = -part.sum(dtype=torch.float64).item()
+        x = model.hidden(tokens[:, :-1])[is_ending]  # (endings' tokens, C)
+        losses = model.token_losses(x, tokens[:, 1:][is_ending])
+        for i, part in zip(batch, losses.split(is_ending.sum(dim=1).tolist())):
+            scores[i] = -part.sum().item()
         if progress is not None:
             progress.update(len(batch))
     return scores
@@ -197,7 +190,6 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"--batch-size is {batch_size}; it must be at least 1")
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = model.wte.weight.device
     result: dict = {"n": len(items)}
     for protocol in protocols:
         mine = [(render(item, protocol), int(item["label"])) for item in items[rank::world_size]]
@@ -205,14 +197,16 @@ def evaluate(
         hidden_bar = None if show and rank == 0 else True  # None: shown on a terminal only
         with tqdm(total=len(rows), desc=f"HellaSwag, {protocol}", unit="row", disable=hidden_bar) as progress:
             scores = score(model, rows, batch_size, progress)
-        right = torch.zeros(2, dtype=torch.int64, device=device)
+        right = [0, 0]
         for n, ((_, lengths), label) in enumerate(mine):
-            four = torch.tensor(scores[4 * n : 4 * n + 4], dtype=torch.float64)
-            right[0] += int(four.argmax()) == label
-            right[1] += int((four / torch.tensor(lengths)).argmax()) == label
+            four = np.array(scores[4 * n : 4 * n + 4])
+            right[0] += int(four.argmax() == label)
+            right[1] += int((four / lengths).argmax() == label)
         if world_size > 1:
-            dist.all_reduce(right)
-        acc, acc_norm = (right / max(1, len(items))).tolist()
+            total = torch.tensor(right, device=model.wte.weight.device)
+            dist.all_reduce(total)
+            right = total.tolist()
+        acc, acc_norm = (count / len(items) for count in right)
         result[protocol] = {
             "acc": acc,
             "acc_norm": acc_norm,
@@ -224,7 +218,7 @@ def evaluate(
 
 def standard_error(accuracy: float, n: int) -> float:
     """Of the mean of n yes-or-no outcomes, with the n - 1 of lm_eval."""
-    return math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else float("nan")
+    return math.sqrt(accuracy * (1 - accuracy) / max(1, n - 1))
 
 
 def main(cfg: Config) -> dict:

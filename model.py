@@ -78,15 +78,14 @@ class GPTConfig:
         block = (4 * C + 12 * C * C) + (3 + 1 + 4 + 1) * C  # two LayerNorms and four matrices; four biases
         return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
 
-    @property
-    def flops_per_token(self) -> int:
-        """Floating-point operations of forward and backward, a token of a full context.
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations of forward and backward, a token of a context of seq_len.
 
         6 for each parameter used in a matrix product plus 12 * n_layer * C * T for attention:
         PaLM (Chowdhery et al., 2022), appendix B. The causal mask is not credited.
         """
         matmul_params = self.num_params - self.block_size * self.n_embd
-        return 6 * matmul_params + 12 * self.n_layer * self.n_embd * self.block_size
+        return 6 * matmul_params + 12 * self.n_layer * self.n_embd * seq_len
 
 
 class KVCache:
@@ -223,6 +222,18 @@ class GPT(nn.Module):
         """Vectors (..., C) to logits (..., V) in float32; the weight is the token embedding's."""
         return F.linear(x, self.wte.weight.to(x.dtype))[..., : self.config.vocab_size].float()
 
+    def token_losses(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """-log p of each target (N,), in nats, from float32 logits of x (N, C); float64 on the CPU.
+
+        A thousand rows at a time: their logits take 200 MB. For evaluation; training has `forward`.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            parts = [
+                F.cross_entropy(self.lm_head(x_c.float()), targets_c, reduction="none").cpu()
+                for x_c, targets_c in zip(x.split(1000), targets.split(1000))
+            ]
+        return torch.cat(parts).double()
+
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: list[KVCache] | None = None
     ) -> torch.Tensor:
@@ -261,13 +272,14 @@ class GPT(nn.Module):
         temperature. Past block_size the later half of the context is kept and read again.
         """
         context, cache = idx[:, -self.config.block_size :], self.new_cache() if use_cache else None
-        seen = torch.zeros(idx.size(0), self.config.vocab_size, dtype=torch.bool, device=idx.device)
+        choices = min(self.config.vocab_size, END_OF_TEXT + 1)
+        seen = torch.zeros(idx.size(0), choices, dtype=torch.bool, device=idx.device)
         seen.scatter_(1, idx, True)
         done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         unread = context
         for _ in range(max_new_tokens):
             x = self.hidden(unread, cache) if cache else self.hidden(context)
-            logits = self.lm_head(x[:, -1])  # (B, V)
+            logits = self.lm_head(x[:, -1])[:, :choices]  # (B, V); some published files have padding rows
             if repetition_penalty != 1.0:
                 penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
                 logits = torch.where(seen, penalised, logits)

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
@@ -66,7 +65,8 @@ def load_ids(cfg: Config) -> np.ndarray:
         parts = [s for s in shards.list_shards(path) if s["split"] == cfg.split]
         if not parts:
             raise ValueError(f"{path} has no shard of the split {cfg.split!r}")
-        ids = np.concatenate([shards.open_shard(path / s["file"], s.get("tokens")) for s in parts])
+        opened = [shards.open_shard(path / s["file"], s.get("tokens")) for s in parts]
+        ids = np.concatenate([shard[: cfg.limit or None] for shard in opened])
     elif path.is_file():
         ids = np.array(tokenizer.encode(path.read_text(encoding="utf-8")), dtype=np.uint16)
     else:
@@ -103,10 +103,9 @@ def total_nll(model: GPT, ids: np.ndarray, stride: int, batch_size: int = 8) -> 
             seen = 0 if begin == 0 else context - stride  # tokens that the window before held
             scored[r, max(0, seen - 1) : len(row) - 1] = True
         tokens, mask = torch.from_numpy(padded).to(device), torch.from_numpy(scored).to(device)
-        x = model.hidden(tokens[:, :-1])[mask]
-        nll = F.cross_entropy(model.lm_head(x), tokens[:, 1:][mask], reduction="none")
-        total += nll.sum(dtype=torch.float64).item()
-        count += nll.numel()
+        losses = model.token_losses(model.hidden(tokens[:, :-1])[mask], tokens[:, 1:][mask])
+        total += losses.sum().item()
+        count += losses.numel()
     return total, count
 
 

@@ -37,7 +37,10 @@ def read_log(run: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; give a run folder, log/<run>")
     streams: dict[str, list[tuple[int, float]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    *lines, _ = path.read_text(encoding="utf-8").split(
+        "\n"
+    )  # a last line that is only half there is left out
+    for number, line in enumerate(lines, 1):
         match = re.fullmatch(r"(\d+) (\w+) (-?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|inf|nan))", line)
         if not match:
             raise ValueError(f"{path}, line {number}: {line!r} is not `<step> <stream> <value>`")
@@ -103,6 +106,7 @@ def main(cfg: Config) -> Path:
             raise FileNotFoundError(f"{LOG_ROOT} holds no run; train one: `python train_gpt2.py demo`")
         runs = [max(found, key=lambda run: (run / "log.txt").stat().st_mtime)]
     out = Path(cfg.out) if cfg.out else runs[0] / "loss.png"
+    out = out if out.suffix else out.with_suffix(".png")
     draw(runs, out)
     print(out)
     return out

@@ -40,9 +40,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    if os.name != "nt":  # Windows keeps its directories itself
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def sha256_file(path: Path) -> str:
@@ -171,6 +172,14 @@ def read_manifest(folder: Path) -> dict | None:
         if Path(file).name != file or not SHARD_NAME.fullmatch(file):
             raise ValueError(f"{path} lists {file!r}, which is not the name of a shard in its folder")
     return manifest
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the folder has a manifest that says so."""
+    try:
+        return read_manifest(folder) is not None
+    except ValueError:
+        return False
 
 
 def verify(folder: Path) -> dict:

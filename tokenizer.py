@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -145,7 +146,7 @@ def encode_corpus(documents: list[str], workers: int = 0) -> np.ndarray:
     data = [replace_surrogates(document).encode("utf-8") for document in documents]
     if not data:
         return np.empty(0, dtype=np.uint16)
-    layout = gigatoken_tokenizer().encode_batch(data, parallel=workers != 1).layout
+    layout: Any = gigatoken_tokenizer().encode_batch(data, parallel=workers != 1).layout
     offsets = np.asarray(layout.offsets.data, dtype=np.int64)
     ids = np.asarray(layout.content.data, dtype=np.uint16)[offsets[0] : offsets[-1]]
     return np.insert(ids, offsets[:-1] - offsets[0], END_OF_TEXT)

@@ -3,15 +3,15 @@
     python train_gpt2.py demo                # no data, no network, no GPU: about 5 minutes on two cores
     python train_gpt2.py                     # GPT-2 124M on FineWeb-Edu (first: python fineweb.py)
     torchrun --standalone --nproc_per_node=8 train_gpt2.py            # the same on 8 GPUs, or --num-gpus 8
-    python train_gpt2.py --init-from gpt2 --dataset-path data/mine --learning-rate 3e-5 --max-steps 500
+    python train_gpt2.py --init-from gpt2 --dataset-path data/mine --warmup-steps 20 --max-steps 500
     python train_gpt2.py --resume            # goes on with the newest run; or --resume log/<run>
 
 On disk: log/<run>/log.txt, a line a fact: <step> <stream> <value> with streams train val hella lr norm toks;
 log/<run>/config.json; log/<run>/step_000250/, a checkpoint that Hugging Face loads (checkpoint.py).
 
-The preset `gpt2` is the 124M recipe of build-nanogpt: 19,073 steps of 524,288 tokens are 10 billion, and end
-near a validation loss of 3.07 and 30.4% of HellaSwag (its README). Losses are in nats a token; an untrained
-model's is ln(50257) = 10.82.
+The preset `gpt2` is the 124M recipe of build-nanogpt: 19,073 steps of 524,288 tokens are 10 billion; its
+author's run ended near a validation loss of 3.07 and 30.4% of HellaSwag. Losses are in nats a token; an
+untrained model's is ln(50257) = 10.82.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ class Config:
     fine-tuning."""
     # optimization
     batch_size: int = 16
-    """Sequences a process and micro-step, B; as large as memory allows. It does not change the result."""
+    """Sequences a process and micro-step, B; as large as memory allows."""
     total_batch_tokens: int = 524_288
     """Tokens an optimizer step; gradients are accumulated until they are reached."""
     learning_rate: float = 6e-4
@@ -151,7 +151,7 @@ PRESETS = {
     ),
 }
 
-# What a resumed run may change without changing what it learns.
+# What a resumed run may change. Only max_steps changes what it learns: the schedule then ends elsewhere.
 FREE_TO_CHANGE = {
     "batch_size", "max_steps", "device", "compile", "num_gpus", "dataset_path", "init_from",
     "run_name", "log_dir", "resume", "override", "val_every", "val_tokens", "hellaswag_every",
@@ -255,6 +255,8 @@ def check_same(cfg: Config, data: str, state: dict):
         for name, old in state["config"].items()
         if name not in FREE_TO_CHANGE and getattr(cfg, name) != old
     ]
+    if cfg.max_steps < state["step"]:
+        raise ValueError(f"--max-steps is {cfg.max_steps}; {cfg.resume} already is at step {state['step']}")
     if data != state["data"]:
         changed.append(f"the shards in {cfg.dataset_path} are not those of the checkpoint")
     if changed and not cfg.override:
@@ -292,60 +294,40 @@ class Process:
 
 
 def start_process(cfg: Config) -> Process:
-    """Joins torchrun's process group, if torchrun started us, and picks the device."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    """Joins torchrun's process group, if torchrun started us, and picks the device, a GPU a process."""
     if "RANK" not in os.environ:
         return Process(0, 1, checkpoint.pick_device(cfg.device))
-    device = checkpoint.pick_device(cfg.device)
+    name = cfg.device
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = checkpoint.pick_device(name)
+    if device.type == "mps":
+        raise ValueError(
+            "--device mps has one GPU and takes one process; several processes need --device cpu"
+        )
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    return Process(dist.get_rank(), world_size, device)
+    return Process(dist.get_rank(), dist.get_world_size(), device)
 
 
-def pick_dtype(name: str, device: torch.device, before: str | None = None) -> tuple[torch.dtype, str]:
-    """The precision of matrix products that --dtype means, and why; `before` is what a resumed run had."""
-    if name != "auto":
-        return getattr(torch, name), "as asked"
-    if before:
-        return getattr(torch, before), "as before"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the GPU has it"
-        return torch.float16, "this GPU has no bfloat16; gradients are scaled"
-    if device.type != "cpu":
-        return torch.float32, f"the safe choice on {device.type}"
-
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
-        times = []
-        for _ in range(4):
-            begin = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    ratio = seconds(torch.float32) / seconds(torch.bfloat16)
-    chosen = torch.bfloat16 if ratio > 1.5 else torch.float32
-    return chosen, f"bfloat16 products run at {ratio:.1f} times float32's speed on this CPU"
-
-
-def compiled(model: GPT, batch: torch.Tensor, autocast: torch.autocast) -> tuple[torch.nn.Module, str]:
+def compiled(
+    model: GPT, x: torch.Tensor, y: torch.Tensor, autocast: torch.autocast
+) -> tuple[torch.nn.Module, str]:
     """torch.compile(model), tried on one batch, or the model itself where that fails; and what to say."""
     fast = torch.compile(model.train())
     begin = time.perf_counter()
     try:
         with autocast:
-            loss = fast(batch, batch)
+            loss = fast(x, y)
         loss.backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a missing or broken compiler raises
         torch._dynamo.reset()
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return model, f"torch.compile does not work here ({reason}); training goes on without it"
     finally:
         model.zero_grad(set_to_none=True)
@@ -411,7 +393,9 @@ def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
     """Four continuations of the sample prompt, drawn with a generator of their own."""
     ids = tokenizer.encode(cfg.sample_prompt) or [tokenizer.END_OF_TEXT]
     generator = torch.Generator(device=device).manual_seed(cfg.seed + step)
-    rows = model.generate(torch.tensor([ids] * 4, device=device), 48, top_k=50, generator=generator)
+    rows = model.generate(
+        torch.tensor([ids] * 4, device=device), 48, temperature=0.8, top_k=50, generator=generator
+    )
     for row in rows[:, len(ids) :].tolist():
         print(f"  sample | {cfg.sample_prompt + tokenizer.decode_until_end(row)!r}")
 
@@ -450,17 +434,34 @@ def find_data(dataset_path: str, process: Process) -> Path:
     """The folder of shards, relative to here or to this script; the demo's are made if missing."""
     data = Path(dataset_path)
     data = data if data.exists() or data.is_absolute() else ROOT / data
-    if process.rank == 0 and data.name == "pydocs" and not (data / shards.MANIFEST).exists():
+    if process.rank == 0 and data.name == "pydocs" and not shards.is_complete(data):
         command = [sys.executable, str(ROOT / "fineweb.py"), "--source", "pydocs", "--out-dir", str(data)]
-        print(f"making shards from the documentation of the installed Python packages: {' '.join(command)}")
-        subprocess.run(command, check=True)
+        print(f"Making shards of the installed packages' documentation: {' '.join(command)}", flush=True)
+        if subprocess.run(command, check=False).returncode:
+            raise ValueError(f"{data} could not be made")
     process.agree(None)  # the other processes wait for it
     return data
+
+
+def find_hellaswag(cfg: Config, process: Process) -> tuple[list[dict], str]:
+    """The HellaSwag items for the loop, or none and why; rank 0 downloads them."""
+    problem = ""
+    if process.rank == 0:
+        try:
+            hellaswag.download()
+        except OSError as error:
+            problem = str(error)
+    problem = process.agree(problem)
+    return ([], problem) if problem else (hellaswag.load_items("", cfg.hellaswag_limit), "")
 
 
 def build_model(cfg: Config) -> GPT:
     """The network that the flags describe, on the CPU, initialised from the seed or from --init-from."""
     if cfg.init_from:
+        if cfg.model_size != Config.model_size or (cfg.n_layer, cfg.n_head, cfg.n_embd) != (None, None, None):
+            raise ValueError(
+                "--init-from brings its own shape: leave out --model-size and --n-layer, -head, -embd"
+            )
         model, source = checkpoint.load_model(cfg.init_from, "cpu", cfg.dropout)
         if cfg.seq_len > model.config.block_size:
             raise ValueError(
@@ -490,10 +491,9 @@ def finish(cfg: Config, run: Path, last_checkpoint: Path | None):
     here = Path(os.path.relpath(run))
     print(f"\nDone. The log is in {here}/log.txt.")
     if cfg.val_every:
-        subprocess.run(
-            [sys.executable, str(ROOT / "plot.py"), str(run)], stdout=subprocess.DEVNULL, check=False
-        )
-        print(f"The curves are in {here}/loss.png.")
+        command = [sys.executable, str(ROOT / "plot.py"), str(run)]
+        if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0:
+            print(f"The curves are in {here}/loss.png.")
     if last_checkpoint:
         model = Path(os.path.relpath(last_checkpoint))
         print("What next:")
@@ -524,17 +524,19 @@ def main(cfg: Config) -> Path:
     # ---- model, optimizers and, where a run goes on, their state
     saved = checkpoint.load(Path(cfg.resume), cfg.dropout) if cfg.resume not in ("", "newest") else None
     resumed = saved.state if saved else {}
-    if saved:
+    if resumed:
         check_same(cfg, data_fingerprint, resumed)
     raw_model = (saved.model if saved else build_model(cfg)).to(device)
     config = raw_model.config
-    dtype, why = process.agree(pick_dtype(cfg.dtype, device, resumed.get("dtype")))
+    dtype, why = process.agree(checkpoint.pick_dtype(cfg.dtype, device, resumed.get("dtype")))
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizers = make_optimizers(cfg, raw_model)
     if saved:
         load_optimizers(raw_model, optimizers, saved.optimizer)
-        scaler.load_state_dict(resumed["scaler"])
+        if scaler.is_enabled() and resumed["scaler"]:
+            scaler.load_state_dict(resumed["scaler"])
+        saved = None  # its tensors have been copied
     run, settings = open_run(cfg, config, process)
     log = RunLog(run, rank, resumed.get("step"))
 
@@ -550,28 +552,28 @@ def main(cfg: Config) -> Path:
     if val_data:
         say(f"loss   {math.log(config.vocab_size):.2f} if all tokens were alike, {entropy:.2f} if a model "
             "knows only how frequent each is (the validation split's unigram entropy)")  # fmt: skip
+    if cfg.warmup_steps > cfg.max_steps:
+        say(f"note   the run ends within its {cfg.warmup_steps} steps of warm-up (--warmup-steps)")
     say(f"run    {run}" + (f", resumed at step {resumed['step']}" if resumed else ""))
 
     # ---- what wraps the model; evaluation and checkpoints use raw_model
     model: torch.nn.Module = raw_model
     if cfg.compile:
-        example, _ = train_data.batch(0, 0, cfg.batch_size, sequences)
-        model, outcome = compiled(raw_model, example.to(device), autocast)
+        torch._dynamo.config.optimize_ddp = False  # one graph; ours has nothing to gain from cutting it
+        x, y = train_data.batch(0, 0, cfg.batch_size, sequences)
+        model, outcome = compiled(raw_model, x.to(device), y.to(device), autocast)
         say(outcome)
     if world_size > 1:
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     hellaswag_items = []
     if cfg.hellaswag_every:
-        try:
-            hellaswag_items = hellaswag.load_items("", cfg.hellaswag_limit)
-        except OSError as error:
-            say(f"HellaSwag is left out: {error}")
-    peak_flops = (
-        next((flops for name, flops in PEAK_FLOPS.items() if name in device_name(device)), 0) * world_size
-    )
+        hellaswag_items, problem = find_hellaswag(cfg, process)
+        if problem:
+            say(f"HellaSwag is left out: {problem}")
+    peak_flops = device_peak_flops(device, dtype) * world_size
 
     # ---- the loop: max_steps + 1 times, the last only evaluates and saves
-    first_step, last_checkpoint = resumed.get("step", 0), Path(cfg.resume) if saved else None
+    first_step, last_checkpoint = resumed.get("step", 0), Path(cfg.resume) if resumed else None
     best_val_loss = resumed.get("best_val_loss", math.inf)
     train_seconds = 0.0
     for step in range(first_step, cfg.max_steps + 1):
@@ -633,8 +635,9 @@ def main(cfg: Config) -> Path:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
+        if norm.isfinite() or not scaler.is_enabled():  # float16 overflowed somewhere: no optimizer steps
+            for optimizer in optimizers:
+                scaler.step(optimizer)
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -644,7 +647,7 @@ def main(cfg: Config) -> Path:
         train_seconds += seconds
         left = train_seconds / (step - first_step + 1) * (cfg.max_steps - step - 1)
         toks = cfg.total_batch_tokens / seconds
-        mfu = f" | mfu {toks * config.flops_per_token / peak_flops:5.1%}" if peak_flops else ""
+        mfu = f" | mfu {toks * config.flops_per_token(cfg.seq_len) / peak_flops:5.1%}" if peak_flops else ""
         log.write(step, train=loss_value, lr=lr, norm=norm.item(), toks=toks)
         say(
             f"step {step:>6} | loss {loss_value:7.4f} | lr {lr:.2e} | norm {norm:7.3f} | "
@@ -654,6 +657,9 @@ def main(cfg: Config) -> Path:
     if rank == 0:
         finish(cfg, run, last_checkpoint)
     if world_size > 1:
+        # DDP must not hold the last reference to gloo's group: its destructor would join gloo's threads while
+        # it holds the interpreter's lock, for which one of them may be waiting (a hang seen with torch 2.13).
+        del model
         dist.destroy_process_group()
     return run
 
@@ -676,6 +682,8 @@ def save_checkpoint(
     run: Path, step: int, model: GPT, optimizers: list[torch.optim.Optimizer], rank: int, state: dict
 ) -> Path | None:
     """Every rank takes part in gathering the tensors; rank 0 writes, and returns the checkpoint's folder."""
+    weights: Any
+    optimizer: Any
     weights, optimizer = get_state_dict(model, optimizers, options=WHOLE)
     if rank:
         return None
@@ -690,7 +698,7 @@ def save_checkpoint(
 
 def load_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]):
     """Puts the tensors of `save_checkpoint` back; all else about the optimizers comes from the flags."""
-    state_dict = get_optimizer_state_dict(model, optimizers)
+    state_dict: Any = get_optimizer_state_dict(model, optimizers)
     padding = (0, 0, 0, model.config.padded_vocab_size - model.config.vocab_size)
     for name, values in state_dict["state"].items():
         for key in values:
@@ -700,8 +708,12 @@ def load_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], tensors
     set_optimizer_state_dict(model, optimizers, state_dict, options=WHOLE)
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """What PEAK_FLOPS says of the device; 0 where it says nothing, or for float32."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), 0.0)
 
 
 def format_seconds(seconds: float) -> str:

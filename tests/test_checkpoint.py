@@ -340,7 +340,16 @@ def test_a_pickle_in_place_of_tensors_is_not_run(run, name, resealed, tmp_path):
 # --model
 
 
-def test_a_model_is_loaded_from_a_checkpoint_or_from_its_run(run):
+@pytest.fixture
+def gpt2_run(tmp_path) -> Path:
+    """A run as `run`, of models with GPT-2's vocabulary."""
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "gpt2_run", random_model(seed=step, vocab_size=VOCAB_SIZE), step)
+    return tmp_path / "gpt2_run"
+
+
+def test_a_model_is_loaded_from_a_checkpoint_or_from_its_run(gpt2_run):
+    run = gpt2_run
     for name, folder in (
         (run / "step_000001", run / "step_000001"),
         (run, run / "step_000002"),
@@ -348,20 +357,27 @@ def test_a_model_is_loaded_from_a_checkpoint_or_from_its_run(run):
         model, source = checkpoint.load_model(str(name), "cpu")
         assert source == str(folder)
         assert not model.training
-        expected = random_model(seed=int(folder.name[-1]))
+        expected = random_model(seed=int(folder.name[-1]), vocab_size=VOCAB_SIZE)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
 
 
-def test_a_plain_hugging_face_directory_is_a_model_too(run, tmp_path):
+def test_a_plain_hugging_face_directory_is_a_model_too(gpt2_run, tmp_path):
+    run = gpt2_run
     for name in ("model.safetensors", "config.json"):
         (tmp_path / "plain").mkdir(exist_ok=True)
         shutil.copy(run / "step_000002" / name, tmp_path / "plain" / name)
     model, source = checkpoint.load_model(str(tmp_path / "plain"), "cpu")
     assert source == str(tmp_path / "plain")
-    assert torch.equal(model.wte.weight, random_model(seed=2).wte.weight)
+    assert torch.equal(model.wte.weight, random_model(seed=2, vocab_size=VOCAB_SIZE).wte.weight)
 
 
-def test_a_damaged_checkpoint_is_passed_over_in_a_run_and_refused_by_itself(run):
+def test_a_model_of_another_vocabulary_is_refused(run):
+    with pytest.raises(ValueError, match="300 tokens; GPT-2's tokenizer has 50257"):
+        checkpoint.load_model(str(run), "cpu")
+
+
+def test_a_damaged_checkpoint_is_passed_over_in_a_run_and_refused_by_itself(gpt2_run):
+    run = gpt2_run
     os.truncate(run / "step_000002" / "optimizer.safetensors", 9)
     assert checkpoint.load_model(str(run), "cpu")[1] == str(run / "step_000001")
     with pytest.raises(ValueError, match=r"step_000002/optimizer\.safetensors"):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import hellaswag
 import shards
 import train_gpt2
 from model import GPT, GPTConfig
@@ -128,10 +129,12 @@ def test_four_micro_batches_equal_one_batch(config):
 
 
 @pytest.mark.parametrize(
-    "optimizer, dtype", [("adamw", "float32"), ("muon", "bfloat16"), ("adamw", "float16")]
+    "optimizer, dtype",
+    [("adamw", "float32"), ("muon", "bfloat16"), pytest.param("adamw", "float16", marks=pytest.mark.slow)],
 )
 def test_a_resumed_run_ends_bit_identical(config, optimizer, dtype):
-    """Across epochs (21 windows of 32 tokens... each step takes 8) and with dropout and accumulation."""
+    """Across the end of the first epoch (156 sequences, 8 a step), with dropout and accumulation; in float16,
+    which a CPU computes slowly, also with the gradient scaler's state."""
     cfg = dataclasses.replace(
         config, optimizer=optimizer, dtype=dtype, dropout=0.2, val_every=3, checkpoint_every=4, max_steps=24
     )
@@ -241,8 +244,9 @@ def test_the_default_run_name_says_model_and_time(config):
 
 def test_fine_tuning_starts_where_the_checkpoint_ended(config):
     run = train_gpt2.main(dataclasses.replace(config, val_every=10, checkpoint_every=10))
+    shape = dict(n_layer=None, n_head=None, n_embd=None)
     tuned = train_gpt2.main(
-        dataclasses.replace(config, init_from=str(run), run_name="tuned", max_steps=0, val_every=1)
+        dataclasses.replace(config, **shape, init_from=str(run), run_name="tuned", max_steps=0, val_every=1)
     )
     assert values(tuned, "val")[0] == values(run, "val")[-1]
 
@@ -343,3 +347,55 @@ def test_importing_a_script_does_nothing(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
+
+
+ITEM = {
+    "ctx": "A man sits on a roof. he", "ctx_a": "A man sits on a roof.", "ctx_b": "he", "label": 1,
+    "activity_label": "Roofing", "endings": ["sings.", "lays a tile.", "is a dog of some size.", "flies."],
+}  # fmt: skip
+
+
+def test_hellaswag_is_scored_in_the_loop(config, tmp_path, monkeypatch):
+    file = tmp_path / "items.jsonl"
+    file.write_text(f"{json.dumps(ITEM)}\n{json.dumps(ITEM)}\n", encoding="utf-8")
+    monkeypatch.setattr(hellaswag.download, "__defaults__", (hellaswag.URL, file, hellaswag.SHA256, 1))
+    run = train_gpt2.main(dataclasses.replace(config, hellaswag_every=2, max_steps=4, checkpoint_every=4))
+    model, _ = checkpoint.load_model(str(run), "cpu")
+    assert len(read(run, "hella")) == 3
+    assert values(run, "hella")[-1] == hellaswag.evaluate(model, [ITEM, ITEM])["completion"]["acc_norm"]
+
+
+def test_training_goes_on_without_hellaswag_where_it_cannot_be_had(config, tmp_path, monkeypatch, capsys):
+    nowhere = ("http://127.0.0.1:9/hellaswag_val.jsonl", tmp_path / "none.jsonl", hellaswag.SHA256, 1)
+    monkeypatch.setattr(hellaswag.download, "__defaults__", nowhere)
+    run = train_gpt2.main(dataclasses.replace(config, hellaswag_every=1, max_steps=1))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "HellaSwag" in line]
+    assert line.startswith("HellaSwag is left out") and nowhere[0] in line and "--data" in line
+    assert len(read(run, "train")) == 1 and not read(run, "hella")
+
+
+def test_four_samples_begin_with_the_prompt(config, capsys):
+    train_gpt2.main(dataclasses.replace(config, sample_every=1, max_steps=0, sample_prompt="Once"))
+    samples = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  sample")]
+    assert len(samples) == 4 and all(line.startswith("  sample | 'Once") for line in samples)
+
+
+def test_an_interrupted_preparation_of_the_demo_is_made_again(tmp_path):
+    folder = tmp_path / "pydocs"
+    shards.ShardWriter(folder, "pydocs", 1000, None, about={"request": {}})  # never closed
+    process = train_gpt2.Process(0, 1, torch.device("cpu"))
+    assert train_gpt2.find_data(str(folder), process) == folder
+    assert shards.read_manifest(folder)
+
+
+def test_weights_of_another_shape_than_init_from_are_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="--init-from brings its own shape"):
+        train_gpt2.main(dataclasses.replace(config, init_from="gpt2"))
+
+
+@pytest.mark.slow
+def test_two_compiled_processes_have_the_losses_of_one(config, tmp_path):
+    one = train_gpt2.main(config)
+    result = cli(*flags(dataclasses.replace(config, run_name="two", num_gpus=2, compile=True)), "--compile")
+    assert result.returncode == 0, result.stderr
+    assert values(tmp_path / "two", "train") == pytest.approx(values(one, "train"), abs=1e-3)
