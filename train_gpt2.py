@@ -18,12 +18,12 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import re
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -495,11 +495,12 @@ def finish(cfg: Config, run: Path, last_checkpoint: Path | None):
         if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0:
             print(f"The curves are in {here}/loss.png.")
     if last_checkpoint:
-        model = Path(os.path.relpath(last_checkpoint))
+        model, python = os.path.relpath(last_checkpoint), os.path.relpath(sys.executable)
+        python = "python" if python.startswith("..") else python  # .venv/bin/python, if that is where we run
         print("What next:")
-        print(f'  python generate.py --model {model} --prompt "{cfg.sample_prompt}"')
-        print(f"  python hellaswag.py --model {model} --limit 1000")
-        print(f"  python plot.py {here} --out loss.png")
+        print(f'  {python} generate.py --model {model} --prompt "{cfg.sample_prompt}"')
+        print(f"  {python} hellaswag.py --model {model} --limit 1000")
+        print(f"  {python} plot.py {here} --out loss.png")
 
 
 def main(cfg: Config) -> Path:
@@ -603,7 +604,7 @@ def main(cfg: Config) -> Path:
                 "dtype": str(dtype).removeprefix("torch."),
                 "scaler": scaler.state_dict(),
                 "best_val_loss": best_val_loss,
-                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                "versions": {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")},
             }
             last_checkpoint = save_checkpoint(run, step, raw_model, optimizers, rank, state)
             say(f"step {step:>6} | saved {last_checkpoint} in {time.perf_counter() - begin:.1f} s")
