@@ -93,7 +93,8 @@ def draw(runs: list[Path], out: Path):
     for axis in {loss, hella}:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
+        if axis.has_data():
+            axis.legend(frameon=False)
     figure.savefig(out, dpi=150)
     plt.close(figure)
 

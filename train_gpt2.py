@@ -435,8 +435,10 @@ def find_data(dataset_path: str, process: Process) -> Path:
     data = Path(dataset_path)
     data = data if data.exists() or data.is_absolute() else ROOT / data
     if process.rank == 0 and data.name == "pydocs" and not shards.is_complete(data):
+        print(
+            "Making shards of the installed packages' documentation (fineweb.py --source pydocs)", flush=True
+        )
         command = [sys.executable, str(ROOT / "fineweb.py"), "--source", "pydocs", "--out-dir", str(data)]
-        print(f"Making shards of the installed packages' documentation: {' '.join(command)}", flush=True)
         if subprocess.run(command, check=False).returncode:
             raise ValueError(f"{data} could not be made")
     process.agree(None)  # the other processes wait for it
@@ -486,17 +488,23 @@ def open_run(cfg: Config, config: GPTConfig, process: Process) -> tuple[Path, di
     return run, settings
 
 
+def shown(path: Path) -> str:
+    """The path as one would type it here."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def finish(cfg: Config, run: Path, last_checkpoint: Path | None):
     """Draws the run's curves and says what to do next."""
-    here = Path(os.path.relpath(run))
+    here = shown(run)
     print(f"\nDone. The log is in {here}/log.txt.")
     if cfg.val_every:
         command = [sys.executable, str(ROOT / "plot.py"), str(run)]
         if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0:
             print(f"The curves are in {here}/loss.png.")
     if last_checkpoint:
-        model, python = os.path.relpath(last_checkpoint), os.path.relpath(sys.executable)
-        python = "python" if python.startswith("..") else python  # .venv/bin/python, if that is where we run
+        model, python = shown(last_checkpoint), shown(Path(sys.executable))
+        python = "python" if Path(python).is_absolute() else python  # or .venv/bin/python, if not activated
         print("What next:")
         print(f'  {python} generate.py --model {model} --prompt "{cfg.sample_prompt}"')
         print(f"  {python} hellaswag.py --model {model} --limit 1000")
@@ -546,7 +554,7 @@ def main(cfg: Config) -> Path:
     epochs = cfg.max_steps * sequences / train_data.num_windows
     say(f"model  GPT-2, {config.num_params:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
         f"{config.n_embd} channels, {config.block_size} positions; {cfg.optimizer}")  # fmt: skip
-    say(f"data   {data}: {train_data.num_tokens:,} training tokens, {epochs:.2f} epochs")
+    say(f"data   {shown(data)}: {train_data.num_tokens:,} training tokens, {epochs:.2f} epochs")
     say(f"batch  {cfg.total_batch_tokens:,} tokens = {cfg.batch_size} sequences x {cfg.seq_len} tokens x "
         f"{world_size} processes x {accumulation} micro-steps")  # fmt: skip
     say(f"device {device}, {str(dtype).removeprefix('torch.')} ({why})")
@@ -555,7 +563,7 @@ def main(cfg: Config) -> Path:
             "knows only how frequent each is (the validation split's unigram entropy)")  # fmt: skip
     if cfg.warmup_steps > cfg.max_steps:
         say(f"note   the run ends within its {cfg.warmup_steps} steps of warm-up (--warmup-steps)")
-    say(f"run    {run}" + (f", resumed at step {resumed['step']}" if resumed else ""))
+    say(f"run    {shown(run)}" + (f", resumed at step {resumed['step']}" if resumed else ""))
 
     # ---- what wraps the model; evaluation and checkpoints use raw_model
     model: torch.nn.Module = raw_model
@@ -607,7 +615,7 @@ def main(cfg: Config) -> Path:
                 "versions": {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")},
             }
             last_checkpoint = save_checkpoint(run, step, raw_model, optimizers, rank, state)
-            say(f"step {step:>6} | saved {last_checkpoint} in {time.perf_counter() - begin:.1f} s")
+            say(f"step {step:>6} | saved {shown(run)}/step_{step:06d} in {time.perf_counter() - begin:.1f} s")
         if step == cfg.max_steps:
             break
 

@@ -152,8 +152,8 @@ def run_as_main(monkeypatch, *args: str) -> int | str | None:
     ("flag", "value", "reason"),
     [
         ("--max-tokens", "0", "at least 1"),
-        ("--temperature", "-0.5", "at least 0.01"),
-        ("--temperature", "nan", "at least 0.01"),
+        ("--temperature", "-0.5", "0 (greedy) or at least 0.01"),
+        ("--temperature", "nan", "0 (greedy) or at least 0.01"),
         ("--top-k", "-1", "0 or more"),
         ("--top-p", "0.0", "above 0 and at most 1"),
         ("--top-p", "1.5", "above 0 and at most 1"),
