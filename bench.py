@@ -8,7 +8,7 @@
     hellaswag  items/s, scored from logits of the endings   beside four padded rows an item, all logits
     generate   tokens/s of one sequence, key/value cache    beside transformers' generate with its cache
     load       seconds from a checkpoint to a model         beside transformers' from_pretrained
-    tokenize   MB/s of a corpus                             beside tiktoken, a document at a time
+    tokenize   MB/s of a corpus read before (warm caches)   beside tiktoken, a document at a time
 
 Ours and the baseline take turns, and each figure is a median, so that a noisy neighbour disturbs both alike.
 """
@@ -189,7 +189,9 @@ class Bench:
 
     def load(self) -> Result:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         config = GPTConfig.named(self.cfg.model_size)
         with tempfile.TemporaryDirectory() as folder:
             path = checkpoint.save(Path(folder), 0, config, GPT(config).state_dict(), {}, {}, {})
@@ -213,7 +215,11 @@ def main(cfg: Config) -> list[Result]:
     if cfg.repeats < 1 or cfg.items < 1 or cfg.batch_size < 1 or cfg.max_tokens < 1:
         raise ValueError("--repeats, --items, --batch-size and --max-tokens must be at least 1")
     bench = Bench(cfg)
-    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else platform.processor() or "CPU"
+    name = (
+        torch.cuda.get_device_name()
+        if bench.device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     precision = f"{str(bench.dtype).removeprefix('torch.')} ({bench.why})"
     print(f"{machine}; GPT-2 {cfg.model_size}; train in {precision}{', compiled' if cfg.compile else ''}")
