@@ -181,7 +181,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either, by backend
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"--device {name!r} cannot be used ({reason}); try cpu, cuda, cuda:1, mps or auto"
         ) from error
