@@ -2,44 +2,92 @@
 
     python fineweb.py                              # FineWeb-Edu, the 10-billion-token sample
     python fineweb.py --source pydocs              # prose of the installed Python packages; no network
-    python fineweb.py --source book.txt            # your .txt, .jsonl or .parquet; also a folder or a glob
+    python fineweb.py --source book.txt            # your file; also a folder or a glob
     python fineweb.py --source hf:org/name --text-field text
+    python fineweb.py --source fineweb-edu-10B-gpt2 --max-shards 10     # tokenized by others: only fetched
+    torchrun --nnodes 16 --nproc-per-node 1 ... fineweb.py --source fineweb-edu      # a share a machine
     python fineweb.py --source pydocs --verify     # read every byte back; --inspect to look inside
 
-On disk: data/<name>/<name>_{val,train}_000000.npy and manifest.json (format: shards.py). The FineWeb-Edu
-sample makes 10 billion tokens (huggingface.co/datasets/HuggingFaceFW/fineweb-edu), 100 shards of 200 MB.
+Sources:
+    fineweb-edu-10BT, -100BT, -350BT, fineweb-edu (all, or one dump: --config CC-MAIN-2024-10)
+    fineweb-10BT, -100BT, -350BT, fineweb         huggingface.co/datasets/HuggingFaceFW
+    wikitext-103 (an article a document; its own validation and test), tinystories (its own validation),
+    openwebtext, tiny-shakespeare, pydocs
+    fineweb-edu-10B-gpt2, fineweb-10B-gpt2, fineweb-100B-gpt2     huggingface.co/kjj0, llm.c's .bin shards
+    hf://datasets/org/name                        shards that --push-to put there, or others' .bin shards
+    hf:org/name[@revision]                        any data set with a column of text
+    files, folders, globs                         .txt .md .jsonl .parquet, each also .gz or .zst
+
+On disk: data/<name>/<name>_{val,train}_000000.npy and manifest.json (format: shards.py). The source is cut
+into parts of whole files, about a GB each; a run that was interrupted goes on where the last whole shard of
+its part ends, and several machines take a part each: the shards are the same bytes. The FineWeb-Edu sample
+makes 10 billion tokens, 20 GB.
 """
 
+import codecs
 import contextlib
 import glob
 import gzip
+import hashlib
+import io
 import json
+import os
 import random
 import re
+import shutil
 import sys
 import sysconfig
+import tempfile
+import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
+import numpy as np
 import tyro
 from tqdm import tqdm
 
+import remote
 import shards
 import tokenizer
 
-HUB_SOURCES = {"fineweb-edu-10BT": ("HuggingFaceFW/fineweb-edu", "sample-10BT")}
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+# Our name: repository, configuration, and the splits that are taken, as the Hub calls them.
+HUB_SOURCES = {
+    "fineweb-edu-10BT": ("HuggingFaceFW/fineweb-edu", "sample-10BT", ("train",)),
+    "fineweb-edu-100BT": ("HuggingFaceFW/fineweb-edu", "sample-100BT", ("train",)),
+    "fineweb-edu-350BT": ("HuggingFaceFW/fineweb-edu", "sample-350BT", ("train",)),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "default", ("train",)),
+    "fineweb-10BT": ("HuggingFaceFW/fineweb", "sample-10BT", ("train",)),
+    "fineweb-100BT": ("HuggingFaceFW/fineweb", "sample-100BT", ("train",)),
+    "fineweb-350BT": ("HuggingFaceFW/fineweb", "sample-350BT", ("train",)),
+    "fineweb": ("HuggingFaceFW/fineweb", "default", ("train",)),
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1", ("train", "validation", "test")),
+    "openwebtext": ("Skylion007/openwebtext", "plain_text", ("train",)),
+    "tinystories": ("roneneldan/TinyStories", "default", ("train", "validation")),
+}
+TOKENIZED_SOURCES = {  # by Keller Jordan, for modded-nanogpt
+    "fineweb-edu-10B-gpt2": "hf://datasets/kjj0/finewebedu10B-gpt2",
+    "fineweb-10B-gpt2": "hf://datasets/kjj0/fineweb10B-gpt2",
+    "fineweb-100B-gpt2": "hf://datasets/kjj0/fineweb100B-gpt2",
+}
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+OUR_SPLITS = {"train": "train", "validation": "val", "test": "test"}
+
+TEXT_SUFFIXES, ROW_SUFFIXES = (".txt", ".md", ".raw"), (".jsonl", ".parquet")
+COMPRESSED = (".gz", ".zst")
+PART_BYTES = 2**30  # of input files: what one process takes at a time
+BATCH_BYTES = 8_000_000  # of text that is tokenized at a time
 
 
 @dataclass(frozen=True)
 class Config:
     source: str = "fineweb-edu-10BT"
-    """What to tokenize: fineweb-edu-10BT, pydocs, hf:org/name, or a .txt (one document), .jsonl or .parquet
-    file (one document a row; text files also .gz), a folder or a glob of these."""
+    """What to tokenize: one of the sources above."""
     name: str = ""
     """Name of the data set; by default the source's."""
     out_dir: str = ""
@@ -48,15 +96,26 @@ class Config:
     """Tokens a shard."""
     val_tokens: int | None = None
     """Tokens set aside for validation, from the start; by default 10,485,760, or a tenth of a smaller
-    corpus."""
+    corpus. Not for sources with a validation split of their own."""
+    documents: Literal["auto", "file", "line", "block", "article"] = "auto"
+    """What is a document in text files: the file (auto), a line, a block between blank lines, or an article
+    as WikiText has them. In .jsonl and .parquet it is a row."""
     text_field: str = "text"
     """Column (parquet, hf:) or key (jsonl) that holds the text."""
     config: str = ""
-    """hf: sources only: the data set's configuration."""
+    """hf:, fineweb, fineweb-edu: the data set's configuration."""
     split: str = "train"
-    """hf: sources only: the split to read."""
+    """hf: the split to read."""
+    max_shards: int = 0
+    """Sources of shards: fetch only so many training shards; 0 for all."""
     workers: int = 0
     """Tokenizing threads; 0 for all cores. The shards do not depend on it."""
+    clear_cache: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Delete downloaded files as soon as their shards are written and read back."""
+    push_to: str = ""
+    """Then upload the shards to this data-set repository of the Hub (org/name)."""
+    merge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only join the parts that several machines have made in folders that were copied into one."""
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = field(default=False)
     """Write nothing: read the shards back and compare every byte with the manifest."""
     inspect: Annotated[bool, tyro.conf.FlagCreatePairsOff] = field(default=False)
@@ -64,7 +123,11 @@ class Config:
 
     @property
     def dataset_name(self) -> str:
-        stem = Path(self.source).name.split(".")[0] if not self.source.startswith("hf:") else self.source[3:]
+        stem = self.source.removeprefix(remote.HUB_PREFIX).removeprefix("hf:").partition("@")[0]
+        if self.source.startswith("hf:"):
+            stem = stem.strip("/")
+        else:
+            stem = Path(self.source).name.split(".")[0]
         name = self.name or re.sub(r"[^A-Za-z0-9.-]+", "-", stem).strip("-.") or "text"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(
@@ -74,64 +137,111 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        return (
-            Path(self.out_dir)
-            if self.out_dir
-            else Path(__file__).resolve().parent / "data" / self.dataset_name
-        )
+        if self.out_dir:
+            return Path(self.out_dir)
+        return Path(__file__).resolve().parent / "data" / self.dataset_name
+
+    @property
+    def downloads(self) -> Path:
+        return self.folder / "downloads"
+
+    @property
+    def tokenized(self) -> str:
+        """Where the shards are, if the source consists of shards."""
+        location = TOKENIZED_SOURCES.get(self.source, self.source)
+        return location if location.startswith(remote.HUB_PREFIX) else ""
+
+    @property
+    def is_local(self) -> bool:
+        remote_names = (*HUB_SOURCES, *TOKENIZED_SOURCES, "tiny-shakespeare")
+        return self.source not in remote_names and not self.source.startswith(("hf:", remote.HUB_PREFIX))
+
+    @property
+    def request(self) -> dict:
+        """What the shards depend on."""
+        fields = ("source", "config", "split", "text_field", "documents", "shard_tokens", "val_tokens")
+        return {name: getattr(self, name) for name in (*fields, "max_shards")}
 
 
-def documents(cfg: Config) -> tuple[Iterable[str], dict]:
-    """The source's documents, in a fixed order, and what the manifest says of their origin."""
-    if cfg.source == "pydocs":
-        return pydocs(), {"source": "pydocs", "revision": f"Python {sys.version.split()[0]}"}
-    if cfg.source in HUB_SOURCES or cfg.source.startswith("hf:"):
-        repo, config = HUB_SOURCES.get(cfg.source, (cfg.source.removeprefix("hf:"), cfg.config))
-        return hub_documents(repo, config, cfg.split, cfg.text_field)
-    files = local_files(cfg.source)
-    return local_documents(files, cfg.text_field), {"source": cfg.source, "revision": f"{len(files)} files"}
+# -----------------------------------------------------------------------------
+# files: each is read as batches of documents
 
 
-def local_files(source: str) -> list[Path]:
-    """The files that a path or glob names, sorted. Raises FileNotFoundError or ValueError if none can be
-    read."""
-    path = Path(source).expanduser()
-    found = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-    found = found or [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-    if not found:
-        raise FileNotFoundError(
-            f"--source {source!r} is no file, folder or glob here, "
-            f"nor one of {', '.join(HUB_SOURCES)}, pydocs, hf:org/name"
-        )
-    files = [p for p in found if p.is_file() and p.name.removesuffix(".gz").endswith(SUFFIXES)]
-    if not files:
-        raise ValueError(
-            f"--source {source!r} has no file that ends in {', '.join(SUFFIXES)} (or .txt.gz, .jsonl.gz)"
-        )
-    return files
+class Batch(NamedTuple):
+    texts: Any  # list[str] or pyarrow.Array
+    continues: bool = False  # the first text goes on with the document before it
+    position: int = 0  # bytes of the file that have been read
 
 
-def local_documents(files: list[Path], text_field: str) -> Iterator[str]:
-    """The documents of local files: a .txt is one; a .jsonl line or a .parquet row is one each.
+class Input(NamedTuple):
+    """A file of the source."""
 
-    Raises ValueError naming file and line for what is not UTF-8, JSON, or lacks the text field.
-    """
-    for path in files:
-        if path.suffix == ".parquet":
-            yield from parquet_documents(path, text_field)
-            continue
-        where = str(path)
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as f:
+    name: str
+    size: int  # bytes; 0 where unknown
+    version: str  # changes with the content
+    locate: Callable[[], Path]  # downloads it if need be
+    read: Callable[[Path], Iterator[Batch]]
+    split: str = ""  # val, train or test; "" leaves it to --val-tokens
+
+
+def read_file(path: Path, cfg: Config) -> Iterator[Batch]:
+    """The documents of a local file. Raises ValueError, naming the file (and in .jsonl the line), for what is
+    not UTF-8, JSON or parquet, or lacks the text field."""
+    try:
+        with opened(path) as (stream, raw):
+            kind = Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix
+            if kind == ".parquet":
+                yield from parquet_batches(stream, path.stat().st_size, cfg.text_field)
+            elif kind in (".jsonl", ".json"):
+                yield from in_batches(rows_of_jsonl(stream, cfg.text_field), raw)
+            elif cfg.documents == "line":
+                lines = (line.rstrip("\r\n") for line in decoded_lines(stream))
+                yield from in_batches((line for line in lines if line.strip()), raw)
+            elif cfg.documents == "block":
+                yield from in_batches(blocks(decoded_lines(stream)), raw)
+            elif cfg.documents == "article":
+                yield from article_batches(decoded_lines(stream), raw)
+            else:
+                yield from pieces(stream, raw)
+    except (ValueError, AttributeError, RecursionError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The file's bytes, decompressed, and the file itself, of which the position tells the progress."""
+    with open(path, "rb") as raw:
+        if path.suffix == ".gz":
+            yield gzip.open(raw), raw  # type: ignore[misc]
+        elif path.suffix == ".zst":
+            import pyarrow as pa
+
+            yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), "zstd")), raw  # type: ignore
+        else:
+            yield raw, raw
+
+
+def in_batches(documents: Iterable[str], raw: BinaryIO | None = None) -> Iterator[Batch]:
+    """Groups documents into batches of about BATCH_BYTES characters."""
+    texts, size = [], 0
+    for document in documents:
+        texts.append(document)
+        size += len(document)
+        if size >= BATCH_BYTES:
+            yield Batch(texts, False, raw.tell() if raw else 0)
+            texts, size = [], 0
+    if texts:
+        yield Batch(texts, False, raw.tell() if raw else 0)
+
+
+def rows_of_jsonl(stream: BinaryIO, text_field: str) -> Iterator[str]:
+    """The text of each line. Raises ValueError, naming the line."""
+    for number, line in enumerate(stream, 1):
+        if line.strip():
             try:
-                if path.name.removesuffix(".gz").endswith(".txt"):
-                    yield f.read().decode("utf-8-sig")
-                    continue
-                for number, line in enumerate(f, 1):
-                    where = f"{path}, line {number}"
-                    if line.strip():
-                        yield text_of(json.loads(line), text_field)
-            except (ValueError, AttributeError, RecursionError, OSError, EOFError, zlib.error) as error:
-                raise ValueError(f"{where}: {error}") from error
+                yield text_of(json.loads(line), text_field)
+            except (ValueError, AttributeError, RecursionError) as error:
+                raise ValueError(f"line {number}: {error}") from error
 
 
 def text_of(row: dict, text_field: str) -> str:
@@ -142,59 +252,213 @@ def text_of(row: dict, text_field: str) -> str:
     return row[text_field]
 
 
-def parquet_documents(path: Path, text_field: str) -> Iterator[str]:
+def parquet_batches(stream: BinaryIO, size: int, text_field: str) -> Iterator[Batch]:
+    """Arrow arrays of the text column, a few MB at a time, without a Python object a document."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if text_field not in file.schema_arrow.names:
-        raise ValueError(
-            f"{path} has no column {text_field!r}; it has {', '.join(file.schema_arrow.names)} "
-            "(choose with --text-field)"
-        )
+    if not isinstance(stream, io.BufferedReader) or not stream.seekable():  # compressed: parquet must seek
+        unpacked = tempfile.TemporaryFile()
+        shutil.copyfileobj(stream, unpacked)
+        stream = unpacked  # type: ignore[assignment]
+    file = pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False)
+    columns = file.schema_arrow.names
+    if text_field not in columns:
+        raise ValueError(f"no column {text_field!r}; it has {', '.join(columns)} (choose with --text-field)")
     kind = file.schema_arrow.field(text_field).type
     if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-        raise ValueError(f"{path}: column {text_field!r} is {kind}, not text (choose with --text-field)")
-    for batch in file.iter_batches(batch_size=1000, columns=[text_field]):
-        yield from (text or "" for text in batch.column(0).to_pylist())
+        raise ValueError(f"column {text_field!r} is {kind}, not text (choose with --text-field)")
+    leaf = columns.index(text_field) if file.metadata.num_columns == len(columns) else None
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    text_bytes = sum(
+        g.total_byte_size if leaf is None else g.column(leaf).total_uncompressed_size for g in groups
+    )
+    rows = file.metadata.num_rows
+    at_once, done = max(1, min(rows, BATCH_BYTES * rows // max(1, text_bytes))), 0
+    for batch in file.iter_batches(batch_size=at_once, columns=[text_field]):
+        texts = batch.column(0)
+        texts.validate(full=True)  # UTF-8
+        done += len(texts)
+        yield Batch(texts, False, size * done // rows)
 
 
-@contextlib.contextmanager
-def naming_the_repository(repo: str):
-    """Turns what the Hub's client raises (its errors have no common base) into an OSError with the name."""
-    try:
-        yield
-    except ValueError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise OSError(f"{repo} could not be read from the Hugging Face Hub ({reason})") from error
+def decoded_lines(stream: BinaryIO) -> Iterator[str]:
+    """Lines with their ends; only a newline ends one."""
+    for number, line in enumerate(stream):
+        yield line.decode("utf-8-sig" if number == 0 else "utf-8")
 
 
-def hub_documents(repo: str, config: str, split: str, text_field: str) -> tuple[Iterator[str], dict]:
-    """A Hugging Face data set, streamed: documents arrive while later files are still on the Hub."""
+def blocks(lines: Iterable[str]) -> Iterator[str]:
+    """What stands between blank lines."""
+    for blank, block in groupby(lines, lambda line: not line.strip()):
+        if not blank:
+            yield "".join(block).rstrip("\r\n")
+
+
+def article_batches(lines: Iterable[str], raw: BinaryIO | None = None) -> Iterator[Batch]:
+    """WikiText's articles: from a heading of the first level, " = Title = ", and the blank line before it, up
+    to the next. Together they are the text, to the byte. A file may begin inside an article."""
+    title = re.compile(r" = [^=].* = \n")
+
+    def articles() -> Iterator[str]:
+        article: list[str] = []
+        for line in lines:
+            if (
+                not line.strip()
+                and len(article) > 2
+                and not article[-2].strip()
+                and title.fullmatch(article[-1])
+            ):
+                yield "".join(article[:-2])
+                article = article[-2:]
+            article.append(line)
+        yield "".join(article)
+
+    begins = True
+    for batch in in_batches(articles(), raw):
+        if begins:
+            begins = title.match(batch.texts[0].removeprefix(" \n")) is not None
+        yield batch._replace(continues=not begins)
+        begins = True
+
+
+def pieces(stream: BinaryIO, raw: BinaryIO) -> Iterator[Batch]:
+    """A text file as one document, a few MB at a time, cut before a blank that follows a letter or sign:
+    there GPT-2's tokenizer begins a new word whatever comes before and after (tokenizer.SPLIT_PATTERN)."""
+    decoder, rest, continues = codecs.getincrementaldecoder("utf-8-sig")(), "", False
+    while data := stream.read(BATCH_BYTES):
+        text = rest + decoder.decode(data)
+        found = re.match(r"(?s).*[!-~](?=[ \n])", text)
+        cut = found.end() if found else 0
+        if cut:
+            yield Batch([text[:cut]], continues, raw.tell())
+            continues = True
+        rest = text[cut:]
+    yield Batch([rest + decoder.decode(b"", final=True)], continues, raw.tell())
+
+
+# -----------------------------------------------------------------------------
+# sources
+
+
+def find_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
+    """The source's files in a fixed order, and what the manifest says of their origin; a source on the Hub as
+    it was at `revision`, by default now."""
+    if cfg.source == "pydocs":
+        packages = pinned_packages()
+        version = " ".join(
+            [sys.version.split()[0], *(f"{name}-{metadata.version(name)}" for name in packages)]
+        )
+        read = lambda _: in_batches(pydocs())  # noqa: E731
+        return [Input("pydocs", 0, version, Path, read)], {"source": "pydocs", "revision": version}
+    if cfg.source == "tiny-shakespeare":
+        path = cfg.downloads / "tiny-shakespeare.txt"
+        locate = lambda: remote.download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)  # noqa: E731
+        whole = [Input(path.name, 1_115_394, SHAKESPEARE_SHA256, locate, lambda p: read_file(p, cfg))]
+        return whole, {"source": SHAKESPEARE_URL, "revision": SHAKESPEARE_SHA256}
+    if cfg.source in HUB_SOURCES or cfg.source.startswith("hf:"):
+        return hub_inputs(cfg, revision)
+    files = local_files(cfg.source)
+    return [local_input(path, cfg) for path in files], {
+        "source": cfg.source,
+        "revision": f"{len(files)} files",
+    }
+
+
+def local_files(source: str) -> list[Path]:
+    """The files that a path or glob names, sorted. Raises FileNotFoundError or ValueError if none can be
+    read."""
+    path = Path(source).expanduser()
+    found = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+    found = found or [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+    if not found:
+        raise FileNotFoundError(
+            f"--source {source!r} is no file, folder or glob here, nor one of "
+            f"{', '.join([*HUB_SOURCES, *TOKENIZED_SOURCES])}, tiny-shakespeare, pydocs, hf:org/name"
+        )
+    files = [p for p in found if p.is_file() and is_readable(p.name)]
+    if not files:
+        raise ValueError(
+            f"--source {source!r} has no file that ends in {', '.join((*TEXT_SUFFIXES, *ROW_SUFFIXES))}, "
+            f"nor in one of these and {' or '.join(COMPRESSED)}"
+        )
+    return files
+
+
+def is_readable(name: str) -> bool:
+    return name.removesuffix(".gz").removesuffix(".zst").endswith((*TEXT_SUFFIXES, *ROW_SUFFIXES))
+
+
+def local_input(path: Path, cfg: Config) -> Input:
+    facts = path.stat()
+    return Input(str(path), facts.st_size, str(facts.st_mtime_ns), lambda: path, lambda p: read_file(p, cfg))
+
+
+def hub_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
+    """The files of a Hugging Face data set, as the library `datasets` finds them for configuration and split.
+    What is not text, JSON lines or parquet is read by that library, as one stream."""
     import datasets
-    from huggingface_hub import HfApi
 
-    with naming_the_repository(repo):
-        revision = HfApi().dataset_info(repo).sha  # read exactly what the manifest will name
-        stream = datasets.load_dataset(repo, config or None, split=split, streaming=True, revision=revision)
-    if stream.column_names and text_field not in stream.column_names:
-        raise ValueError(f"{repo} has no column {text_field!r}; it has {', '.join(stream.column_names)}")
+    repo, asked = remote.parse_hub(cfg.source.removeprefix("hf:")) if ":" in cfg.source else ("", None)
+    config, splits = cfg.config, (cfg.split,)
+    if not repo:
+        repo, config, splits = HUB_SOURCES[cfg.source]
+        config = cfg.config or config
 
-    def rows() -> Iterator[str]:
-        with naming_the_repository(repo):
-            for row in stream:
-                yield text_of(row, text_field)
+    def ask() -> tuple[str, Any]:
+        commit, _ = remote.list_hub(repo, revision or asked, paths=["README.md"])
+        return commit, datasets.load_dataset_builder(repo, config or None, revision=commit)
 
-    return rows(), {"source": f"hf:{repo}", "config": config, "split": split, "revision": revision}
+    commit, builder = remote.persistently(repo, ask)
+    about = {"source": f"hf:{repo}", "config": config, "revision": commit}
+    found: dict[str, list[str]] = builder.config.data_files or {}
+    if missing := [split for split in splits if split not in found]:
+        raise ValueError(
+            f"{repo} has no split {missing[0]!r}; it has {', '.join(found)} (choose with --split)"
+        )
+    paths = {split: [url.partition(f"@{commit}/")[2] for url in found[split]] for split in splits}
+    if not all(is_readable(path) or path.endswith(".json") for split in splits for path in paths[split]):
+        read = lambda _: in_batches(streamed(repo, config, cfg.split, commit, cfg.text_field))  # noqa: E731
+        return [Input(repo, 0, commit, Path, read)], about
+
+    _, files = remote.list_hub(repo, commit, [path for split in splits for path in paths[split]])
+    read = read_wikitext if cfg.source == "wikitext-103" else lambda path: read_file(path, cfg)
+    inputs = []
+    for split in splits:
+        ours = OUR_SPLITS[split] if len(splits) > 1 else ""
+        for path in paths[split]:
+            locate = lambda file=files[path]: remote.fetch(file, cfg.downloads)  # noqa: E731
+            inputs.append(Input(path, files[path].size, commit, locate, read, ours))
+    return inputs, about
+
+
+def read_wikitext(path: Path) -> Iterator[Batch]:
+    """The articles of one of WikiText's parquet files, in which a row is a line, and an empty one stands for
+    the blank line " " of the original text."""
+    rows = (text for batch in read_file(path, Config()) for text in batch.texts.to_pylist())
+    yield from article_batches(row or " \n" for row in rows)
+
+
+def streamed(repo: str, config: str, split: str, revision: str, text_field: str) -> Iterator[str]:
+    """A Hugging Face data set's rows in whatever format it has."""
+    import datasets
+
+    with remote.naming_the_repository(repo):
+        rows = datasets.load_dataset(repo, config or None, split=split, streaming=True, revision=revision)
+        if rows.column_names and text_field not in rows.column_names:
+            raise ValueError(f"{repo} has no column {text_field!r}; it has {', '.join(rows.column_names)}")
+        for row in rows:
+            yield text_of(row, text_field)  # type: ignore[arg-type]
 
 
 # -----------------------------------------------------------------------------
 # pydocs: English prose that every installation of this project already has
+
+
+def pinned_packages() -> list[str]:
+    """The packages in requirements.txt."""
+    requirements = (Path(__file__).resolve().parent / "requirements.txt").read_text(encoding="utf-8")
+    return sorted(set(re.findall(r"^([A-Za-z0-9_-]+)==", requirements, flags=re.MULTILINE)))
 
 
 def pydocs() -> Iterator[str]:
@@ -205,11 +469,9 @@ def pydocs() -> Iterator[str]:
     indentation, and a small model would learn little but blanks. Files come in an order shuffled by a fixed
     seed, so that the validation split, the first tenth, is a sample of all packages.
     """
-    requirements = (Path(__file__).resolve().parent / "requirements.txt").read_text(encoding="utf-8")
-    packages = sorted(set(re.findall(r"^([A-Za-z0-9_-]+)==", requirements, flags=re.MULTILINE)))
     stdlib = Path(sysconfig.get_path("stdlib"))
     files = [(str(p.relative_to(stdlib)), p) for p in stdlib.rglob("*.py") if "site-packages" not in p.parts]
-    for package in packages:
+    for package in pinned_packages():
         distribution = metadata.distribution(package)
         files += [(str(p), Path(str(distribution.locate_file(p)))) for p in distribution.files or []]
     files = [(name, path) for name, path in sorted(files) if name.endswith(".py") and "test" not in name]
@@ -244,86 +506,288 @@ def prose_paragraphs(docstring: str) -> Iterator[str]:
 
 
 # -----------------------------------------------------------------------------
+# from documents to shards
 
 
-def in_batches(docs: Iterable[str], characters: int = 8_000_000) -> Iterator[list[str]]:
-    """Groups documents into lists of about so many characters."""
-    batch, size = [], 0
-    for document in docs:
-        batch.append(document)
-        size += len(document)
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def in_parts(inputs: list[Input]) -> list[list[Input]]:
+    """Neighbouring files of one split, together about PART_BYTES or more: the same for every process."""
+    parts: list[list[Input]] = []
+    for file in inputs:
+        last = parts[-1] if parts else []
+        if last and last[0].split == file.split and sum(f.size for f in last) < PART_BYTES:
+            last.append(file)
+        else:
+            parts.append([file])
+    return parts
 
 
-def inspect(folder: Path):
-    """Prints the manifest's figures and the first lines of a few documents from random places."""
-    import numpy as np
+def my_share() -> tuple[int, int]:
+    """Which process this is of how many: torchrun's or a SLURM array's, or 0 of 1."""
+    env = os.environ
+    if "SLURM_ARRAY_TASK_ID" in env and "RANK" not in env:
+        first, count = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env["SLURM_ARRAY_TASK_COUNT"])
+        return int(env["SLURM_ARRAY_TASK_ID"]) - first, count
+    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
 
-    manifest = shards.read_manifest(folder) or {"shards": shards.list_shards(folder)}
-    print(
-        json.dumps(
-            {key: value for key, value in manifest.items() if key != "shards"}, indent=2, ensure_ascii=False
+
+class Progress:
+    """A bar over the bytes of the input files, with documents, tokens and MB of text a second beside it."""
+
+    def __init__(self, total_bytes: int):
+        self.bar = tqdm(total=total_bytes or None, desc="tokenizing", unit="B", unit_scale=True, disable=None)
+        self.begin = time.perf_counter()
+        self.documents = self.tokens = self.text_bytes = self.finished = 0
+
+    def update(self, batch: Batch, tokens: int):
+        self.documents += len(batch.texts) - batch.continues
+        self.tokens += tokens
+        in_python = isinstance(batch.texts, list)
+        self.text_bytes += sum(map(len, batch.texts)) if in_python else batch.texts.nbytes
+        rate = self.text_bytes / 1e6 / (time.perf_counter() - self.begin)
+        self.bar.set_postfix_str(
+            f"{self.documents:,} documents, {self.tokens:,} tokens, {rate:.0f} MB of text/s", refresh=False
         )
+        self.move(batch.position)
+
+    def move(self, position: int):
+        """To a position in the current file."""
+        self.bar.update(self.finished + position - self.bar.n)
+
+    def finish_file(self, size: int):
+        self.finished += size
+        self.move(0)
+
+
+def write_part(files: list[Input], writer: shards.PartWriter, workers: int, progress: Progress):
+    """Tokenizes a part's files, from where an interrupted run stopped."""
+    document, skip = 0, writer.tokens_done  # the number of the next document; tokens that are written already
+    located = shards.prepared(((file, file.locate()) for file in files), depth=1)  # downloads the next file
+
+    def batches() -> Iterator[tuple[Batch, Input | None]]:
+        for file, path in located:
+            for batch in file.read(path):
+                yield batch, None
+            yield Batch([]), file
+
+    for batch, finished in shards.prepared(batches(), depth=2):
+        if finished:
+            progress.finish_file(finished.size)
+            continue
+        first = document - batch.continues  # of this batch; it may have begun in the last one
+        document = first + len(batch.texts)
+        done = min(max(0, writer.documents_done - first), len(batch.texts))
+        ids = tokenizer.encode_corpus(batch.texts[done:], workers, batch.continues and not done)
+        writer.write(ids[skip:])
+        progress.update(batch, len(ids))
+        skip -= min(skip, len(ids))
+    writer.close()
+
+
+def prepare(cfg: Config) -> Path:
+    """Writes the data set that cfg describes, or what is missing of it; returns its folder."""
+    if cfg.workers < 0 or cfg.max_shards < 0:
+        raise ValueError(
+            f"--workers {cfg.workers}, --max-shards {cfg.max_shards}: both must be 0 (all) or more"
+        )
+    manifest = existing(cfg)
+    if manifest and manifest["complete"]:
+        tokens = sum(shard["tokens"] for shard in manifest["shards"])
+        print(f"{cfg.folder} is already complete ({tokens:,} tokens)")
+        return cfg.folder
+    if cfg.tokenized:
+        summarize(pull(cfg), cfg.folder)
+        return cfg.folder
+    rank, world_size = my_share()
+    inputs, about = find_inputs(cfg, manifest["revision"] if manifest else None)
+    if any(file.split == "val" for file in inputs) and cfg.val_tokens is not None:
+        raise ValueError(f"--val-tokens is {cfg.val_tokens}; {cfg.source} has its own validation split")
+    if manifest and manifest["inputs"] != describe(inputs):
+        if world_size > 1:
+            raise ValueError(f"{cfg.source} has changed since {cfg.folder} was begun; remove the folder")
+        print(f"starting again: {cfg.source} has changed since {cfg.folder} was begun")
+        shards.clear(cfg.folder)
+    parts = in_parts(inputs)
+    manifest = shards.begin(
+        cfg.folder,
+        {
+            "name": cfg.dataset_name,
+            **about,
+            "request": cfg.request,
+            "tokenizer": {"name": "gpt2", "sha256": tokenizer.RANKS_SHA256},
+            "inputs": describe(inputs),
+            "parts": len(parts),
+        },
     )
-    for shard in manifest["shards"]:
-        ids = shards.open_shard(folder / shard["file"], shard.get("tokens"))
-        starts = np.flatnonzero(ids == tokenizer.END_OF_TEXT)
-        print(f"\n{shard['file']}: {len(ids):,} tokens, {len(starts):,} documents")
-        for start in sorted(random.Random(0).sample(starts.tolist(), min(2, len(starts)))):
-            document = ids[start + 1 : start + 61]
-            end = np.flatnonzero(document == tokenizer.END_OF_TEXT)
-            print(f"  at {start:,}: {tokenizer.decode(document[: end[0]] if len(end) else document)!r}")
+    mine = [n for n in shards.missing_parts(cfg.folder, manifest) if n % world_size == rank]
+    check_disk(cfg, [file for n in mine for file in parts[n]])
+    progress = Progress(sum(file.size for n in mine for file in parts[n]))
+    for n in mine:
+        split = parts[n][0].split
+        val_tokens = cfg.val_tokens if n == 0 and not split else 0
+        with shards.PartWriter(cfg.folder, n, cfg.shard_tokens, val_tokens, split or "train") as writer:
+            if writer.shards:
+                print(f"part {n}: going on after {len(writer.shards)} whole shards", flush=True)
+            write_part(parts[n], writer, cfg.workers, progress)
+        if cfg.clear_cache:
+            shards.verify_part(cfg.folder, n)
+            for file in parts[n]:
+                (cfg.downloads / file.name).unlink(missing_ok=True)
+    progress.bar.close()
+    join(cfg, manifest, f"process {rank} of {world_size} is done; ")
+    return cfg.folder
 
 
-def is_there(cfg: Config, request: dict) -> bool:
-    """Whether the data set was already made, whole, by the same request. Raises ValueError if by another."""
-    try:
-        manifest = shards.read_manifest(cfg.folder)
-    except ValueError as error:
-        print(f"starting again: {error}")
-        return False
-    if manifest is None:
-        return False
-    if manifest.get("request") != request:
+def existing(cfg: Config) -> dict | None:
+    """The manifest in the folder, complete or not, if the same request made it. Raises ValueError if another
+    did, or if the source has changed since."""
+    path = cfg.folder / shards.MANIFEST
+    if not path.is_file():
+        return None
+    manifest = shards.load_manifest(path)
+    if manifest.get("request") != cfg.request:
         raise ValueError(
             f"{cfg.folder} holds another data set; remove it, or give another --name or --out-dir"
         )
+    if not manifest["complete"]:
+        return manifest
     try:
         for shard in manifest["shards"]:
             shards.open_shard(cfg.folder / shard["file"], shard["tokens"])
     except (ValueError, FileNotFoundError) as error:
         print(f"starting again: {error}")
-        return False
-    print(f"{cfg.folder} is already complete ({sum(s['tokens'] for s in manifest['shards']):,} tokens)")
-    return True
+        shards.clear(cfg.folder)
+        return None
+    with contextlib.suppress(FileNotFoundError):  # the text may be gone once it is in shards
+        if cfg.is_local and describe(find_inputs(cfg, None)[0]) != manifest["inputs"]:
+            raise ValueError(
+                f"{cfg.source} has changed since {cfg.folder} was made from it; remove the folder to make it "
+                "again, or give another --name or --out-dir"
+            )
+    return manifest
 
 
-def prepare(cfg: Config) -> Path:
-    """Writes the data set that cfg describes, unless it is already there; returns its folder."""
-    if cfg.workers < 0:
-        raise ValueError(f"--workers is {cfg.workers}; it must be 0 (all cores) or more")
-    fields = ("source", "config", "split", "text_field", "shard_tokens", "val_tokens")
-    request = {name: getattr(cfg, name) for name in fields}
-    if is_there(cfg, request):
-        return cfg.folder
-    docs, about = documents(cfg)
-    about |= {"request": request, "tokenizer": {"name": "gpt2", "sha256": tokenizer.RANKS_SHA256}}
-    writer = shards.ShardWriter(cfg.folder, cfg.dataset_name, cfg.shard_tokens, cfg.val_tokens, about)
-    with tqdm(desc="tokenizing", unit=" tokens", unit_scale=True, disable=None) as progress:
-        for batch in in_batches(docs):
-            ids = tokenizer.encode_corpus(batch, cfg.workers)
-            writer.write(ids)
-            progress.update(len(ids))
-    manifest = writer.close()
-    for split in ("train", "val"):
-        parts = [s for s in manifest["shards"] if s["split"] == split]
-        tokens, count = sum(s["tokens"] for s in parts), sum(s["documents"] for s in parts)
-        print(f"{split:5} {tokens:>14,} tokens  {count:>10,} documents  {len(parts)} shards  in {cfg.folder}")
-    return cfg.folder
+def describe(inputs: list[Input]) -> dict:
+    """What identifies a list of input files."""
+    listing = json.dumps([(file.name, file.size, file.version, file.split) for file in inputs])
+    size, digest = sum(file.size for file in inputs), hashlib.sha256(listing.encode()).hexdigest()
+    return {"files": len(inputs), "bytes": size, "listing_sha256": digest}
+
+
+def check_disk(cfg: Config, files: list[Input]):
+    """Raises OSError if the shards, and the downloads that are kept meanwhile, will not fit."""
+    # English has 4.4 bytes a token, of which a shard takes 2; packed files hold twice their size of it.
+    plain = sum(file.size for file in files if file.name.endswith((*TEXT_SUFFIXES, ".jsonl")))
+    packed = sum(file.size for file in files) - plain
+    need = 0.45 * plain + 1.0 * packed
+    if not cfg.is_local:
+        sizes = [file.size for file in files if not (cfg.downloads / file.name).exists()]
+        need += sum(sorted(sizes)[-3:]) if cfg.clear_cache else sum(sizes)
+    free = shutil.disk_usage(cfg.folder).free
+    if need > free:
+        raise OSError(
+            f"{cfg.folder} needs about {need / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: "
+            "make room, give another --out-dir, or use --clear-cache, which keeps few downloads at a time"
+        )
+
+
+def join(cfg: Config, manifest: dict, done: str = ""):
+    """Completes the data set if all its parts are there, or says what is missing."""
+    if missing := shards.missing_parts(cfg.folder, manifest):
+        print(
+            f"{done}{len(missing)} of {manifest['parts']} parts are still missing in {cfg.folder}. The last "
+            "process to finish joins them; from folders that share no disk, copy parts/ into one and use --merge"
+        )
+        return
+    summarize(shards.merge(cfg.folder), cfg.folder)
+    if cfg.clear_cache:
+        shutil.rmtree(cfg.downloads, ignore_errors=True)
+    elif cfg.downloads.exists():
+        size = sum(path.stat().st_size for path in cfg.downloads.rglob("*") if path.is_file())
+        print(f"{size / 1e9:.1f} GB of downloads are in {cfg.downloads}; --clear-cache removes them")
+
+
+def summarize(manifest: dict, folder: Path):
+    for split in shards.SPLITS:
+        found = [s for s in manifest["shards"] if s["split"] == split]
+        tokens, count = sum(s["tokens"] for s in found), sum(s["documents"] for s in found)
+        if found:
+            print(f"{split:5} {tokens:>14,} tokens  {count:>10,} documents  {len(found)} shards  in {folder}")
+
+
+# -----------------------------------------------------------------------------
+# shards from and to the Hub
+
+
+def pull(cfg: Config) -> dict:
+    """Fetches shards that are on the Hub, ours or llm.c's, each checked; returns the manifest."""
+    source = shards.HubFolder(cfg.tokenized)
+    train = [entry for entry in source.entries if entry["split"] == "train"]
+    wanted = [entry for entry in source.entries if entry["split"] != "train"] + train[
+        : cfg.max_shards or None
+    ]
+    about = {"name": cfg.dataset_name, "source": source.name, "request": cfg.request}
+    manifest = shards.begin(cfg.folder, {**about, "revision": source.commit, "parts": 0})
+    entries = []
+    for entry in tqdm(wanted, desc="fetching", unit=" shards", disable=None):
+        path = remote.fetch(source.files[entry["file"]], cfg.folder)
+        documents = shards.count_documents(path, shards.open_shard(path, entry["tokens"]))
+        entries.append({**entry, "documents": documents})
+    manifest |= {"complete": True, "shards": entries}
+    shards.write_json(cfg.folder / shards.MANIFEST, manifest)
+    shutil.rmtree(cfg.folder / ".incoming", ignore_errors=True)
+    return manifest
+
+
+def push(cfg: Config):
+    manifest = shards.verify(cfg.folder)
+    files = [shard["file"] for shard in manifest["shards"]]
+    remote.push(cfg.push_to, cfg.folder, [*files, shards.MANIFEST])
+    print(f"pushed; train from there with --dataset-path {remote.HUB_PREFIX}{cfg.push_to}")
+
+
+# -----------------------------------------------------------------------------
+# looking
+
+
+def inspect(folder: Path, most_shards: int = 20):
+    """Prints the manifest, how many tokens and documents there are, how long the documents are, how many
+    bytes a token stands for, and a few documents from random places."""
+    manifest = shards.read_manifest(folder) or {"shards": shards.list_shards(folder)}
+    facts = {key: value for key, value in manifest.items() if key != "shards"}
+    print(json.dumps(facts, indent=2, ensure_ascii=False))
+    for shard in manifest["shards"]:
+        ids = shards.open_shard(folder / shard["file"], shard.get("tokens"))
+        documents = f", {shard['documents']:,} documents" if "documents" in shard else ""
+        print(f"{shard['file']}: {len(ids):,} tokens{documents}")
+
+    draw = random.Random(0)
+    entries = draw.sample(manifest["shards"], min(most_shards, len(manifest["shards"])))
+    lengths, counts, texts = [], np.zeros(2**16, dtype=np.int64), []
+    for shard in tqdm(entries, desc="reading", unit=" shards", disable=None, leave=False):
+        ids = shards.open_shard(folder / shard["file"])
+        starts = np.flatnonzero(ids == tokenizer.END_OF_TEXT)
+        lengths.append(np.diff(starts) - 1)  # of the documents that end in their shard
+        counts += np.bincount(ids, minlength=2**16)
+        for start in draw.sample(starts.tolist(), min(2, len(starts))):
+            document = ids[start + 1 : start + 61].tolist()
+            texts.append(f"  {shard['file']} at {start:,}: {tokenizer.decode_until_end(document)!r}")
+    histogram(np.concatenate(lengths))
+    counts[tokenizer.END_OF_TEXT] = 0
+    text_bytes = sum(len(token) * int(counts[rank]) for token, rank in tokenizer.ranks().items())
+    print(f"\n{text_bytes / max(1, counts.sum()):.2f} bytes a token (from {len(entries)} shards)\n")
+    print("\n".join(draw.sample(texts, min(6, len(texts)))))
+
+
+def histogram(lengths: np.ndarray):
+    """Prints how many documents have how many tokens, a line for each doubling."""
+    if not len(lengths):
+        return
+    print(f"\ntokens a document: median {np.median(lengths):,.0f}, longest {lengths.max():,}")
+    bins = np.bincount(np.ceil(np.log2(lengths + 1)).astype(int))
+    for power, count in enumerate(bins):
+        if count or power >= int(np.flatnonzero(bins)[0]):
+            low, high = (2 ** (power - 1) if power else 0), 2**power - 1
+            print(f"  {low:>9,} to {high:>9,}  {'#' * round(50 * count / bins.max()):50} {count:,}")
 
 
 def main(cfg: Config):
@@ -332,8 +796,14 @@ def main(cfg: Config):
         print(f"{cfg.folder}: all {len(manifest['shards'])} shards are as written")
     elif cfg.inspect:
         inspect(cfg.folder)
+    elif cfg.merge:
+        join(cfg, shards.load_manifest(cfg.folder / shards.MANIFEST))
     else:
+        if cfg.push_to:
+            remote.check_push(cfg.push_to)
         prepare(cfg)
+        if cfg.push_to:
+            push(cfg)
 
 
 if __name__ == "__main__":

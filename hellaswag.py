@@ -16,10 +16,8 @@ GPT-2 124M reaches 28.59 / 29.55 and 28.92 / 31.14 (acc / acc_norm, percent), XL
 repository, into data/hellaswag/, and are checked against their SHA-256.
 """
 
-import hashlib
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -32,6 +30,7 @@ import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
+import remote
 import tokenizer
 from model import GPT
 
@@ -63,45 +62,12 @@ class Config:
 
 
 def download(url: str = URL, path: Path = DATA, sha256: str = SHA256, tries: int = 4) -> Path:
-    """Fetches the data to a temporary name, going on where a broken connection stopped, checks them and
-    renames.
-
-    Raises OSError, naming the URL, when all tries fail or the bytes are not the expected ones.
-    """
-    import requests
-
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + f".{os.getpid()}.tmp")
-    failure = ""
+    """Fetches the data, unless they are there already. Raises OSError, naming the URL, when they cannot be
+    had."""
     try:
-        for attempt in range(tries):
-            time.sleep(0 if attempt == 0 else 2**attempt / 2)
-            have = partial.stat().st_size if partial.exists() else 0
-            try:
-                headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-                with requests.get(url, headers=headers, stream=True, timeout=10) as response:
-                    response.raise_for_status()
-                    with open(partial, "ab" if response.status_code == 206 else "wb") as f:
-                        for block in response.iter_content(1 << 16):
-                            f.write(block)
-                        f.flush()
-                        os.fsync(f.fileno())
-            except requests.RequestException as error:
-                failure = f"{type(error).__name__}: {error}"
-                continue
-            found = hashlib.sha256(partial.read_bytes()).hexdigest()
-            if found == sha256:
-                os.replace(partial, path)
-                return path
-            failure = f"{partial.stat().st_size:,} bytes with SHA-256 {found}, not {sha256}"
-            partial.unlink()
-    finally:
-        partial.unlink(missing_ok=True)
-    raise OSError(
-        f"{url} could not be had in {tries} tries: {failure}. Fetch it by hand and give it as --data FILE"
-    )
+        return remote.download(url, path, sha256, tries)
+    except OSError as error:
+        raise OSError(f"{error}. Fetch it by hand and give it as --data FILE") from error
 
 
 def load_items(path: str | Path = "", limit: int = 0) -> list[dict]:

@@ -3,29 +3,49 @@
     data/<name>/<name>_val_000000.npy       one-dimensional uint16, each document after a 50256
     data/<name>/<name>_train_000000.npy     np.load reads it, and so do nanoGPT's and build-nanogpt's loaders
     data/<name>/manifest.json               tokenizer, source, and each shard's tokens, documents and SHA-256
+    data/<name>/parts/000000/               while fineweb.py is at work: its parts of the source
 
-fineweb.py writes them with `ShardWriter`; train_gpt2.py reads them with `ShardReader`, which also takes
-folders without a manifest and llm.c's .bin shards (1,024 bytes of header, then uint16).
+fineweb.py writes a part of its source at a time with `PartWriter` and joins them with `merge`; train_gpt2.py
+reads them with `ShardReader`, from a folder or from the Hugging Face Hub. It also takes folders without a
+manifest, and llm.c's .bin shards (1,024 bytes of header, then uint16).
 """
 
+import contextlib
 import functools
 import hashlib
+import io
 import json
+import math
 import os
+import queue
 import re
-from collections.abc import Callable
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
-import torch
+
+import remote
+
+if TYPE_CHECKING:  # imported by the reader, when it is asked for tensors: fineweb.py does without
+    import torch
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PARTS = "parts"
 END_OF_TEXT = 50256
 DEFAULT_VAL_TOKENS = 10_485_760  # what build-nanogpt evaluates on: 20 batches of 524,288
-SHARD_NAME = re.compile(r".+_(train|val)_(\d+)\.(npy|bin)")
+SHARD_NAME = re.compile(r".+_(train|val|test)_(\d+)\.(npy|bin)")
+SPLITS = ("val", "train", "test")
 BIN_HEADER_BYTES, BIN_MAGIC, BIN_VERSION = 1024, 20240520, 1  # llm.c, dev/data/data_common.py
+NPY_HEADER_BYTES = 128  # of a one-dimensional array, as NumPy pads it
+HEAD_TOKENS = 8192  # a shard's first tokens have a hash of their own, so that they can be fetched alone
+HUB_CACHE = Path(__file__).resolve().parent / "data" / "hub"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]):
@@ -40,114 +60,308 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path):
+    """Makes renames in the folder last through a power cut."""
     if os.name != "nt":  # Windows keeps its directories itself
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
-def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def write_json(path: Path, value: Any):
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    write_atomically(path, lambda f: f.write(text.encode("utf-8")))
 
 
-class ShardWriter:
-    """Cuts a stream of tokens into shards: the first `val_tokens` for validation, the rest for training.
+def prepared(items: Iterable[T], depth: int) -> Iterator[T]:
+    """The items, each made by a background thread while its forerunners are used, at most `depth` ahead. An
+    error in making them is raised here; when the consumer stops, so does the thread."""
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
 
-    With val_tokens None, validation gets DEFAULT_VAL_TOKENS, or a tenth of a corpus too small for that. The
-    manifest grows with each shard and says "complete" only after `close`.
+    def put(value: tuple) -> bool:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(value, timeout=0.1)
+                return True
+        return False
+
+    def make():
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # raised where the items are used
+            put((None, error))
+
+    threading.Thread(target=make, daemon=True).start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stopped.set()
+
+
+# -----------------------------------------------------------------------------
+# writing
+
+
+class PartWriter:
+    """Cuts the stream of tokens of one part of a source into shards, in folder/parts/<part>.
+
+    The first `val_tokens` go to the validation split, the rest to `split`. With val_tokens None, validation
+    gets DEFAULT_VAL_TOKENS, or a tenth of a stream too short for that. A thread writes a shard while the
+    tokens of the next are made. An interrupted part is taken up where its last whole shard ended: the caller
+    goes on with document number `documents_done`, and leaves out that document's first `tokens_done` tokens.
     """
 
-    def __init__(self, folder: Path, name: str, shard_tokens: int, val_tokens: int | None, about: dict):
-        """`about` (tokenizer, source, ...) goes into the manifest as it is. Raises ValueError for sizes under
-        1."""
+    def __init__(
+        self, folder: Path, part: int, shard_tokens: int, val_tokens: int | None = None, split: str = "train"
+    ):
+        """Raises ValueError for sizes under 1."""
         if shard_tokens < 1:
             raise ValueError(
                 f"--shard-tokens is {shard_tokens}; it must be at least 1 (100,000,000 is usual)"
             )
         if val_tokens is not None and val_tokens < 0:
             raise ValueError(f"--val-tokens is {val_tokens}; it must be 0 or more")
-        self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
-        self.val_tokens, self.val_left = val_tokens, val_tokens
-        self.chunks: list[np.ndarray] = []
-        self.held = 0  # tokens in chunks
-        self.manifest: dict = {
-            "format": FORMAT_VERSION,
-            "name": name,
-            **about,
-            "complete": False,
-            "shards": [],
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        ours = re.compile(rf"\.?{re.escape(name)}_(train|val)_\d+\.npy(\.tmp)?")
-        left = [old for old in folder.iterdir() if ours.fullmatch(old.name)]
-        if left and not (folder / MANIFEST).is_file():  # ours is written before the first shard
-            raise ValueError(
-                f"{folder} holds shards without a {MANIFEST}, such as {left[0].name}; "
-                "choose another --name or --out-dir"
-            )
-        for old in left:  # what an interrupted run left
-            old.unlink()
-        self._write_manifest()
+        self.folder, self.shard_tokens, self.split = part_folder(folder, part), shard_tokens, split
+        self.pieces: list[np.ndarray] = []
+        self.held = 0  # tokens in pieces
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.state = read_part(folder, part) or {"complete": False, "val_tokens": val_tokens, "shards": []}
+        self.shards: list[dict] = self.state["shards"]
+        self._drop_what_is_not_whole()
+        if not self.shards:
+            self.state["val_tokens"] = val_tokens
+        self.val_left: int | None = self.state["val_tokens"]
+        if self.val_left is not None:
+            self.val_left -= sum(shard["tokens"] for shard in self.shards if shard["split"] == "val")
+        self.documents_done, self.tokens_done = self._position()
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.writing: Future | None = None
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, *exc):
+        self.thread.shutdown(wait=True)
 
     @property
-    def tokens(self) -> int:
-        """Tokens taken so far."""
-        return self.held + sum(shard["tokens"] for shard in self.manifest["shards"])
+    def is_complete(self) -> bool:
+        return self.state["complete"]
 
     def write(self, ids: np.ndarray):
         """Appends uint16 tokens (N,) to the stream."""
-        self.chunks.append(ids)
+        self.pieces.append(ids)
         self.held += len(ids)
         if self.val_left is None and self.held >= 10 * DEFAULT_VAL_TOKENS:
-            self.val_left = DEFAULT_VAL_TOKENS
-        if self.val_left is not None and self.held >= self.shard_tokens:
-            self._write_shards(last=False)
+            self._set_val_tokens(DEFAULT_VAL_TOKENS)
+        while self.val_left is not None and self.held >= self._next_size():
+            self._write_shard(self._next_size())
 
-    def close(self) -> dict:
-        """Writes what is left and returns the manifest. Raises ValueError where nothing is left for
-        training."""
+    def close(self):
+        """Writes what is left and marks the part as complete."""
         if self.val_left is None:
-            self.val_left = self.held // 10
-        self._write_shards(last=True)
-        if not any(shard["split"] == "train" for shard in self.manifest["shards"]):
-            raise ValueError(
-                f"the text has {self.tokens:,} tokens, of which --val-tokens takes {self.val_tokens or 0:,}: "
-                "none is left for training; give more text or a smaller --val-tokens"
-            )
-        self.manifest["complete"] = True
-        self._write_manifest()
-        return self.manifest
+            self._set_val_tokens(self.held // 10)
+        while self.held:
+            self._write_shard(min(self.held, self._next_size()))
+        self._wait()
+        self.state["complete"] = True
+        write_json(self.folder / "part.json", self.state)
 
-    def _write_shards(self, last: bool):
-        stream = np.concatenate(self.chunks) if self.chunks else np.empty(0, dtype=np.uint16)
-        while len(stream):
-            split = "val" if self.val_left else "train"
-            size = min(self.shard_tokens, self.val_left) if self.val_left else self.shard_tokens
-            if len(stream) < size and not last:
+    def _set_val_tokens(self, val_tokens: int):
+        self.state["val_tokens"] = self.val_left = val_tokens
+
+    def _next_size(self) -> int:
+        return min(self.shard_tokens, self.val_left) if self.val_left else self.shard_tokens
+
+    def _write_shard(self, tokens: int):
+        """Takes so many tokens off the stream and has them written in the background."""
+        split = "val" if self.val_left else self.split
+        if self.val_left:
+            self.val_left -= tokens
+        self.held -= tokens
+        stream, self.pieces = self.pieces, []
+        for i, piece in enumerate(stream):
+            if len(piece) > tokens:  # the shard ends inside this piece
+                self.pieces = [piece[tokens:], *stream[i + 1 :]]
+                stream = [*stream[:i], piece[:tokens]]
                 break
-            part, stream = stream[:size], stream[size:]
-            if self.val_left:
-                self.val_left -= len(part)
-            self._write_shard(split, part)
-        self.chunks, self.held = [stream.copy()], len(stream)
+            tokens -= len(piece)
+        self._wait()
+        self.writing = self.thread.submit(self._store, split, stream)
 
-    def _write_shard(self, split: str, ids: np.ndarray):
-        shards = self.manifest["shards"]
-        number = sum(shard["split"] == split for shard in shards)
-        path = self.folder / f"{self.name}_{split}_{number:06d}.npy"
-        write_atomically(path, lambda f: np.save(f, ids))
-        documents = int(np.count_nonzero(ids == END_OF_TEXT))
-        digest = sha256_file(path)
-        shards.append(dict(file=path.name, split=split, tokens=len(ids), documents=documents, sha256=digest))
-        self._write_manifest()
+    def _wait(self):
+        if self.writing:
+            self.writing.result()
 
-    def _write_manifest(self):
-        text = json.dumps(self.manifest, indent=2, ensure_ascii=False)
-        write_atomically(self.folder / MANIFEST, lambda f: f.write(text.encode("utf-8")))
+    def _store(self, split: str, pieces: list[np.ndarray]):
+        number = sum(shard["split"] == split for shard in self.shards)
+        path = self.folder / f"{split}_{number:06d}.npy"
+        tokens, digest = sum(map(len, pieces)), hashlib.sha256()
+        header = io.BytesIO()
+        layout = {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}
+        np.lib.format.write_array_header_1_0(header, layout)  # as np.save does
+
+        def fill(f: BinaryIO):
+            for block in (header.getbuffer(), *(piece.data for piece in pieces)):
+                f.write(block)
+                digest.update(block)
+
+        write_atomically(path, fill)
+        self.shards.append(
+            dict(
+                file=path.name,
+                split=split,
+                tokens=tokens,
+                documents=sum(int(np.count_nonzero(piece == END_OF_TEXT)) for piece in pieces),
+                sha256=digest.hexdigest(),
+                head_sha256=hashlib.sha256(open_shard(path)[:HEAD_TOKENS].tobytes()).hexdigest(),
+            )
+        )
+        write_json(self.folder / "part.json", self.state)
+
+    def _drop_what_is_not_whole(self):
+        """Keeps the shards before the first that is missing or damaged, and removes all other files."""
+        for i, shard in enumerate(self.shards):
+            path = self.folder / shard["file"]
+            if not path.is_file() or remote.hash_file(path) != shard["sha256"]:
+                del self.shards[i:]
+                self.state["complete"] = False
+                break
+        whole = {"part.json", *(shard["file"] for shard in self.shards)}
+        for path in self.folder.iterdir():
+            if path.name not in whole:
+                path.unlink()
+
+    def _position(self) -> tuple[int, int]:
+        """The number of the last document that was begun, and how many of its tokens are written, its 50256
+        included."""
+        begun, tokens = sum(shard["documents"] for shard in self.shards), 0
+        for shard in reversed(self.shards):
+            ids = open_shard(self.folder / shard["file"])
+            starts = np.flatnonzero(ids == END_OF_TEXT)
+            if len(starts):
+                return begun - 1, tokens + len(ids) - int(starts[-1])
+            tokens += len(ids)
+        return 0, 0
+
+
+def part_folder(folder: Path, part: int) -> Path:
+    return folder / PARTS / f"{part:06d}"
+
+
+def read_part(folder: Path, part: int) -> dict | None:
+    """What a PartWriter has said of its part, if anything."""
+    path = part_folder(folder, part) / "part.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def begin(folder: Path, about: dict) -> dict:
+    """Starts a data set: its manifest, incomplete, with `about` (name, source, number of parts, ...) in it.
+    Where several processes begin at once, one does; returns the manifest that is there. Raises ValueError
+    for a folder that holds shards of other origin."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / MANIFEST
+    if not path.is_file():
+        if strangers := [p.name for p in folder.iterdir() if SHARD_NAME.fullmatch(p.name)]:
+            raise ValueError(
+                f"{folder} holds shards without a {MANIFEST}, such as {strangers[0]}; "
+                "choose another --name or --out-dir"
+            )
+        first = folder / f".{MANIFEST}.{os.getpid()}.{threading.get_ident()}"
+        write_json(first, {"format": FORMAT_VERSION, **about, "complete": False, "shards": []})
+        try:
+            os.link(first, path)  # fails where the name exists: whoever was first has written the manifest
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(first, path)
+        first.unlink(missing_ok=True)
+    return load_manifest(path)
+
+
+def missing_parts(folder: Path, manifest: dict) -> list[int]:
+    return [p for p in range(manifest["parts"]) if not (read_part(folder, p) or {}).get("complete")]
+
+
+def merge(folder: Path) -> dict:
+    """Gives the shards of all parts their final names and completes the manifest, which is returned. May be
+    interrupted and repeated, and called by several processes at once. Raises ValueError where a part is
+    missing or nothing is left for training."""
+    manifest = load_manifest(folder / MANIFEST)
+    if manifest["complete"]:
+        return manifest
+    if missing := missing_parts(folder, manifest):
+        some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        raise ValueError(f"{folder}: of {manifest['parts']} parts, these are missing or incomplete: {some}")
+    parts = [read_part(folder, part) or {} for part in range(manifest["parts"])]
+    tokens = sum(shard["tokens"] for part in parts for shard in part["shards"])
+    if not any(shard["split"] == "train" for part in parts for shard in part["shards"]):
+        raise ValueError(
+            f"the text has {tokens:,} tokens, of which --val-tokens takes {parts[0]['val_tokens']:,}: "
+            "none is left for training; give more text or a smaller --val-tokens"
+        )
+    entries = []
+    for split in SPLITS:
+        found = [
+            (n, shard) for n, part in enumerate(parts) for shard in part["shards"] if shard["split"] == split
+        ]
+        for number, (part, shard) in enumerate(found):
+            path = folder / f"{manifest['name']}_{split}_{number:06d}.npy"
+            with contextlib.suppress(FileNotFoundError):  # moved by an earlier try, or by another process
+                os.replace(part_folder(folder, part) / shard["file"], path)
+            open_shard(path, shard["tokens"])
+            entries.append({**shard, "file": path.name})
+    flush_folder(folder)
+    manifest |= {"complete": True, "shards": entries}
+    write_json(folder / MANIFEST, manifest)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    return manifest
+
+
+def clear(folder: Path):
+    """Removes the parts, shards and manifest that `begin` and its followers made in folder."""
+    manifest = load_manifest(folder / MANIFEST)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    ours = re.compile(rf"\.?{re.escape(manifest['name'])}_(train|val|test)_\d+\.(npy|bin)(\.tmp)?")
+    for path in [p for p in folder.iterdir() if ours.fullmatch(p.name)]:
+        path.unlink()
+    (folder / MANIFEST).unlink()
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+
+def load_manifest(path: Path) -> dict:
+    """A manifest, complete or not. Raises ValueError if it is damaged or of another format."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        entries = [(s["file"], s["split"], s["tokens"], s["sha256"]) for s in manifest["shards"]]
+        version, _ = manifest["format"], manifest["complete"]
+        if not all(list(map(type, entry)) == [str, str, int, str] for entry in entries):
+            raise ValueError("a shard's file, split, tokens or sha256 has the wrong type")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}); remove its folder and make the shards again with fineweb.py"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format {version}; this code reads format {FORMAT_VERSION}")
+    for file, *_ in entries:
+        if Path(file).name != file or not SHARD_NAME.fullmatch(file):
+            raise ValueError(f"{path} lists {file!r}, which is not the name of a shard in its folder")
+    return manifest
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -156,21 +370,9 @@ def read_manifest(folder: Path) -> dict | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        entries = [(s["file"], s["split"], s["tokens"], s["sha256"]) for s in manifest["shards"]]
-        complete, version = manifest["complete"], manifest["format"]
-        if not all(list(map(type, entry)) == [str, str, int, str] for entry in entries):
-            raise ValueError("a shard's file, split, tokens or sha256 has the wrong type")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); make the shards again with fineweb.py") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format {version}; this code reads format {FORMAT_VERSION}")
-    if complete is not True:
+    manifest = load_manifest(path)
+    if manifest["complete"] is not True:
         raise ValueError(f"{path} is incomplete: its fineweb.py run did not end; run the same command again")
-    for file, *_ in entries:
-        if Path(file).name != file or not SHARD_NAME.fullmatch(file):
-            raise ValueError(f"{path} lists {file!r}, which is not the name of a shard in its folder")
     return manifest
 
 
@@ -193,11 +395,28 @@ def verify(folder: Path) -> dict:
     for shard in manifest["shards"]:
         path = folder / shard["file"]
         ids = open_shard(path, shard["tokens"])
-        if sha256_file(path) != shard["sha256"]:
+        if remote.hash_file(path) != shard["sha256"]:
             raise ValueError(f"{path} does not have the SHA-256 in the manifest: its bytes have changed")
-        if len(ids) and int(ids.max()) > END_OF_TEXT:
-            raise ValueError(f"{path} holds token {int(ids.max())}; the vocabulary ends at {END_OF_TEXT}")
+        count_documents(path, ids)
     return manifest
+
+
+def verify_part(folder: Path, part: int):
+    """`verify` for a part that is complete and not yet joined to the others."""
+    for shard in (read_part(folder, part) or {})["shards"]:
+        path = part_folder(folder, part) / shard["file"]
+        if remote.hash_file(path) != shard["sha256"]:
+            raise ValueError(f"{path} does not have the bytes that were written: is the disk sound?")
+
+
+def count_documents(path: Path, ids: np.ndarray) -> int:
+    """How many documents begin in a shard. Raises ValueError for a token outside the vocabulary."""
+    if int(ids.max()) > END_OF_TEXT:
+        raise ValueError(
+            f"{path} holds token {int(ids.max())} at offset {int(ids.argmax())}; "
+            f"the vocabulary ends at {END_OF_TEXT}"
+        )
+    return int(np.count_nonzero(ids == END_OF_TEXT))
 
 
 def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
@@ -239,30 +458,150 @@ def list_shards(folder: Path) -> list[dict]:
     """Every shard of a data set, in order: dicts with file and split and, where a manifest tells, tokens and
     sha256.
 
-    Raises FileNotFoundError, naming the command that makes them, where there are none.
+    Raises FileNotFoundError, naming the command that makes them, where there are none, and ValueError where
+    they are of two formats.
     """
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest is not None:
         return manifest["shards"]
-    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return shards_among(names, folder)
+
+
+def shards_among(names: Iterable[str], where: Any) -> list[dict]:
+    """The shards among file names, validation first, by their numbers."""
     matches = [match for name in names if (match := SHARD_NAME.fullmatch(name))]
     if not matches:
         raise FileNotFoundError(
-            f"{folder} holds no shards. Make them: `python fineweb.py` for 10 billion tokens of FineWeb-Edu, "
+            f"{where} holds no shards. Make them: `python fineweb.py` for 10 billion tokens of FineWeb-Edu, "
             "`python fineweb.py --source FILE_OR_FOLDER` for your own; or try `python train_gpt2.py demo`"
         )
-    matches.sort(key=lambda match: (match[1], int(match[2])))
+    if len({match[3] for match in matches}) > 1:
+        raise ValueError(
+            f"{where} holds both .npy and .bin shards: they are two data sets, or one twice; "
+            "keep one kind and move the other elsewhere"
+        )
+    matches.sort(key=lambda match: (SPLITS.index(match[1]), int(match[2]), match[0]))
     return [dict(file=match[0], split=match[1]) for match in matches]
 
 
-def fingerprint(folder: Path) -> str:
-    """A hash of what the data set is: every shard's name, length and, where there is a manifest, content
-    hash."""
-    facts = [
-        (s["file"], s["tokens"] if "tokens" in s else len(open_shard(folder / s["file"])), s.get("sha256"))
-        for s in list_shards(folder)
-    ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+class Folder:
+    """The shards of a data set on disk. `entries` are those of `list_shards`."""
+
+    def __init__(self, folder: Path):
+        self.name, self.folder, self.entries = str(folder), folder, list_shards(folder)
+
+    def path(self, entry: dict) -> Path:
+        """Where the shard is."""
+        return self.folder / entry["file"]
+
+    def head(self, entry: dict, tokens: int) -> np.ndarray | None:
+        """The shard's first tokens, if they can be had for less than the whole shard."""
+        return None
+
+    def expect(self, entry: dict):
+        """Says that the shard will be wanted soon."""
+
+    def check(self, entry: dict):
+        """Raises ValueError or FileNotFoundError, naming the file, if the shard is not whole."""
+        entry["tokens"] = len(open_shard(self.path(entry), entry.get("tokens")))
+
+    def fingerprint(self) -> str:
+        """A hash of what the data set is: every shard's name, length and, where it is known, content hash."""
+        for entry in self.entries:
+            if "tokens" not in entry:
+                self.check(entry)
+        facts = [(entry["file"], entry["tokens"], entry.get("sha256")) for entry in self.entries]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+class HubFolder(Folder):
+    """The shards of a data set on the Hugging Face Hub, hf://datasets/org/name[@revision].
+
+    A shard is fetched when it is wanted (the next one in the background), checked against its SHA-256 and
+    kept under data/hub/; those not wanted for longest make room when all take more than `cache_bytes`.
+    """
+
+    def __init__(self, location: str, cache_bytes: float = 20e9):
+        """Raises ValueError for another location or a cache too small for three shards, OSError if the Hub
+        does not answer."""
+        repo, revision = remote.parse_hub(location)
+        commit, self.files = remote.list_hub(repo, revision)
+        self.name, self.commit, self.cache_bytes = (
+            f"{remote.HUB_PREFIX}{repo}@{commit[:8]}",
+            commit,
+            cache_bytes,
+        )
+        self.folder = HUB_CACHE / repo.replace("/", "--") / commit[:12]
+        if MANIFEST in self.files:
+            remote.fetch(self.files[MANIFEST], self.folder)
+            self.entries = list_shards(self.folder)
+        else:
+            self.entries = shards_among((path for path in self.files if "/" not in path), location)
+        for entry in self.entries:
+            self._compare(entry)
+        largest = max(self.files[entry["file"]].size for entry in self.entries)
+        if cache_bytes < 3 * largest:
+            raise ValueError(
+                f"--cache-gb is {cache_bytes / 1e9:g}; {location} needs room for three shards of "
+                f"{largest / 1e9:.2g} GB: at least {math.ceil(3 * largest / 1e8) / 10}"
+            )
+        here = [path for entry in self.entries if (path := self.folder / entry["file"]).is_file()]
+        here.sort(key=lambda path: path.stat().st_mtime)
+        self.recent = dict.fromkeys(path.name for path in here)  # the last is the one wanted last
+        self.lock = threading.Lock()
+        self.thread = ThreadPoolExecutor(max_workers=1)
+
+    def _compare(self, entry: dict):
+        """Raises ValueError unless the repository lists the shard as the manifest does; without a manifest,
+        believes the list."""
+        file = self.files.get(entry["file"])
+        header = BIN_HEADER_BYTES if entry["file"].endswith(".bin") else NPY_HEADER_BYTES
+        if file is None:
+            raise ValueError(f"{self.name} has a {MANIFEST} that lists {entry['file']}, but not the file")
+        entry.setdefault("tokens", (file.size - header) // 2)
+        entry.setdefault("sha256", file.sha256)
+        if file.size != header + 2 * entry["tokens"] or (file.sha256 and file.sha256 != entry["sha256"]):
+            raise ValueError(f"{file.url} does not have the size or SHA-256 that its {MANIFEST} says")
+
+    def path(self, entry: dict) -> Path:
+        path = remote.fetch(self.files[entry["file"]], self.folder)
+        with self.lock:
+            self.recent.pop(path.name, None)
+            self.recent[path.name] = None
+            while sum(self.files[name].size for name in self.recent) > self.cache_bytes:
+                oldest = next(iter(self.recent))
+                del self.recent[oldest]
+                with contextlib.suppress(OSError):  # another process was faster, or Windows has it open
+                    (self.folder / oldest).unlink()
+        return path
+
+    def head(self, entry: dict, tokens: int) -> np.ndarray | None:
+        if tokens > HEAD_TOKENS or "head_sha256" not in entry or entry["file"] in self.recent:
+            return None
+        data = remote.read_start(self.files[entry["file"]], NPY_HEADER_BYTES + 2 * HEAD_TOKENS)
+        ids = np.frombuffer(data, dtype="<u2", offset=NPY_HEADER_BYTES)
+        if hashlib.sha256(ids.tobytes()).hexdigest() != entry["head_sha256"]:
+            raise ValueError(f"{self.files[entry['file']].url} does not begin as its {MANIFEST} says")
+        return ids[:tokens]
+
+    def expect(self, entry: dict):
+        if entry["file"] not in self.recent:
+            self.thread.submit(self._fetch_quietly, entry)
+
+    def _fetch_quietly(self, entry: dict):
+        with contextlib.suppress(OSError):  # it is asked for again, loudly, when it is needed
+            self.path(entry)
+
+    def check(self, entry: dict):
+        """A shard is checked when it is fetched."""
+
+
+def open_folder(location: str | Path, cache_bytes: float = 20e9) -> Folder:
+    """The shards in a folder, or in a repository hf://datasets/org/name of the Hub."""
+    if str(location).startswith(remote.HUB_PREFIX):
+        return HubFolder(str(location), cache_bytes)
+    return Folder(Path(location))
 
 
 class ShardReader:
@@ -271,38 +610,68 @@ class ShardReader:
     The split is one long stream of tokens, cut into windows of seq_len + 1 (the last token of a window is the
     first of the next: it is a target here and an input there). An epoch visits every window once: shards in
     an order drawn from (seed, epoch), and inside each shard its windows in an order drawn from (seed, epoch,
-    shard). Sequence number n of the run is position n % num_windows of epoch n // num_windows. Nothing is
-    remembered between calls, so processes cannot drift apart and a resumed run needs only the step number.
+    shard). Sequence number n of the run is position n % num_windows of epoch n // num_windows. Nothing that
+    matters is remembered between calls, so processes cannot drift apart and a resumed run needs only the step
+    number. Few shards are open at a time: memory does not grow with the data.
     """
 
     def __init__(
-        self, folder: str | Path, split: str, seq_len: int, seed: int = 0, vocab_size: int = END_OF_TEXT + 1
+        self,
+        folder: str | Path | Folder,
+        split: str,
+        seq_len: int,
+        seed: int = 0,
+        vocab_size: int = END_OF_TEXT + 1,
     ):
-        """Opens (memory-maps) and checks all shards of the split. Raises ValueError or FileNotFoundError,
-        naming the file, if one is not whole, and ValueError if the split is shorter than one window."""
-        self.folder, self.seq_len, self.seed, self.vocab_size = Path(folder), seq_len, seed, vocab_size
-        entries = [shard for shard in list_shards(self.folder) if shard["split"] == split]
-        self.paths = [self.folder / shard["file"] for shard in entries]
-        self.shards = [open_shard(path, shard.get("tokens")) for path, shard in zip(self.paths, entries)]
-        self.ends = np.cumsum(
-            [len(shard) for shard in self.shards], dtype=np.int64
-        )  # in the stream of tokens
-        self.num_tokens = int(self.ends[-1]) if len(self.ends) else 0
+        """Checks all shards of the split. Raises ValueError or FileNotFoundError, naming the file, if one is
+        not whole, and ValueError if the split is shorter than one window."""
+        self.folder = folder if isinstance(folder, Folder) else open_folder(folder)
+        self.seq_len, self.seed, self.vocab_size = seq_len, seed, vocab_size
+        self.entries = [shard for shard in self.folder.entries if shard["split"] == split]
+        for entry in self.entries:
+            self.folder.check(entry)
+        self.sizes = [entry["tokens"] for entry in self.entries]
+        self.ends = np.cumsum(self.sizes, dtype=np.int64)  # in the stream of tokens
+        self.num_tokens = sum(self.sizes)
         self.num_windows = max(0, (self.num_tokens - 1) // seq_len)
         if not self.num_windows:
             raise ValueError(
-                f"{self.folder} has {self.num_tokens:,} tokens for {split}; a sequence needs "
+                f"{self.folder.name} has {self.num_tokens:,} tokens for {split}; a sequence needs "
                 f"{seq_len + 1:,}: use more text or a smaller --seq-len"
             )
         # Windows belong to the shard they begin in: shard i holds windows firsts[i] up to firsts[i + 1].
         begins = np.concatenate([[0], self.ends])
         self.firsts = np.minimum(-(-begins // seq_len), self.num_windows)
+        self.expected = (-1, -1)  # epoch and place in its order of the shard that was last announced
+        self._open = functools.lru_cache(maxsize=4)(self._open_shard)
+        self._head = functools.lru_cache(maxsize=64)(self._read_head)
         self._shard_order = functools.lru_cache(maxsize=2)(self._draw_shard_order)
         self._window_order = functools.lru_cache(maxsize=4)(self._draw_window_order)
 
+    def batches(
+        self,
+        steps: range,
+        micro_steps: int,
+        batch_size: int,
+        sequences: int,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
+        """`batch` for every micro-step of the steps, in order, made in the background a few ahead; with
+        pin_memory in page-locked memory, from where a GPU can copy while it computes."""
+
+        def make() -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
+            for step in steps:
+                for micro_step in range(micro_steps):
+                    x, y = self.batch(step, micro_step, batch_size, sequences, rank, world_size)
+                    yield (x.pin_memory(), y.pin_memory()) if pin_memory else (x, y)
+
+        return prepared(make(), depth=4)
+
     def batch(
         self, step: int, micro_step: int, batch_size: int, sequences: int, rank: int = 0, world_size: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
         """Inputs and targets, each (batch_size, seq_len) int64, of one micro-step of one process.
 
         A step takes the run's sequences step * sequences to (step + 1) * sequences, whatever batch_size and
@@ -316,24 +685,32 @@ class ShardReader:
         epoch, position = divmod(sequence, self.num_windows)
         order, ends = self._shard_order(epoch)
         i = int(np.searchsorted(ends, position, side="right"))
+        if self.expected != (epoch, i):
+            self.expected = epoch, i
+            following = order[i + 1] if i + 1 < len(order) else self._shard_order(epoch + 1)[0][0]
+            self.folder.expect(self.entries[int(following)])
         shard, begin = int(order[i]), int(ends[i - 1]) if i else 0
         return int(self.firsts[shard] + self._window_order(epoch, shard)[position - begin])
 
-    def read(self, windows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, windows: list[int]) -> "tuple[torch.Tensor, torch.Tensor]":
         """Inputs and targets, each (len(windows), seq_len) int64. Raises ValueError, naming file and offset,
         for a token outside the vocabulary."""
+        import torch
+
         rows = np.empty((len(windows), self.seq_len + 1), dtype=np.int64)
         for row, window in zip(rows, windows):
             begin, filled = window * self.seq_len, 0
             while filled < len(row):  # a window may reach over the end of a shard
                 i = int(np.searchsorted(self.ends, begin + filled, side="right"))
-                shard, offset = self.shards[i], begin + filled - int(self.ends[i]) + len(self.shards[i])
-                part = shard[offset : offset + len(row) - filled]
+                offset, wanted = begin + filled - int(self.ends[i]) + self.sizes[i], len(row) - filled
+                part = self._head(i, min(wanted, self.sizes[i])) if filled else None
+                if part is None:
+                    part = self._open(i)[offset : offset + wanted]
                 if int(part.max()) >= self.vocab_size:
-                    bad = offset + int(np.argmax(part >= self.vocab_size))
+                    bad = int(np.argmax(part >= self.vocab_size))
                     raise ValueError(
-                        f"{self.paths[i]}: token {int(shard[bad])} at offset {bad} is outside the vocabulary "
-                        f"(0 to {self.vocab_size - 1})"
+                        f"{self.folder.name}/{self.entries[i]['file']}: token {int(part[bad])} at offset "
+                        f"{offset + bad} is outside the vocabulary (0 to {self.vocab_size - 1})"
                     )
                 row[filled : filled + len(part)] = part
                 filled += len(part)
@@ -344,14 +721,25 @@ class ShardReader:
         """Nats a token of the split's own token frequencies: the loss of a model that knows these and no
         more."""
         counts, left = np.zeros(2**16, dtype=np.int64), max_tokens
-        for shard in self.shards:
-            counts += np.bincount(shard[:left], minlength=2**16)
-            left -= min(left, len(shard))
+        for i in range(len(self.sizes)):
+            counts += np.bincount(self._open(i)[:left], minlength=2**16)
+            left -= min(left, self.sizes[i])
+            if not left:
+                break
         p = counts[counts > 0] / counts.sum()
         return float(-(p * np.log(p)).sum())
 
+    def _open_shard(self, i: int) -> np.ndarray:
+        try:
+            return open_shard(self.folder.path(self.entries[i]), self.sizes[i])
+        except FileNotFoundError:  # another run with the same cache has made room, just now
+            return open_shard(self.folder.path(self.entries[i]), self.sizes[i])
+
+    def _read_head(self, i: int, tokens: int) -> np.ndarray | None:
+        return self.folder.head(self.entries[i], tokens)
+
     def _draw_shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.shards))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.sizes))
         return order, np.cumsum(np.diff(self.firsts)[order])
 
     def _draw_window_order(self, epoch: int, shard: int) -> np.ndarray:

@@ -19,9 +19,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 RANKS_FILE = Path(__file__).resolve().parent / "assets" / "gpt2.tiktoken"
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -136,20 +139,43 @@ def decode_bytes(ids) -> bytes:
     return tiktoken_encoding().decode_bytes(ids)
 
 
-def encode_corpus(documents: list[str], workers: int = 0) -> np.ndarray:
-    """Many documents at once: their ids as one uint16 stream (N,), each document after a 50256. `workers`
-    threads (0: all cores); their number does not change the result."""
+def encode_corpus(documents: "list[str] | pa.Array", workers: int = 0, continues: bool = False) -> np.ndarray:
+    """Many documents at once, a list or an Arrow array of strings: their ids as one uint16 stream (N,), each
+    document after a 50256; not the first, if it `continues` a document of which the ids are already known.
+    `workers` threads (0: all cores); their number does not change the result."""
+    import pyarrow as pa
+
     if workers:
         os.environ.setdefault(
             "RAYON_NUM_THREADS", str(workers)
         )  # read once, when gigatoken starts its threads
-    data = [replace_surrogates(document).encode("utf-8") for document in documents]
-    if not data:
+    if not len(documents):
         return np.empty(0, dtype=np.uint16)
-    layout: Any = gigatoken_tokenizer().encode_batch(data, parallel=workers != 1).layout
+    if isinstance(documents, list):
+        documents = pa.array([replace_surrogates(document) for document in documents], pa.large_string())
+    layout: Any = gigatoken_tokenizer().encode_batch(as_awkward(documents), parallel=workers != 1).layout
     offsets = np.asarray(layout.offsets.data, dtype=np.int64)
     ids = np.asarray(layout.content.data, dtype=np.uint16)[offsets[0] : offsets[-1]]
-    return np.insert(ids, offsets[:-1] - offsets[0], END_OF_TEXT)
+    starts = offsets[1 if continues else 0 : -1] - offsets[0]
+    return np.insert(ids, starts, END_OF_TEXT)
+
+
+def as_awkward(strings: "pa.Array") -> Any:
+    """An Arrow array of strings in the form that gigatoken reads, without copying the text."""
+    import awkward as ak
+    import pyarrow as pa
+
+    strings = strings.cast(pa.large_string())
+    _, offsets, data = strings.buffers()
+    ends: Any = np.frombuffer(offsets, dtype=np.int64)[strings.offset : strings.offset + len(strings) + 1]
+    text: Any = np.frombuffer(data, dtype=np.uint8) if data else np.empty(0, dtype=np.uint8)
+    return ak.Array(
+        ak.contents.ListOffsetArray(
+            ak.index.Index64(ends),
+            ak.contents.NumpyArray(text, parameters={"__array__": "char"}),
+            parameters={"__array__": "string"},
+        )
+    )
 
 
 @functools.lru_cache(maxsize=1)

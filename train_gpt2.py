@@ -42,6 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import hellaswag
+import remote
 import shards
 import tokenizer
 from model import GPT, GPTConfig
@@ -53,7 +54,10 @@ ROOT = Path(__file__).resolve().parent
 class Config:
     # data
     dataset_path: str = "data/fineweb-edu-10BT"
-    """Folder of token shards, as fineweb.py makes them."""
+    """Folder of token shards, as fineweb.py makes them, or hf://datasets/org/name: shards on the Hugging Face
+    Hub, fetched as they are needed."""
+    cache_gb: float = 20.0
+    """Disk space for shards from the Hub, under data/hub/; those not needed for longest make room."""
     # model
     model_size: str = "124M"
     """124M, 350M, 774M or 1558M, or gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
@@ -153,7 +157,7 @@ PRESETS = {
 
 # What a resumed run may change. Only max_steps changes what it learns: the schedule then ends elsewhere.
 FREE_TO_CHANGE = {
-    "batch_size", "max_steps", "device", "compile", "num_gpus", "dataset_path", "init_from",
+    "batch_size", "max_steps", "device", "compile", "num_gpus", "dataset_path", "cache_gb", "init_from",
     "run_name", "log_dir", "resume", "override", "val_every", "val_tokens", "hellaswag_every",
     "hellaswag_limit", "sample_every", "sample_prompt", "checkpoint_every",
 }  # fmt: skip
@@ -221,7 +225,9 @@ def find_checkpoint(cfg: Config) -> Path | None:
 
 def check(cfg: Config, world_size: int):
     """Raises ValueError for values that cannot work, with the value, the bound and the nearest that does."""
-    positive = ("seq_len", "batch_size", "total_batch_tokens", "learning_rate", "num_gpus", "val_tokens")
+    positive = (
+        "seq_len", "batch_size", "total_batch_tokens", "learning_rate", "num_gpus", "val_tokens", "cache_gb"
+    )  # fmt: skip
     for name in positive:
         if not getattr(cfg, name) > 0 or math.isinf(getattr(cfg, name)):
             raise ValueError(
@@ -430,9 +436,12 @@ class RunLog:
 # before the first step and after the last
 
 
-def find_data(dataset_path: str, process: Process) -> Path:
-    """The folder of shards, relative to here or to this script; the demo's are made if missing."""
-    data = Path(dataset_path)
+def find_data(cfg: Config, process: Process) -> shards.Folder:
+    """The shards: on the Hub, or in a folder relative to here or to this script; the demo's are made if
+    missing."""
+    if cfg.dataset_path.startswith(remote.HUB_PREFIX):
+        return shards.HubFolder(cfg.dataset_path, 1e9 * cfg.cache_gb)
+    data = Path(cfg.dataset_path)
     data = data if data.exists() or data.is_absolute() else ROOT / data
     if process.rank == 0 and data.name == "pydocs" and not shards.is_complete(data):
         print(
@@ -442,7 +451,7 @@ def find_data(dataset_path: str, process: Process) -> Path:
         if subprocess.run(command, check=False).returncode:
             raise ValueError(f"{data} could not be made")
     process.agree(None)  # the other processes wait for it
-    return data
+    return shards.Folder(data)
 
 
 def find_hellaswag(cfg: Config, process: Process) -> tuple[list[dict], str]:
@@ -523,10 +532,10 @@ def main(cfg: Config) -> Path:
             print(text, flush=True)
 
     # ---- data
-    data = find_data(cfg.dataset_path, process)
+    data = find_data(cfg, process)
     train_data = shards.ShardReader(data, "train", cfg.seq_len, cfg.seed)
     val_data = shards.ShardReader(data, "val", cfg.seq_len, cfg.seed) if cfg.val_every else None
-    data_fingerprint = shards.fingerprint(data)
+    data_fingerprint = data.fingerprint()
     sequences = cfg.total_batch_tokens // cfg.seq_len  # a step
     accumulation = sequences // (cfg.batch_size * world_size)  # micro-steps a step
 
@@ -554,7 +563,7 @@ def main(cfg: Config) -> Path:
     epochs = cfg.max_steps * sequences / train_data.num_windows
     say(f"model  GPT-2, {config.num_params:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
         f"{config.n_embd} channels, {config.block_size} positions; {cfg.optimizer}")  # fmt: skip
-    say(f"data   {shown(data)}: {train_data.num_tokens:,} training tokens, {epochs:.2f} epochs")
+    say(f"data   {shown(data.folder)}: {train_data.num_tokens:,} training tokens, {epochs:.2f} epochs")
     say(f"batch  {cfg.total_batch_tokens:,} tokens = {cfg.batch_size} sequences x {cfg.seq_len} tokens x "
         f"{world_size} processes x {accumulation} micro-steps")  # fmt: skip
     say(f"device {device}, {str(dtype).removeprefix('torch.')} ({why})")
@@ -585,6 +594,10 @@ def main(cfg: Config) -> Path:
     first_step, last_checkpoint = resumed.get("step", 0), Path(cfg.resume) if resumed else None
     best_val_loss = resumed.get("best_val_loss", math.inf)
     train_seconds = 0.0
+    steps = range(first_step, cfg.max_steps)
+    batches = train_data.batches(
+        steps, accumulation, cfg.batch_size, sequences, rank, world_size, pin_memory=device.type == "cuda"
+    )
     for step in range(first_step, cfg.max_steps + 1):
         # A resumed step was evaluated before its checkpoint was saved.
         due = {} if resumed and step == first_step else jobs_due(step, cfg)
@@ -629,13 +642,13 @@ def main(cfg: Config) -> Path:
                 group["lr"] = lr
         train_loss = torch.zeros((), device=device)
         for micro_step in range(accumulation):
-            x, y = train_data.batch(step, micro_step, cfg.batch_size, sequences, rank, world_size)
+            x, y = (t.to(device, non_blocking=True) for t in next(batches))
             if isinstance(
                 model, DistributedDataParallel
             ):  # gradients are exchanged once, in the last backward
                 model.require_backward_grad_sync = micro_step == accumulation - 1
             with autocast:
-                loss = model(x.to(device), y.to(device))
+                loss = model(x, y)
             loss = (
                 loss / accumulation
             )  # backward adds gradients up; the step wants their mean over micro-steps

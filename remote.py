@@ -1,0 +1,242 @@
+"""Files that are elsewhere: a URL of known content, or a data set on the Hugging Face Hub.
+
+    path = download(url, path, sha256)                     # one file
+    revision, files = list_hub("org/name")                 # what a Hub repository holds, at one commit
+    path = fetch(files["sample/10BT/000_00000.parquet"], folder)
+    push("org/name", folder, ["manifest.json", ...])
+
+Nothing is at its final name before its bytes are checked against the hash that was expected, and a connection
+that breaks or stalls is tried again, from where it stopped, until PATIENCE is over. huggingface_hub does the
+talking: it obeys HF_TOKEN (or `hf auth login`), HF_ENDPOINT and HF_HUB_OFFLINE.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+HUB_PREFIX = "hf://datasets/"
+PATIENCE = float(os.environ.get("DOWNLOAD_PATIENCE", 600))  # seconds spent waiting before giving up
+
+
+def download(url: str, path: Path, sha256: str, tries: int = 4) -> Path:
+    """Fetches a file of known content to a temporary name, going on where a broken connection stopped, checks
+    it and renames it to path; one that is there already is kept.
+
+    Raises OSError, naming the URL, when all tries fail or the bytes are not the expected ones.
+    """
+    import requests
+
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + f".{os.getpid()}.tmp")
+    failure = ""
+    try:
+        for attempt in range(tries):
+            time.sleep(0 if attempt == 0 else 2**attempt / 2)
+            have = partial.stat().st_size if partial.exists() else 0
+            try:
+                headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+                with requests.get(url, headers=headers, stream=True, timeout=10) as response:
+                    response.raise_for_status()
+                    with open(partial, "ab" if response.status_code == 206 else "wb") as f:
+                        for block in response.iter_content(1 << 16):
+                            f.write(block)
+                        f.flush()
+                        os.fsync(f.fileno())
+            except requests.RequestException as error:
+                failure = f"{type(error).__name__}: {error}"
+                continue
+            found = hash_file(partial)
+            if found == sha256:
+                os.replace(partial, path)
+                return path
+            failure = f"{partial.stat().st_size:,} bytes with SHA-256 {found}, not {sha256}"
+            partial.unlink()
+    finally:
+        partial.unlink(missing_ok=True)
+    raise OSError(f"{url} could not be had in {tries} tries: {failure}")
+
+
+def hash_file(path: Path, digest: Any = None) -> str:
+    """The SHA-256 of a file (or another digest that has been begun), in hexadecimal."""
+    digest = digest or hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# the Hugging Face Hub
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a data-set repository at one commit, and what its bytes must hash to."""
+
+    repo: str
+    revision: str
+    path: str
+    size: int
+    sha256: str  # of files in large-file storage; git's own SHA-1 of the others is in blob_id
+    blob_id: str
+
+    @property
+    def url(self) -> str:
+        return f"{HUB_PREFIX}{self.repo}@{self.revision}/{self.path}"
+
+    def is_whole(self, path: Path) -> bool:
+        """Whether the file at path has this file's bytes."""
+        if path.stat().st_size != self.size:
+            return False
+        if self.sha256:
+            return hash_file(path) == self.sha256
+        return hash_file(path, hashlib.sha1(f"blob {self.size}\0".encode())) == self.blob_id
+
+
+def parse_hub(location: str) -> tuple[str, str | None]:
+    """Repository and revision (None for the newest) of hf://datasets/org/name or org/name, either with or
+    without @revision. Raises ValueError for anything else."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", location.removeprefix(HUB_PREFIX).strip("/"))
+    if not found:
+        raise ValueError(
+            f"{location!r} does not name a data set: {HUB_PREFIX}org/name or .../org/name@revision"
+        )
+    return found[1], found[2]
+
+
+def is_final(error: Exception) -> bool:
+    """Whether trying again is useless: it is not there, not allowed, or not a request the Hub understands."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):  # no connection, and nothing in its cache
+        return False
+    not_there = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
+    if isinstance(error, (ValueError, TypeError, errors.OfflineModeIsEnabled, *not_there)):
+        return True
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    return 400 <= status < 500 and status not in (408, 429)
+
+
+def persistently(what: str, attempt: Callable[[], Any]) -> Any:
+    """attempt(), again and again with growing pauses while the connection fails. Raises OSError, naming
+    `what` and the reason, when trying again is useless or PATIENCE is over."""
+    waited, pause = 0.0, 1.0
+    while True:
+        try:
+            return attempt()
+        except Exception as error:  # the Hub's client raises errors of many families
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            if is_final(error) or waited + pause > PATIENCE:
+                raise OSError(f"{what} could not be had from the Hugging Face Hub ({reason})") from error
+            print(f"{what}: {reason}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
+        time.sleep(pause)
+        waited, pause = waited + pause, min(30.0, 2 * pause)
+
+
+def list_hub(
+    repo: str, revision: str | None = None, paths: list[str] | None = None
+) -> tuple[str, dict[str, HubFile]]:
+    """The commit that revision means and its files (or those of `paths`), by path."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    def ask() -> tuple[str, dict[str, HubFile]]:
+        api = HfApi()
+        commit = api.dataset_info(repo, revision=revision).sha or ""
+        if paths is None:
+            entries: Iterable = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type="dataset")
+        else:
+            groups = [paths[i : i + 500] for i in range(0, len(paths), 500)]
+            entries = [
+                entry
+                for group in groups
+                for entry in api.get_paths_info(repo, group, revision=commit, repo_type="dataset")
+            ]
+        files = {}
+        for entry in entries:
+            if not isinstance(entry, RepoFile):
+                continue
+            if entry.path.startswith("/") or "\\" in entry.path or ".." in PurePosixPath(entry.path).parts:
+                raise ValueError(f"the repository lists {entry.path!r}, which leads out of its folder")
+            sha256 = entry.lfs.sha256 if entry.lfs else ""
+            files[entry.path] = HubFile(repo, commit, entry.path, entry.size, sha256, entry.blob_id)
+        return commit, files
+
+    return persistently(f"{HUB_PREFIX}{repo}", ask)
+
+
+def fetch(file: HubFile, folder: Path) -> Path:
+    """The file inside folder, at the path it has in the repository: there already, or downloaded, checked and
+    only then moved there. Several processes may ask for one file. Raises OSError naming it."""
+    from filelock import FileLock
+    from huggingface_hub import hf_hub_download
+
+    path = folder / file.path
+    incoming = folder / ".incoming"
+    incoming.mkdir(parents=True, exist_ok=True)
+
+    def attempt() -> Path:
+        options = dict(repo_type="dataset", revision=file.revision, local_dir=incoming)
+        arrived = Path(hf_hub_download(file.repo, file.path, **options))  # type: ignore[call-overload]
+        if not file.is_whole(arrived):
+            size = arrived.stat().st_size
+            arrived.unlink()
+            raise OSError(f"{size:,} bytes arrived that are not the {file.size:,} that were listed")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(arrived, path)
+        return path
+
+    with FileLock(incoming / (hashlib.sha256(file.path.encode()).hexdigest()[:16] + ".lock")):
+        return path if path.is_file() else persistently(file.url, attempt)
+
+
+def read_start(file: HubFile, count: int) -> bytes:
+    """The first `count` bytes of a file, without the rest."""
+    from huggingface_hub import HfFileSystem
+
+    where = f"datasets/{file.repo}@{file.revision}/{file.path}"
+    return persistently(file.url, lambda: HfFileSystem().cat_file(where, start=0, end=min(count, file.size)))
+
+
+def check_push(repo: str):
+    """Makes the data-set repository if needed; raises OSError if we are not logged in or may not write to
+    it."""
+    from huggingface_hub import HfApi
+
+    with naming_the_repository(repo):
+        HfApi().whoami()
+        HfApi().create_repo(repo, repo_type="dataset", exist_ok=True)
+
+
+def push(repo: str, folder: Path, files: list[str]):
+    """Uploads files of folder into the data-set repository. What is there with the same bytes is not sent
+    again, and the last file arrives last: it tells readers that the others are there."""
+    from huggingface_hub import HfApi
+
+    with naming_the_repository(repo):
+        for group in [files[i : i + 50] for i in range(0, len(files) - 1, 50)] + [files[-1:]]:
+            HfApi().upload_folder(
+                repo_id=repo, folder_path=folder, repo_type="dataset", allow_patterns=group,
+                commit_message=f"{group[0]} to {group[-1]}" if len(group) > 1 else group[0],
+            )  # fmt: skip
+
+
+@contextlib.contextmanager
+def naming_the_repository(repo: str) -> Iterator[None]:
+    """Turns what the Hub's clients raise (their errors have no common base) into an OSError with the name."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise OSError(f"{repo}: the Hugging Face Hub did not do what was asked ({reason})") from error
