@@ -8,40 +8,47 @@
     hellaswag  items/s, scored from logits of the endings   beside four padded rows an item, all logits
     generate   tokens/s of one sequence, key/value cache    beside transformers' generate with its cache
     load       seconds from a checkpoint to a model         beside transformers' from_pretrained
-    tokenize   MB/s of a corpus read before (warm caches)   beside tiktoken, a document at a time
+    read       batches/s of 64 x 1,024 tokens from shards   beside nanoGPT's get_batch
+    tokenize   MB/s of text, parquet to shards on disk      beside build-nanogpt's method, tiktoken's batches,
+                                                            gigatoken alone, and reading the parquet alone
 
 Ours and the baseline take turns, and each figure is a median, so that a noisy neighbour disturbs both alike.
 """
 
 import gc
 import json
+import multiprocessing
+import os
 import platform
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 
 import checkpoint
+import documents
 import fineweb
 import hellaswag
+import shards
 import tokenizer
 from model import GPT, GPTConfig, config_to_hf, to_hf
 
-Job = Literal["train", "hellaswag", "generate", "load", "tokenize"]
+Job = Literal["train", "hellaswag", "generate", "load", "read", "tokenize"]
 
 
 @dataclass(frozen=True)
 class Config:
-    jobs: tuple[Job, ...] = ("train", "hellaswag", "generate", "load", "tokenize")
+    jobs: tuple[Job, ...] = ("train", "hellaswag", "generate", "load", "read", "tokenize")
     """What to measure."""
     model_size: str = "124M"
     """124M, 350M, 774M or 1558M."""
@@ -53,6 +60,8 @@ class Config:
     """Items in `hellaswag`."""
     max_tokens: int = 64
     """Tokens to make in `generate`."""
+    text: str = ""
+    """Text for `tokenize`: a parquet file or a folder of them; by default pydocs, ten times."""
     repeats: int = 3
     """Measurements of each side; the median counts."""
     device: str = "auto"
@@ -201,14 +210,83 @@ class Bench:
             )
         return Result("load a checkpoint", "s", times[0], times[1], higher_is_better=False)
 
-    def tokenize(self) -> Result:
-        documents = list(fineweb.pydocs())
-        encode = tokenizer.tiktoken_encoding().encode_ordinary
-        megabytes = sum(len(document.encode()) for document in documents) / 1e6
-        times = self.seconds(
-            lambda: tokenizer.encode_corpus(documents), lambda: [encode(document) for document in documents]
-        )
-        return Result(f"tokenize {megabytes:.1f} MB", "MB/s", megabytes / times[0], megabytes / times[1])
+    def read(self) -> Result:
+        """What a training step may have to wait for, if no thread prepared it."""
+        rows, seq_len, count = 64, 1024, 50
+        ids = np.random.default_rng(0).integers(50257, size=10_000_000, dtype=np.uint16)
+        with tempfile.TemporaryDirectory() as folder:
+            np.save(Path(folder, "random_train_000000.npy"), ids)
+            ids.tofile(Path(folder, "train.bin"))
+            reader = shards.ShardReader(folder, "train", seq_len)
+
+            def get_batch():  # nanoGPT maps the file anew each time, and draws windows with replacement
+                data = np.memmap(Path(folder, "train.bin"), dtype=np.uint16, mode="r")
+                starts = torch.randint(len(data) - seq_len, (rows,))
+                x, y = (
+                    torch.stack(
+                        [torch.from_numpy(data[i + d : i + d + seq_len].astype(np.int64)) for i in starts]
+                    )
+                    for d in (0, 1)
+                )
+                return x, y
+
+            times = self.seconds(
+                lambda: [reader.batch(step, 0, rows, rows) for step in range(count)],
+                lambda: [get_batch() for _ in range(count)],
+            )
+        return Result(f"read {rows} x {seq_len}", "batches/s", count / times[0], count / times[1])
+
+    def tokenize(self) -> list[Result]:
+        """Each way reads the same parquet files; only ours also writes shards. All have all cores."""
+        import gigatoken
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with tempfile.TemporaryDirectory() as folder:
+            text = Path(self.cfg.text or folder)
+            if not self.cfg.text:
+                pq.write_table(pa.table({"text": list(documents.pydocs()) * 10}), text / "pydocs.parquet")
+            files = fineweb.local_files(str(text))
+
+            def batches() -> Iterator[documents.Batch]:
+                return (batch for path in files for batch in documents.read_file(path))
+
+            def rows() -> Iterator[str]:
+                return (text for batch in batches() for text in batch.texts.to_pylist())
+
+            def ours():
+                with tempfile.TemporaryDirectory() as out:
+                    fineweb.main(fineweb.Config(source=str(text), out_dir=out))
+
+            encoding = tokenizer.tiktoken_encoding()
+            cores = os.cpu_count() or 1
+            parquet = gigatoken.ParquetFileSource([str(path) for path in files])
+            with multiprocessing.get_context("spawn").Pool(cores) as pool:
+                pool.map(tokenize_document, ["warm up"] * 100)
+                sides = {
+                    "build-nanogpt's pool": lambda: sum(map(len, pool.imap(tokenize_document, rows(), 16))),
+                    "tiktoken, batches": lambda: [
+                        encoding.encode_ordinary_batch(batch.texts.to_pylist(), num_threads=cores)
+                        for batch in batches()
+                    ],
+                    "gigatoken alone": lambda: tokenizer.gigatoken_tokenizer().encode_files(parquet),
+                    "reading alone": lambda: sum(len(batch.texts) for batch in batches()),
+                }
+                times = self.seconds(ours, *sides.values())
+            megabytes = sum(batch.texts.nbytes for batch in batches()) / 1e6
+            tokens = sum(len(tokenizer.encode_corpus(batch.texts)) for batch in batches())
+        print(f"{megabytes:,.0f} MB of text, {tokens:,} tokens: a MB is {tokens / megabytes:,.0f} tokens")
+        return [
+            Result(f"tokenize: {side}", "MB/s", megabytes / times[0], megabytes / seconds)
+            for side, seconds in zip(sides, times[1:])
+        ]
+
+
+def tokenize_document(text: str) -> np.ndarray:
+    """What build-nanogpt's fineweb.py does in each process of its pool."""
+    ids = np.array([tokenizer.END_OF_TEXT, *tokenizer.tiktoken_encoding().encode_ordinary(text)])
+    assert (ids >= 0).all() and (ids < 2**16).all()
+    return ids.astype(np.uint16)
 
 
 def main(cfg: Config) -> list[Result]:
@@ -223,17 +301,18 @@ def main(cfg: Config) -> list[Result]:
     machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     precision = f"{str(bench.dtype).removeprefix('torch.')} ({bench.why})"
     print(f"{machine}; GPT-2 {cfg.model_size}; train in {precision}{', compiled' if cfg.compile else ''}")
-    print(f"{'work':24} {'ours':>12} {'baseline':>12}  {'':8} ratio")
+    print(f"{'work':30} {'ours':>12} {'baseline':>12}  {'':8} ratio")
     results = []
     for job in cfg.jobs:
-        result = getattr(bench, job)()
-        results.append(result)
-        digits = 2 if result.unit == "s" else 1
-        print(
-            f"{result.job:24} {result.ours:12,.{digits}f} {result.baseline:12,.{digits}f}  {result.unit:8} "
-            f"{result.ratio:.2f} x",
-            flush=True,
-        )
+        found = getattr(bench, job)()
+        for result in found if isinstance(found, list) else [found]:
+            results.append(result)
+            digits = 2 if result.unit == "s" else 1
+            print(
+                f"{result.job:30} {result.ours:12,.{digits}f} {result.baseline:12,.{digits}f}  "
+                f"{result.unit:8} {result.ratio:.2f} x",
+                flush=True,
+            )
     if cfg.json:
         rows = [{**vars(result), "ratio": result.ratio} for result in results]
         report = {"machine": machine, "dtype": str(bench.dtype), "compile": cfg.compile, "results": rows}

@@ -24,36 +24,31 @@ its part ends, and several machines take a part each: the shards are the same by
 makes 10 billion tokens, 20 GB.
 """
 
-import codecs
 import contextlib
 import glob
-import gzip
 import hashlib
-import io
 import json
 import os
 import random
 import re
 import shutil
 import sys
-import sysconfig
-import tempfile
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
-from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
+import documents
 import remote
 import shards
 import tokenizer
+from documents import Batch, Unit
 
 # Our name: repository, configuration, and the splits that are taken, as the Hub calls them.
 HUB_SOURCES = {
@@ -78,10 +73,7 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 OUR_SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
-TEXT_SUFFIXES, ROW_SUFFIXES = (".txt", ".md", ".raw"), (".jsonl", ".parquet")
-COMPRESSED = (".gz", ".zst")
 PART_BYTES = 2**30  # of input files: what one process takes at a time
-BATCH_BYTES = 8_000_000  # of text that is tokenized at a time
 
 
 @dataclass(frozen=True)
@@ -97,7 +89,7 @@ class Config:
     val_tokens: int | None = None
     """Tokens set aside for validation, from the start; by default 10,485,760, or a tenth of a smaller
     corpus. Not for sources with a validation split of their own."""
-    documents: Literal["auto", "file", "line", "block", "article"] = "auto"
+    documents: Unit = "auto"
     """What is a document in text files: the file (auto), a line, a block between blank lines, or an article
     as WikiText has them. In .jsonl and .parquet it is a row."""
     text_field: str = "text"
@@ -156,6 +148,9 @@ class Config:
         remote_names = (*HUB_SOURCES, *TOKENIZED_SOURCES, "tiny-shakespeare")
         return self.source not in remote_names and not self.source.startswith(("hf:", remote.HUB_PREFIX))
 
+    def read(self, path: Path) -> Iterator[Batch]:
+        return documents.read_file(path, self.documents, self.text_field)
+
     @property
     def request(self) -> dict:
         """What the shards depend on."""
@@ -164,13 +159,7 @@ class Config:
 
 
 # -----------------------------------------------------------------------------
-# files: each is read as batches of documents
-
-
-class Batch(NamedTuple):
-    texts: Any  # list[str] or pyarrow.Array
-    continues: bool = False  # the first text goes on with the document before it
-    position: int = 0  # bytes of the file that have been read
+# sources
 
 
 class Input(NamedTuple):
@@ -184,177 +173,20 @@ class Input(NamedTuple):
     split: str = ""  # val, train or test; "" leaves it to --val-tokens
 
 
-def read_file(path: Path, cfg: Config) -> Iterator[Batch]:
-    """The documents of a local file. Raises ValueError, naming the file (and in .jsonl the line), for what is
-    not UTF-8, JSON or parquet, or lacks the text field."""
-    try:
-        with opened(path) as (stream, raw):
-            kind = Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix
-            if kind == ".parquet":
-                yield from parquet_batches(stream, path.stat().st_size, cfg.text_field)
-            elif kind in (".jsonl", ".json"):
-                yield from in_batches(rows_of_jsonl(stream, cfg.text_field), raw)
-            elif cfg.documents == "line":
-                lines = (line.rstrip("\r\n") for line in decoded_lines(stream))
-                yield from in_batches((line for line in lines if line.strip()), raw)
-            elif cfg.documents == "block":
-                yield from in_batches(blocks(decoded_lines(stream)), raw)
-            elif cfg.documents == "article":
-                yield from article_batches(decoded_lines(stream), raw)
-            else:
-                yield from pieces(stream, raw)
-    except (ValueError, AttributeError, RecursionError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file's bytes, decompressed, and the file itself, of which the position tells the progress."""
-    with open(path, "rb") as raw:
-        if path.suffix == ".gz":
-            yield gzip.open(raw), raw  # type: ignore[misc]
-        elif path.suffix == ".zst":
-            import pyarrow as pa
-
-            yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), "zstd")), raw  # type: ignore
-        else:
-            yield raw, raw
-
-
-def in_batches(documents: Iterable[str], raw: BinaryIO | None = None) -> Iterator[Batch]:
-    """Groups documents into batches of about BATCH_BYTES characters."""
-    texts, size = [], 0
-    for document in documents:
-        texts.append(document)
-        size += len(document)
-        if size >= BATCH_BYTES:
-            yield Batch(texts, False, raw.tell() if raw else 0)
-            texts, size = [], 0
-    if texts:
-        yield Batch(texts, False, raw.tell() if raw else 0)
-
-
-def rows_of_jsonl(stream: BinaryIO, text_field: str) -> Iterator[str]:
-    """The text of each line. Raises ValueError, naming the line."""
-    for number, line in enumerate(stream, 1):
-        if line.strip():
-            try:
-                yield text_of(json.loads(line), text_field)
-            except (ValueError, AttributeError, RecursionError) as error:
-                raise ValueError(f"line {number}: {error}") from error
-
-
-def text_of(row: dict, text_field: str) -> str:
-    if not isinstance(row.get(text_field), str):
-        raise ValueError(
-            f"no text under {text_field!r}; the fields are {', '.join(row)} (choose with --text-field)"
-        )
-    return row[text_field]
-
-
-def parquet_batches(stream: BinaryIO, size: int, text_field: str) -> Iterator[Batch]:
-    """Arrow arrays of the text column, a few MB at a time, without a Python object a document."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not isinstance(stream, io.BufferedReader) or not stream.seekable():  # compressed: parquet must seek
-        unpacked = tempfile.TemporaryFile()
-        shutil.copyfileobj(stream, unpacked)
-        stream = unpacked  # type: ignore[assignment]
-    file = pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False)
-    columns = file.schema_arrow.names
-    if text_field not in columns:
-        raise ValueError(f"no column {text_field!r}; it has {', '.join(columns)} (choose with --text-field)")
-    kind = file.schema_arrow.field(text_field).type
-    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-        raise ValueError(f"column {text_field!r} is {kind}, not text (choose with --text-field)")
-    leaf = columns.index(text_field) if file.metadata.num_columns == len(columns) else None
-    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-    text_bytes = sum(
-        g.total_byte_size if leaf is None else g.column(leaf).total_uncompressed_size for g in groups
-    )
-    rows = file.metadata.num_rows
-    at_once, done = max(1, min(rows, BATCH_BYTES * rows // max(1, text_bytes))), 0
-    for batch in file.iter_batches(batch_size=at_once, columns=[text_field]):
-        texts = batch.column(0)
-        texts.validate(full=True)  # UTF-8
-        done += len(texts)
-        yield Batch(texts, False, size * done // rows)
-
-
-def decoded_lines(stream: BinaryIO) -> Iterator[str]:
-    """Lines with their ends; only a newline ends one."""
-    for number, line in enumerate(stream):
-        yield line.decode("utf-8-sig" if number == 0 else "utf-8")
-
-
-def blocks(lines: Iterable[str]) -> Iterator[str]:
-    """What stands between blank lines."""
-    for blank, block in groupby(lines, lambda line: not line.strip()):
-        if not blank:
-            yield "".join(block).rstrip("\r\n")
-
-
-def article_batches(lines: Iterable[str], raw: BinaryIO | None = None) -> Iterator[Batch]:
-    """WikiText's articles: from a heading of the first level, " = Title = ", and the blank line before it, up
-    to the next. Together they are the text, to the byte. A file may begin inside an article."""
-    title = re.compile(r" = [^=].* = \n")
-
-    def articles() -> Iterator[str]:
-        article: list[str] = []
-        for line in lines:
-            if (
-                not line.strip()
-                and len(article) > 2
-                and not article[-2].strip()
-                and title.fullmatch(article[-1])
-            ):
-                yield "".join(article[:-2])
-                article = article[-2:]
-            article.append(line)
-        yield "".join(article)
-
-    begins = True
-    for batch in in_batches(articles(), raw):
-        if begins:
-            begins = title.match(batch.texts[0].removeprefix(" \n")) is not None
-        yield batch._replace(continues=not begins)
-        begins = True
-
-
-def pieces(stream: BinaryIO, raw: BinaryIO) -> Iterator[Batch]:
-    """A text file as one document, a few MB at a time, cut before a blank that follows a letter or sign:
-    there GPT-2's tokenizer begins a new word whatever comes before and after (tokenizer.SPLIT_PATTERN)."""
-    decoder, rest, continues = codecs.getincrementaldecoder("utf-8-sig")(), "", False
-    while data := stream.read(BATCH_BYTES):
-        text = rest + decoder.decode(data)
-        found = re.match(r"(?s).*[!-~](?=[ \n])", text)
-        cut = found.end() if found else 0
-        if cut:
-            yield Batch([text[:cut]], continues, raw.tell())
-            continues = True
-        rest = text[cut:]
-    yield Batch([rest + decoder.decode(b"", final=True)], continues, raw.tell())
-
-
-# -----------------------------------------------------------------------------
-# sources
-
-
 def find_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
     """The source's files in a fixed order, and what the manifest says of their origin; a source on the Hub as
     it was at `revision`, by default now."""
     if cfg.source == "pydocs":
-        packages = pinned_packages()
+        packages = documents.pinned_packages()
         version = " ".join(
             [sys.version.split()[0], *(f"{name}-{metadata.version(name)}" for name in packages)]
         )
-        read = lambda _: in_batches(pydocs())  # noqa: E731
+        read = lambda _: documents.in_batches(documents.pydocs())  # noqa: E731
         return [Input("pydocs", 0, version, Path, read)], {"source": "pydocs", "revision": version}
     if cfg.source == "tiny-shakespeare":
         path = cfg.downloads / "tiny-shakespeare.txt"
         locate = lambda: remote.download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)  # noqa: E731
-        whole = [Input(path.name, 1_115_394, SHAKESPEARE_SHA256, locate, lambda p: read_file(p, cfg))]
+        whole = [Input(path.name, 1_115_394, SHAKESPEARE_SHA256, locate, cfg.read)]
         return whole, {"source": SHAKESPEARE_URL, "revision": SHAKESPEARE_SHA256}
     if cfg.source in HUB_SOURCES or cfg.source.startswith("hf:"):
         return hub_inputs(cfg, revision)
@@ -376,22 +208,18 @@ def local_files(source: str) -> list[Path]:
             f"--source {source!r} is no file, folder or glob here, nor one of "
             f"{', '.join([*HUB_SOURCES, *TOKENIZED_SOURCES])}, tiny-shakespeare, pydocs, hf:org/name"
         )
-    files = [p for p in found if p.is_file() and is_readable(p.name)]
+    files = [p for p in found if p.is_file() and documents.is_readable(p.name)]
     if not files:
         raise ValueError(
-            f"--source {source!r} has no file that ends in {', '.join((*TEXT_SUFFIXES, *ROW_SUFFIXES))}, "
-            f"nor in one of these and {' or '.join(COMPRESSED)}"
+            f"--source {source!r} has no file that ends in {', '.join(documents.SUFFIXES)}, nor in one of "
+            f"these and {' or '.join(documents.COMPRESSED)}"
         )
     return files
 
 
-def is_readable(name: str) -> bool:
-    return name.removesuffix(".gz").removesuffix(".zst").endswith((*TEXT_SUFFIXES, *ROW_SUFFIXES))
-
-
 def local_input(path: Path, cfg: Config) -> Input:
     facts = path.stat()
-    return Input(str(path), facts.st_size, str(facts.st_mtime_ns), lambda: path, lambda p: read_file(p, cfg))
+    return Input(str(path), facts.st_size, str(facts.st_mtime_ns), lambda: path, cfg.read)
 
 
 def hub_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
@@ -417,12 +245,14 @@ def hub_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
             f"{repo} has no split {missing[0]!r}; it has {', '.join(found)} (choose with --split)"
         )
     paths = {split: [url.partition(f"@{commit}/")[2] for url in found[split]] for split in splits}
-    if not all(is_readable(path) or path.endswith(".json") for split in splits for path in paths[split]):
-        read = lambda _: in_batches(streamed(repo, config, cfg.split, commit, cfg.text_field))  # noqa: E731
+    if not all(
+        documents.is_readable(path) or path.endswith(".json") for split in splits for path in paths[split]
+    ):
+        read = lambda _: documents.in_batches(streamed(repo, config, cfg.split, commit, cfg.text_field))  # noqa: E731
         return [Input(repo, 0, commit, Path, read)], about
 
     _, files = remote.list_hub(repo, commit, [path for split in splits for path in paths[split]])
-    read = read_wikitext if cfg.source == "wikitext-103" else lambda path: read_file(path, cfg)
+    read = documents.read_wikitext if cfg.source == "wikitext-103" else cfg.read
     inputs = []
     for split in splits:
         ours = OUR_SPLITS[split] if len(splits) > 1 else ""
@@ -430,13 +260,6 @@ def hub_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
             locate = lambda file=files[path]: remote.fetch(file, cfg.downloads)  # noqa: E731
             inputs.append(Input(path, files[path].size, commit, locate, read, ours))
     return inputs, about
-
-
-def read_wikitext(path: Path) -> Iterator[Batch]:
-    """The articles of one of WikiText's parquet files, in which a row is a line, and an empty one stands for
-    the blank line " " of the original text."""
-    rows = (text for batch in read_file(path, Config()) for text in batch.texts.to_pylist())
-    yield from article_batches(row or " \n" for row in rows)
 
 
 def streamed(repo: str, config: str, split: str, revision: str, text_field: str) -> Iterator[str]:
@@ -448,61 +271,7 @@ def streamed(repo: str, config: str, split: str, revision: str, text_field: str)
         if rows.column_names and text_field not in rows.column_names:
             raise ValueError(f"{repo} has no column {text_field!r}; it has {', '.join(rows.column_names)}")
         for row in rows:
-            yield text_of(row, text_field)  # type: ignore[arg-type]
-
-
-# -----------------------------------------------------------------------------
-# pydocs: English prose that every installation of this project already has
-
-
-def pinned_packages() -> list[str]:
-    """The packages in requirements.txt."""
-    requirements = (Path(__file__).resolve().parent / "requirements.txt").read_text(encoding="utf-8")
-    return sorted(set(re.findall(r"^([A-Za-z0-9_-]+)==", requirements, flags=re.MULTILINE)))
-
-
-def pydocs() -> Iterator[str]:
-    """The prose of the docstrings of Python and of the packages in requirements.txt: a document a source
-    file.
-
-    Code, tables, examples and lists are left out: GPT-2's tokenizer spends a token on each blank of an
-    indentation, and a small model would learn little but blanks. Files come in an order shuffled by a fixed
-    seed, so that the validation split, the first tenth, is a sample of all packages.
-    """
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    files = [(str(p.relative_to(stdlib)), p) for p in stdlib.rglob("*.py") if "site-packages" not in p.parts]
-    for package in pinned_packages():
-        distribution = metadata.distribution(package)
-        files += [(str(p), Path(str(distribution.locate_file(p)))) for p in distribution.files or []]
-    files = [(name, path) for name, path in sorted(files) if name.endswith(".py") and "test" not in name]
-    random.Random(0).shuffle(files)
-    seen: set[str] = set()
-    for _, path in files:
-        source = path.read_text(encoding="utf-8", errors="ignore")
-        docstrings = re.findall(r'"""(.*?)"""', source, flags=re.DOTALL)
-        prose = [text for doc in docstrings for text in prose_paragraphs(doc) if text not in seen]
-        seen.update(prose)
-        if prose:
-            yield "\n\n".join(dict.fromkeys(prose))
-
-
-def prose_paragraphs(docstring: str) -> Iterator[str]:
-    """The paragraphs of a docstring that are prose, each as one line: whole sentences, evenly indented, nine
-    tenths letters, without markup or code."""
-    for paragraph in re.split(r"\n\s*\n", docstring):
-        lines = paragraph.strip("\n").split("\n")
-        indents = {len(line) - len(line.lstrip()) for line in lines[1:]}
-        text = " ".join(line.strip() for line in lines).strip()
-        letters = sum(c.isalpha() or c == " " for c in text)
-        if (
-            len(indents) <= 1
-            and len(text) >= 60
-            and text[0].isupper()
-            and text.endswith((".", "?", "!"))
-            and letters >= 0.9 * len(text)
-            and not re.search(r">>>|::|\\|  |=|[{}|<>_`]{2}|\.\. ", text)
-        ):
-            yield text
+            yield documents.text_of(row, text_field)  # type: ignore[arg-type]
 
 
 # -----------------------------------------------------------------------------
@@ -525,8 +294,8 @@ def my_share() -> tuple[int, int]:
     """Which process this is of how many: torchrun's or a SLURM array's, or 0 of 1."""
     env = os.environ
     if "SLURM_ARRAY_TASK_ID" in env and "RANK" not in env:
-        first, count = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env["SLURM_ARRAY_TASK_COUNT"])
-        return int(env["SLURM_ARRAY_TASK_ID"]) - first, count
+        first, step = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
+        return (int(env["SLURM_ARRAY_TASK_ID"]) - first) // step, int(env["SLURM_ARRAY_TASK_COUNT"])
     return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
 
 
@@ -573,6 +342,7 @@ def write_part(files: list[Input], writer: shards.PartWriter, workers: int, prog
         if finished:
             progress.finish_file(finished.size)
             continue
+        batch = batch._replace(continues=batch.continues and document > 0)
         first = document - batch.continues  # of this batch; it may have begun in the last one
         document = first + len(batch.texts)
         done = min(max(0, writer.documents_done - first), len(batch.texts))
@@ -585,10 +355,10 @@ def write_part(files: list[Input], writer: shards.PartWriter, workers: int, prog
 
 def prepare(cfg: Config) -> Path:
     """Writes the data set that cfg describes, or what is missing of it; returns its folder."""
-    if cfg.workers < 0 or cfg.max_shards < 0:
-        raise ValueError(
-            f"--workers {cfg.workers}, --max-shards {cfg.max_shards}: both must be 0 (all) or more"
-        )
+    for name, least in (("shard_tokens", 1), ("val_tokens", 0), ("workers", 0), ("max_shards", 0)):
+        value = getattr(cfg, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more")
     manifest = existing(cfg)
     if manifest and manifest["complete"]:
         tokens = sum(shard["tokens"] for shard in manifest["shards"])
@@ -628,7 +398,13 @@ def prepare(cfg: Config) -> Path:
             if writer.shards:
                 print(f"part {n}: going on after {len(writer.shards)} whole shards", flush=True)
             write_part(parts[n], writer, cfg.workers, progress)
-        if cfg.clear_cache:
+        if writer.val_left and len(parts) > 1:
+            shards.clear(cfg.folder)
+            raise ValueError(
+                f"--val-tokens is {cfg.val_tokens}; validation is taken from the first part of {cfg.source}, "
+                f"which has {writer.tokens:,} tokens: give fewer"
+            )
+        if cfg.clear_cache and not cfg.is_local:
             shards.verify_part(cfg.folder, n)
             for file in parts[n]:
                 (cfg.downloads / file.name).unlink(missing_ok=True)
@@ -644,12 +420,19 @@ def existing(cfg: Config) -> dict | None:
     if not path.is_file():
         return None
     manifest = shards.load_manifest(path)
-    if manifest.get("request") != cfg.request:
+    old, new = manifest.get("request", {}), cfg.request
+    if old != new:
+        if not manifest["complete"] and not list(cfg.folder.glob(f"{shards.PARTS}/*/*.npy")):
+            shards.clear(cfg.folder)  # an attempt that failed before it had written anything
+            return None
+        changed = [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in new if old.get(key) != new[key]]
         raise ValueError(
-            f"{cfg.folder} holds another data set; remove it, or give another --name or --out-dir"
+            f"{cfg.folder} holds another data set ({', '.join(changed)}); remove it, or give another --name "
+            "or --out-dir"
         )
     if not manifest["complete"]:
         return manifest
+    shutil.rmtree(cfg.folder / shards.PARTS, ignore_errors=True)  # if joining them was cut short at its end
     try:
         for shard in manifest["shards"]:
             shards.open_shard(cfg.folder / shard["file"], shard["tokens"])
@@ -676,7 +459,7 @@ def describe(inputs: list[Input]) -> dict:
 def check_disk(cfg: Config, files: list[Input]):
     """Raises OSError if the shards, and the downloads that are kept meanwhile, will not fit."""
     # English has 4.4 bytes a token, of which a shard takes 2; packed files hold twice their size of it.
-    plain = sum(file.size for file in files if file.name.endswith((*TEXT_SUFFIXES, ".jsonl")))
+    plain = sum(file.size for file in files if file.name.endswith(documents.SUFFIXES[:4]))
     packed = sum(file.size for file in files) - plain
     need = 0.45 * plain + 1.0 * packed
     if not cfg.is_local:
@@ -692,10 +475,11 @@ def check_disk(cfg: Config, files: list[Input]):
 
 def join(cfg: Config, manifest: dict, done: str = ""):
     """Completes the data set if all its parts are there, or says what is missing."""
-    if missing := shards.missing_parts(cfg.folder, manifest):
+    missing = shards.missing_parts(cfg.folder, manifest)
+    if missing and not shards.is_complete(cfg.folder):
         print(
             f"{done}{len(missing)} of {manifest['parts']} parts are still missing in {cfg.folder}. The last "
-            "process to finish joins them; from folders that share no disk, copy parts/ into one and use --merge"
+            "process to finish joins them; if folders share no disk, copy parts/ into one and use --merge"
         )
         return
     summarize(shards.merge(cfg.folder), cfg.folder)
@@ -812,3 +596,6 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         print(f"fineweb.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nfineweb.py: interrupted; the same command goes on from here", file=sys.stderr)
+        os._exit(130)  # without waiting for a download

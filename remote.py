@@ -11,7 +11,9 @@ talking: it obeys HF_TOKEN (or `hf auth login`), HF_ENDPOINT and HF_HUB_OFFLINE.
 """
 
 import contextlib
+import errno
 import hashlib
+import json
 import os
 import re
 import sys
@@ -23,6 +25,11 @@ from typing import Any
 
 HUB_PREFIX = "hf://datasets/"
 PATIENCE = float(os.environ.get("DOWNLOAD_PATIENCE", 600))  # seconds spent waiting before giving up
+THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class Unavailable(OSError):
+    """What was asked of the Hub could not be had, and asking again is useless."""
 
 
 def download(url: str, path: Path, sha256: str, tries: int = 4) -> Path:
@@ -113,30 +120,50 @@ def parse_hub(location: str) -> tuple[str, str | None]:
     return found[1], found[2]
 
 
-def is_final(error: Exception) -> bool:
-    """Whether trying again is useless: it is not there, not allowed, or not a request the Hub understands."""
+def is_final(error: BaseException) -> bool:
+    """Whether trying again is useless: it is not there, not allowed, or not a request the Hub understands; or
+    the disk is full."""
     from huggingface_hub import errors
 
-    if isinstance(error, errors.LocalEntryNotFoundError):  # no connection, and nothing in its cache
+    if isinstance(error, json.JSONDecodeError):  # a page of HTML, say, where the Hub should have answered
         return False
+    if isinstance(error, errors.LocalEntryNotFoundError):  # not in its cache; why not fetched is the cause
+        return error.__cause__ is not None and is_final(error.__cause__)
     not_there = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
     if isinstance(error, (ValueError, TypeError, errors.OfflineModeIsEnabled, *not_there)):
         return True
+    if isinstance(error, FileNotFoundError) and type(error) is not FileNotFoundError:  # kinds of `datasets`
+        return True
+    if isinstance(error, OSError) and error.errno in THE_DISK:
+        return True
     status = getattr(getattr(error, "response", None), "status_code", 0)
-    return 400 <= status < 500 and status not in (408, 429)
+    if 400 <= status < 500 and status not in (408, 429):
+        return True
+    return error.__cause__ is not None and is_final(error.__cause__)
 
 
-def persistently(what: str, attempt: Callable[[], Any]) -> Any:
-    """attempt(), again and again with growing pauses while the connection fails. Raises OSError, naming
-    `what` and the reason, when trying again is useless or PATIENCE is over."""
+def reason_of(error: BaseException) -> str:
+    """The error's kind and the first line of what it says."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+        return reason_of(error.__cause__)
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def persistently(what: str, attempt: Callable[[], Any], failed: str = "could not be had from") -> Any:
+    """attempt(), again and again with growing pauses while the connection fails. Raises Unavailable (an
+    OSError), naming `what` and the reason, when trying again is useless or PATIENCE is over."""
     waited, pause = 0.0, 1.0
     while True:
         try:
             return attempt()
+        except Unavailable:
+            raise
         except Exception as error:  # the Hub's client raises errors of many families
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reason = reason_of(error)
             if is_final(error) or waited + pause > PATIENCE:
-                raise OSError(f"{what} could not be had from the Hugging Face Hub ({reason})") from error
+                raise Unavailable(f"{what} {failed} the Hugging Face Hub ({reason})") from error
             print(f"{what}: {reason}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
         time.sleep(pause)
         waited, pause = waited + pause, min(30.0, 2 * pause)
@@ -195,8 +222,13 @@ def fetch(file: HubFile, folder: Path) -> Path:
         os.replace(arrived, path)
         return path
 
+    def fetched() -> Path:
+        for partial in incoming.rglob(f"*.{file.sha256 or file.blob_id}.*incomplete"):  # of killed processes
+            partial.unlink(missing_ok=True)
+        return persistently(file.url, attempt)
+
     with FileLock(incoming / (hashlib.sha256(file.path.encode()).hexdigest()[:16] + ".lock")):
-        return path if path.is_file() else persistently(file.url, attempt)
+        return path if path.is_file() else fetched()
 
 
 def read_start(file: HubFile, count: int) -> bytes:
@@ -204,7 +236,8 @@ def read_start(file: HubFile, count: int) -> bytes:
     from huggingface_hub import HfFileSystem
 
     where = f"datasets/{file.repo}@{file.revision}/{file.path}"
-    return persistently(file.url, lambda: HfFileSystem().cat_file(where, start=0, end=min(count, file.size)))
+    options = dict(start=0, end=min(count, file.size), cache_type="none")  # its caches read 5 MB ahead
+    return persistently(file.url, lambda: HfFileSystem().cat_file(where, **options))
 
 
 def check_push(repo: str):
@@ -214,7 +247,8 @@ def check_push(repo: str):
 
     with naming_the_repository(repo):
         HfApi().whoami()
-        HfApi().create_repo(repo, repo_type="dataset", exist_ok=True)
+        HfApi().create_repo(repo, repo_type="dataset", exist_ok=True)  # silent if it is another's
+        HfApi().auth_check(repo, repo_type="dataset", write=True)
 
 
 def push(repo: str, folder: Path, files: list[str]):
@@ -222,12 +256,15 @@ def push(repo: str, folder: Path, files: list[str]):
     again, and the last file arrives last: it tells readers that the others are there."""
     from huggingface_hub import HfApi
 
-    with naming_the_repository(repo):
-        for group in [files[i : i + 50] for i in range(0, len(files) - 1, 50)] + [files[-1:]]:
-            HfApi().upload_folder(
-                repo_id=repo, folder_path=folder, repo_type="dataset", allow_patterns=group,
-                commit_message=f"{group[0]} to {group[-1]}" if len(group) > 1 else group[0],
-            )  # fmt: skip
+    def upload(group: list[str]):
+        HfApi().upload_folder(
+            repo_id=repo, folder_path=folder, repo_type="dataset", allow_patterns=group,
+            commit_message=f"{group[0]} to {group[-1]}" if len(group) > 1 else group[0],
+        )  # fmt: skip
+
+    first, last = files[:-1], files[-1:]
+    for group in [*(first[i : i + 50] for i in range(0, len(first), 50)), last]:
+        persistently(f"{HUB_PREFIX}{repo}", lambda group=group: upload(group), "could not be sent to")
 
 
 @contextlib.contextmanager
@@ -238,5 +275,5 @@ def naming_the_repository(repo: str) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        reason = reason_of(error)
         raise OSError(f"{repo}: the Hugging Face Hub did not do what was asked ({reason})") from error

@@ -387,12 +387,13 @@ def learning_rate(step: int, cfg: Config) -> float:
 def validation_loss(model: GPT, reader: shards.ShardReader, cfg: Config, process: Process) -> float:
     """Mean loss, nats a token, over the first val_tokens of the validation split: the same tokens whatever
     the number of processes and the batch size."""
-    windows = range(min(reader.num_windows, max(1, cfg.val_tokens // cfg.seq_len)))
-    mine, total = windows[process.rank :: process.world_size], 0.0
-    for begin in range(0, len(mine), cfg.batch_size):
-        x, y = (t.to(process.device) for t in reader.read(list(mine[begin : begin + cfg.batch_size])))
+    windows = min(reader.num_windows, max(1, cfg.val_tokens // cfg.seq_len))
+    positions = range(0, windows * cfg.seq_len, cfg.seq_len)
+    mine, total = positions[process.rank :: process.world_size], 0.0
+    for i in range(0, len(mine), cfg.batch_size):
+        x, y = (t.to(process.device) for t in reader.read(mine[i : i + cfg.batch_size]))
         total += model(x, y).item() * x.size(0)
-    return process.sum(total) / len(windows)
+    return process.sum(total) / windows
 
 
 def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):

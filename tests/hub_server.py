@@ -1,27 +1,58 @@
-"""A small stand-in for the Hugging Face Hub on 127.0.0.1: enough for huggingface_hub and datasets to read.
+"""A small stand-in for the Hugging Face Hub on 127.0.0.1: enough for huggingface_hub and datasets to read and
+write, and to see a bad network.
 
     with HubServer({"datasets/org/name": {"README.md": b"..."}}) as hub:
         subprocess.run([...], env={**os.environ, **hub.environment(tmp_path)})
+        hub.fault("truncate", "train_000001", times=1)      # or a status, "html", "wrong", "stall"
+        with hub.cut():                                     # no network meanwhile
+            ...
 
 Models are kept under "org/name", data sets under "datasets/org/name", as a dict from path to bytes each. The
 clients read HF_ENDPOINT when they are imported, so they belong in a subprocess.
 """
 
+import base64
+import contextlib
 import hashlib
 import json
+import re
 import threading
+from collections.abc import Iterator
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DATE = "2026-01-01T00:00:00.000Z"
-REVISIONS = ("main", COMMIT)
+TOKEN = "hf_TheTestsOwnSecret"
+LARGE = (".npy", ".bin", ".parquet", ".gz", ".zst", ".safetensors")
+HTML = b"<!DOCTYPE html><html><body>Please log in to the network</body></html>"
 
 
-def etag(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
+def blob_id(data: bytes) -> str:
+    """Git's name for a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def is_large(path: str, data: bytes) -> bool:
+    """Whether the Hub keeps the file in its large-file storage."""
+    return path.endswith(LARGE) or len(data) > 1_000_000
+
+
+def pointer(data: bytes) -> bytes:
+    """What git keeps of a large file."""
+    oid = hashlib.sha256(data).hexdigest()
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(data)}\n".encode()
+
+
+def describe(path: str, data: bytes) -> dict:
+    """A file as the Hub lists it."""
+    if not is_large(path, data):
+        return {"type": "file", "path": path, "oid": blob_id(data), "size": len(data)}
+    lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": len(pointer(data))}
+    return {"type": "file", "path": path, "oid": blob_id(pointer(data)), "size": len(data), "lfs": lfs}
 
 
 def byte_range(header: str | None, size: int) -> tuple[int, int] | None:
@@ -34,50 +65,100 @@ def byte_range(header: str | None, size: int) -> tuple[int, int] | None:
     return int(first), min(size, int(last) + 1) if last else size
 
 
+class Fault(NamedTuple):
+    kind: str | int
+    where: str
+    method: str
+
+
 class HubServer:
     """Serves `repos`, a dict from repository to a dict from path to bytes, until its `with` block ends."""
 
     def __init__(self, repos: dict[str, dict[str, bytes]]):
-        self.repos = repos
+        self.repos = repos  # as they are on main
+        self.commits = {repo: {COMMIT: files} for repo, files in repos.items()}  # the newest is the last
+        self.uploads: dict[str, bytes] = {}  # large files by their SHA-256
+        self.read_only: set[str] = set()  # repositories that TOKEN may not write to
         self.requests: list[tuple[str, str, str | None]] = []  # method, path with query, Range header
+        self.faults: list[Fault] = []
+        self.sent = 0  # bytes of bodies
+        self.bytes_a_second = 0.0  # for each connection; 0 for no limit
+        self.is_down = False
+        self.closing = threading.Event()
+        self.address = ("127.0.0.1", 0)
+        self.server = self.listen()
+        self.address = self.server.server_address[:2]  # type: ignore[assignment]
+        self.url = f"http://127.0.0.1:{self.address[1]}"
+
+    def listen(self) -> ThreadingHTTPServer:
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
-                hub.answer(self)
+                with contextlib.suppress(ConnectionError):
+                    hub.answer(self)
 
-            do_HEAD = do_POST = do_GET
+            do_HEAD = do_POST = do_PUT = do_GET
 
             def log_message(self, format, *args):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
+        server = ThreadingHTTPServer(self.address, Handler)
+        server.daemon_threads, server.block_on_close = True, False
+        return server
 
     def __enter__(self) -> "HubServer":
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
         self.thread.start()
         return self
 
     def __exit__(self, *exc):
+        self.closing.set()
+        self.close()
+
+    def close(self):
         self.server.shutdown()
         self.thread.join()
         self.server.server_close()
 
-    def environment(self, home: Path) -> dict[str, str]:
+    @contextlib.contextmanager
+    def cut(self) -> Iterator[None]:
+        """The network is cut: open connections break, new ones are refused."""
+        self.is_down = True
+        self.close()
+        try:
+            yield
+        finally:
+            self.is_down = False
+            self.server = self.listen()
+            self.__enter__()
+
+    def environment(self, home: Path, token: str = "") -> dict[str, str]:
         """Variables for a subprocess that is to see this server, and only it, as the Hub."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
+            "HF_TOKEN": token,
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_OFFLINE": "0",
             "NO_PROXY": "127.0.0.1",
         }
+
+    def fault(self, kind: str | int, where: str, times: int = 1, method: str = "GET"):
+        """The next `times` requests of `method` for a path in which the pattern `where` is found go wrong: an
+        error status; "html" with status 200; "truncate" or "stall" after half of the body; "wrong" bytes."""
+        self.faults += [Fault(kind, where, method)] * times
+
+    def next_fault(self, method: str, path: str) -> str | int:
+        for fault in self.faults:
+            if fault.method == method and re.search(fault.where, path):
+                self.faults.remove(fault)
+                return fault.kind
+        return ""
 
     def downloads(self, method: str = "GET") -> set[str]:
         """The paths of the files that were asked for."""
@@ -87,48 +168,104 @@ class HubServer:
             if asked == method and "/resolve/" in path
         }
 
+    def commit(self, repo: str, files: dict[str, bytes]) -> str:
+        """Makes `files` the newest commit, of a new repository the first; the older ones stay."""
+        commits = self.commits.setdefault(repo, {})
+        sha = hashlib.sha1(f"{repo} {len(commits)}".encode()).hexdigest() if commits else COMMIT
+        self.repos[repo] = commits[sha] = files
+        return sha
+
+    # -- requests
+
     def answer(self, request: BaseHTTPRequestHandler):
-        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        body = self.read_body(request)
+        if self.is_down:
+            request.close_connection = True
+            return None
         self.requests.append((request.command, request.path, request.headers.get("Range")))
         url = urlsplit(request.path)
         path = unquote(url.path).strip("/")
+        fault = self.next_fault(request.command, path)
+        if isinstance(fault, int):
+            return self.send(request, fault, b'{"error": "injected"}')
+        if fault == "html":
+            return self.send(request, 200, HTML, Content_Type="text/html")
         if path.startswith("api/"):
-            self.answer_api(request, path.removeprefix("api/"), parse_qs(url.query), parse_qs(body.decode()))
-        elif "/resolve/" in path:
-            self.answer_file(request, *path.split("/resolve/", 1))
-        else:
-            self.send(request, 404, b"Not found")
+            return self.answer_api(request, path.removeprefix("api/"), parse_qs(url.query), body)
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self.answer_batch(request, json.loads(body))
+        if path.startswith("lfs/"):
+            if hashlib.sha256(body).hexdigest() != path.removeprefix("lfs/"):
+                return self.send(request, 400, b"not these bytes")
+            self.uploads[path.removeprefix("lfs/")] = body
+            return self.send(request, 200, b"")
+        if "/resolve/" in path:
+            repo, _, path = path.partition("/resolve/")
+            return self.answer_file(request, repo, path, fault)
+        return self.send(request, 404, b"Not found")
 
-    def answer_file(self, request: BaseHTTPRequestHandler, repo: str, path: str):
+    def read_body(self, request: BaseHTTPRequestHandler) -> bytes:
+        if request.headers.get("Transfer-Encoding", "") != "chunked":
+            return request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(request.rfile.readline(), 16):
+            body += request.rfile.read(size)
+            request.rfile.readline()
+        request.rfile.readline()
+        return body
+
+    def answer_file(self, request: BaseHTTPRequestHandler, repo: str, path: str, fault: str):
         revision, _, path = path.partition("/")
         if error := self.error(repo, revision):
             return self.send(request, 404, b"", **error)
-        if path not in self.repos[repo]:
-            return self.send(request, 404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
-        data = self.repos[repo][path]
-        headers = {"ETag": f'"{etag(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        files, commit = self.files_at(repo, revision)
+        if path not in files:
+            return self.send(request, 404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+        data = files[path]
+        entry = describe(path, data)
+        etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if fault == "wrong":
+            data = bytes(byte ^ 1 for byte in data)
         part = byte_range(request.headers.get("Range"), len(data))
         if part is None:
-            return self.send(request, 200, data, **headers)
+            return self.send(request, 200, data, fault, **headers)
         begin, end = part
         if begin >= len(data):
             return self.send(request, 416, b"", Content_Range=f"bytes */{len(data)}")
         headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
-        self.send(request, 206, data[begin:end], **headers)
+        return self.send(request, 206, data[begin:end], fault, **headers)
 
-    def answer_api(self, request: BaseHTTPRequestHandler, path: str, query: dict, form: dict):
+    def answer_api(self, request: BaseHTTPRequestHandler, path: str, query: dict, body: bytes):
         kind, _, rest = path.partition("/")
+        if kind == "whoami-v2":
+            if not self.is_logged_in(request):
+                return self.send(request, 401, b'{"error": "Invalid username or password."}')
+            return self.send_json(request, {"type": "user", "name": "tester", "orgs": []})
+        if path == "repos/create":
+            return self.answer_create(request, json.loads(body))
         org, name, action, revision, *inner = [*rest.split("/"), "", "", "", ""]
         repo = f"{org}/{name}" if kind == "models" else f"{kind}/{org}/{name}"
+        if action == "auth-check":
+            refused = repo not in self.repos or not self.may_write(request, repo)
+            return self.send(request, 403 if refused else 200, b"{}")
         if error := self.error(repo, revision or "main"):
             return self.send(request, 404, b"", **error)
+        if action in ("preupload", "commit"):
+            if not self.may_write(request, repo):
+                return self.send(request, 403, b'{"error": "You have no write access"}')
+            if action == "preupload":
+                return self.answer_preupload(request, repo, body)
+            return self.answer_commit(request, repo, body)
+        files, commit = self.files_at(repo, revision or "main")
         if action in ("", "revision"):
-            siblings = [{"rfilename": p} for p in self.repos[repo]]
-            info = {"id": f"{org}/{name}", "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+            siblings = [{"rfilename": p} for p in files]
+            info = {"id": f"{org}/{name}", "sha": commit, "siblings": siblings, "tags": [], "private": False}
             return self.send_json(request, {**info, "lastModified": DATE, "createdAt": DATE})
-        entries = self.tree(repo)
+        entries = self.tree(files)
         if action == "paths-info":
-            return self.send_json(request, [e for e in entries if e["path"] in form.get("paths", [])])
+            wanted = parse_qs(body.decode()).get("paths", [])
+            return self.send_json(request, [e for e in entries if e["path"] in wanted])
         folder = "/".join(inner).strip("/")
         prefix = f"{folder}/" if folder else ""
         below = [e for e in entries if e["path"].startswith(prefix)]
@@ -136,25 +273,81 @@ class HubServer:
             return self.send(request, 404, b"", X_Error_Code="EntryNotFound")
         if query.get("recursive", ["false"])[0].lower() != "true":
             below = [e for e in below if "/" not in e["path"][len(prefix) :]]
-        self.send_json(request, below)
+        return self.send_json(request, below)
 
-    def tree(self, repo: str) -> list[dict]:
+    # -- uploads
+
+    def is_logged_in(self, request: BaseHTTPRequestHandler) -> bool:
+        return request.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def may_write(self, request: BaseHTTPRequestHandler, repo: str) -> bool:
+        return self.is_logged_in(request) and repo not in self.read_only
+
+    def answer_create(self, request: BaseHTTPRequestHandler, wanted: dict):
+        kind = f"{wanted['type']}s/" if wanted.get("type", "model") != "model" else ""
+        repo = f"{kind}{wanted['organization']}/{wanted['name']}"
+        if not self.may_write(request, repo):
+            return self.send(request, 403, b'{"error": "You do not have the rights to create a repo"}')
+        is_new = repo not in self.repos
+        if is_new:
+            self.commit(repo, {})
+        return self.send_json(request, {"url": f"{self.url}/{repo}"}, 200 if is_new else 409)
+
+    def answer_preupload(self, request: BaseHTTPRequestHandler, repo: str, body: bytes):
+        files = []
+        for file in json.loads(body)["files"]:
+            large = file["path"].endswith(LARGE) or file["size"] > 1_000_000
+            facts = {"uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            if file["path"] in self.repos[repo]:
+                entry = describe(file["path"], self.repos[repo][file["path"]])
+                facts["oid"] = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
+            files.append({"path": file["path"], **facts})
+        self.send_json(request, {"files": files})
+
+    def answer_batch(self, request: BaseHTTPRequestHandler, wanted: dict):
+        objects = []
+        for item in wanted["objects"]:
+            upload = {"upload": {"href": f"{self.url}/lfs/{item['oid']}"}}
+            objects.append({**item, **({} if item["oid"] in self.uploads else {"actions": upload})})
+        self.send_json(request, {"transfer": "basic", "objects": objects})
+
+    def answer_commit(self, request: BaseHTTPRequestHandler, repo: str, body: bytes):
+        files = dict(self.repos[repo])
+        for line in body.splitlines():
+            item = json.loads(line)
+            if item["key"] == "file":
+                files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
+            elif item["key"] == "lfsFile":
+                files[item["value"]["path"]] = self.uploads[item["value"]["oid"]]
+        sha = self.commit(repo, files)
+        url = f"{self.url}/{repo}/commit/{sha}"
+        self.send_json(request, {"success": True, "commitOid": sha, "commitUrl": url})
+
+    # -- answers
+
+    def tree(self, files: dict[str, bytes]) -> list[dict]:
         """Every folder and file of a repository, as the Hub describes them."""
-        files = self.repos[repo]
-        folders = {str(parent) for path in files for parent in Path(path).parents} - {"."}
-        entries = [{"type": "directory", "path": p, "oid": etag(p.encode()), "size": 0} for p in folders]
-        entries += [{"type": "file", "path": p, "oid": etag(d), "size": len(d)} for p, d in files.items()]
+        folders = {str(parent) for path in files for parent in Path(path).parents} - {".", "/"}
+        entries = [{"type": "directory", "path": p, "oid": blob_id(p.encode()), "size": 0} for p in folders]
+        entries += [describe(path, data) for path, data in files.items()]
         return sorted(entries, key=lambda entry: entry["path"])
+
+    def files_at(self, repo: str, revision: str) -> tuple[dict[str, bytes], str]:
+        commit = list(self.commits[repo])[-1] if revision == "main" else revision
+        return self.commits[repo][commit], commit
 
     def error(self, repo: str, revision: str) -> dict[str, str] | None:
         if repo not in self.repos:
             return {"X_Error_Code": "RepoNotFound", "X_Error_Message": "Repository not found"}
-        return None if revision in REVISIONS else {"X_Error_Code": "RevisionNotFound"}
+        known = revision == "main" or revision in self.commits[repo]
+        return None if known else {"X_Error_Code": "RevisionNotFound"}
 
-    def send_json(self, request: BaseHTTPRequestHandler, value):
-        self.send(request, 200, json.dumps(value).encode(), Content_Type="application/json")
+    def send_json(self, request: BaseHTTPRequestHandler, value, status: int = 200):
+        self.send(request, status, json.dumps(value).encode(), Content_Type="application/json")
 
-    def send(self, request: BaseHTTPRequestHandler, status: int, data: bytes, **headers: str):
+    def send(
+        self, request: BaseHTTPRequestHandler, status: int, data: bytes, fault: str = "", **headers: str
+    ):
         fields = Message()
         fields["Content-Length"] = str(len(data))
         for key, value in headers.items():
@@ -163,5 +356,19 @@ class HubServer:
         for key, value in fields.items():
             request.send_header(key, value)
         request.end_headers()
-        if request.command != "HEAD":
-            request.wfile.write(data)
+        if request.command == "HEAD":
+            return
+        breaks = len(data) // 2 if fault in ("truncate", "stall") else None
+        block = max(1, int(self.bytes_a_second / 20)) if self.bytes_a_second else 1 << 16
+        for begin in range(0, len(data[:breaks]), block):
+            if self.is_down:
+                break
+            piece = data[:breaks][begin : begin + block]
+            request.wfile.write(piece)
+            self.sent += len(piece)
+            if self.bytes_a_second:
+                self.closing.wait(0.05)
+        if fault == "stall":
+            self.closing.wait(60)
+        if fault or self.is_down:
+            request.close_connection = True

@@ -12,8 +12,8 @@ def test_every_job_runs_and_is_written_down(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(SIZES, "124M", dict(n_layer=1, n_head=2, n_embd=16))
     out = tmp_path / "bench.json"
     cfg = bench.Config(
-        jobs=("train", "hellaswag", "generate", "load"), batch_size=1, seq_len=16, items=1, max_tokens=2,
-        repeats=1, device="cpu", dtype="float32", json=str(out),
+        jobs=("train", "hellaswag", "generate", "load", "read"), batch_size=1, seq_len=16, items=1,
+        max_tokens=2, repeats=1, device="cpu", dtype="float32", json=str(out),
     )  # fmt: skip
     results = bench.main(cfg)
     printed = capsys.readouterr().out

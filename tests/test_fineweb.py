@@ -1,24 +1,33 @@
 """fineweb.py: text of every kind to shards that hold it exactly, and errors that name file and line."""
 
+import contextlib
 import gzip
 import io
 import itertools
 import json
 import os
+import re
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import COMMIT, HubServer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fineweb
 import shards
 import tokenizer
+from documents import Batch, in_batches, pieces, prose_paragraphs, pydocs, read_wikitext
 
 SCRIPT = Path(fineweb.__file__)
 DOCUMENTS = [
@@ -34,9 +43,11 @@ def jsonl(texts, key: str = "text") -> bytes:
     return "".join(json.dumps({"id": i, key: text}) + "\n" for i, text in enumerate(texts)).encode()
 
 
-def parquet(texts, key: str = "text") -> bytes:
+def parquet(texts, key: str = "text", row_group_size: int = 2) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(pa.table({"id": list(range(len(texts))), key: texts}), buffer, row_group_size=2)
+    pq.write_table(
+        pa.table({"id": list(range(len(texts))), key: texts}), buffer, row_group_size=row_group_size
+    )
     return buffer.getvalue()
 
 
@@ -65,9 +76,34 @@ def script(monkeypatch, capsys):
     return run
 
 
-def read_documents(source: Path | str, text_field: str = "text") -> list[str]:
-    documents, _ = fineweb.documents(fineweb.Config(source=str(source), text_field=text_field))
-    return list(documents)
+def read_documents(source: Path | str, text_field: str = "text", documents: Any = "auto") -> list[str]:
+    cfg = fineweb.Config(source=str(source), text_field=text_field, documents=documents)
+    inputs, _ = fineweb.find_inputs(cfg, None)
+    return together(batch for file in inputs for batch in file.read(file.locate()))
+
+
+def together(batches: Iterable[Batch]) -> list[str]:
+    """The documents in batches, those that go on from one batch to the next in one piece."""
+    found: list[str] = []
+    for batch in batches:
+        texts = batch.texts if isinstance(batch.texts, list) else batch.texts.to_pylist()
+        texts = [text or "" for text in texts]
+        if batch.continues and found:
+            found[-1] += texts.pop(0)
+        found += texts
+    return found
+
+
+def compressed(data: bytes, name: str) -> bytes:
+    """As a file of that name should be."""
+    if name.endswith(".gz"):
+        return gzip.compress(data)
+    if not name.endswith(".zst"):
+        return data
+    buffer = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(buffer, "zstd") as f:
+        f.write(data)
+    return buffer.getvalue().to_pybytes()
 
 
 def stream_of(folder: Path) -> np.ndarray:
@@ -78,6 +114,10 @@ def stream_of(folder: Path) -> np.ndarray:
         (s["split"] for s in manifest["shards"]), reverse=True
     )
     return np.concatenate(parts)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def decoded(folder: Path) -> list[str]:
@@ -98,12 +138,15 @@ def decoded(folder: Path) -> list[str]:
         ("a.jsonl", jsonl(DOCUMENTS).replace(b"\n", b"\r\n\n")),
         ("a.jsonl", b"\xef\xbb\xbf" + jsonl(DOCUMENTS)),
         ("a.jsonl", jsonl(DOCUMENTS)[:-1]),
-        ("a.jsonl.gz", gzip.compress(jsonl(DOCUMENTS))),
+        ("a.jsonl.gz", jsonl(DOCUMENTS)),
+        ("a.jsonl.zst", jsonl(DOCUMENTS)),
         ("a.parquet", parquet(DOCUMENTS)),
+        ("a.parquet.gz", parquet(DOCUMENTS)),
+        ("a.parquet.zst", parquet(DOCUMENTS)),
     ],
 )
 def test_rows_are_documents(tmp_path, name, data):
-    (tmp_path / name).write_bytes(data)
+    (tmp_path / name).write_bytes(compressed(data, name))
     assert read_documents(tmp_path / name) == DOCUMENTS
 
 
@@ -112,11 +155,10 @@ def test_a_null_in_a_parquet_file_is_an_empty_document(tmp_path):
     assert read_documents(tmp_path / "a.parquet") == ["one", "", "three"]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.md", "a.md.gz", "a.md.zst", "a.raw"])
 @pytest.mark.parametrize("text", DOCUMENTS)
 def test_a_text_file_is_one_document_exactly_as_it_is(tmp_path, name, text):
-    data = text.encode()
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (tmp_path / name).write_bytes(compressed(text.encode(), name))
     assert read_documents(tmp_path / name) == [text]
 
 
@@ -142,7 +184,9 @@ def folder(tmp_path) -> Path:
         "c/d.parquet": parquet(["four"]),
         "c/e.jsonl.gz": gzip.compress(jsonl(["five"])),
         "c/f.txt.gz": gzip.compress(b"six"),
-        "README.md": b"no",
+        "README.md": b"zero",
+        "c/g.raw": b"six and a half",
+        "c/manifest.json": b"no",
         "c/picture.png": b"\x89PNG",
         "z.txt": b"seven",
     }
@@ -155,11 +199,11 @@ def folder(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("pattern", "documents"),
     [
-        ("", ["one", "two", "three", "four", "five", "six", "seven"]),
+        ("", ["zero", "one", "two", "three", "four", "five", "six", "six and a half", "seven"]),
         ("*.txt", ["one", "seven"]),
-        ("*", ["one", "two", "three", "seven"]),
+        ("*", ["zero", "one", "two", "three", "seven"]),
         ("**/*.gz", ["five", "six"]),
-        ("c", ["four", "five", "six"]),
+        ("c", ["four", "five", "six", "six and a half"]),
         ("[ab].*", ["one", "two", "three"]),
     ],
 )
@@ -175,19 +219,19 @@ def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
 
 GOOD = b'{"text": "fine"}\n'
 BAD_FILES = {
-    "bad JSON": ("a.jsonl", GOOD + b'\n{"text": "cut\n' + GOOD, r"a\.jsonl, line 3"),
+    "bad JSON": ("a.jsonl", GOOD + b'\n{"text": "cut\n' + GOOD, r"a\.jsonl: line 3"),
     "no text field": (
         "a.jsonl",
         GOOD + b'{"body": "x", "url": "y"}\n',
-        r"a\.jsonl, line 2.*'text'.*body, url.*--text-field",
+        r"a\.jsonl: line 2.*'text'.*body, url.*--text-field",
     ),
-    "text that is null": ("a.jsonl", b'{"text": null}', r"a\.jsonl, line 1"),
-    "text that is a number": ("a.jsonl", GOOD * 2 + b'{"text": 5}', r"a\.jsonl, line 3"),
-    "a row that is a list": ("a.jsonl", GOOD + b"[1]", r"a\.jsonl, line 2"),
-    "a row that is a word": ("a.jsonl", b'"text"', r"a\.jsonl, line 1"),
-    "a row nested too deep": ("a.jsonl", GOOD + b"[" * 100_000, r"a\.jsonl, line 2"),
-    "jsonl that is not UTF-8": ("a.jsonl", GOOD + b'{"text": "\xff"}', r"a\.jsonl, line 2"),
-    "bad JSON in gzip": ("a.jsonl.gz", gzip.compress(GOOD + b"{"), r"a\.jsonl\.gz, line 2"),
+    "text that is null": ("a.jsonl", b'{"text": null}', r"a\.jsonl: line 1"),
+    "text that is a number": ("a.jsonl", GOOD * 2 + b'{"text": 5}', r"a\.jsonl: line 3"),
+    "a row that is a list": ("a.jsonl", GOOD + b"[1]", r"a\.jsonl: line 2"),
+    "a row that is a word": ("a.jsonl", b'"text"', r"a\.jsonl: line 1"),
+    "a row nested too deep": ("a.jsonl", GOOD + b"[" * 100_000, r"a\.jsonl: line 2"),
+    "jsonl that is not UTF-8": ("a.jsonl", GOOD + b'{"text": "\xff"}', r"a\.jsonl: line 2"),
+    "bad JSON in gzip": ("a.jsonl.gz", gzip.compress(GOOD + b"{"), r"a\.jsonl\.gz: line 2"),
     "text that is not UTF-8": ("a.txt", "naïve".encode("latin-1"), r"a\.txt: .*utf-8"),
     "no gzip": ("a.jsonl.gz", GOOD, r"a\.jsonl\.gz"),
     "text that is no gzip": ("a.txt.gz", b"plain", r"a\.txt\.gz"),
@@ -215,14 +259,14 @@ def test_a_file_that_cannot_be_read_is_refused_with_its_name_and_line(tmp_path, 
 @pytest.mark.parametrize("name", ["missing.txt", "missing/", "*.nothing"])
 def test_a_source_that_is_not_there_is_refused_with_the_names_that_exist(tmp_path, name):
     with pytest.raises(
-        FileNotFoundError, match=r"is no file, folder or glob.*fineweb-edu-10BT, pydocs, hf:org/name"
+        FileNotFoundError, match=r"is no file, folder or glob.*fineweb-edu-10BT.*pydocs, hf:org/name"
     ):
         read_documents(f"{tmp_path}/{name}")
 
 
 def test_a_source_of_other_files_only_is_refused_with_the_endings_that_are_read(tmp_path):
     (tmp_path / "a.docx").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"\.txt, \.jsonl, \.parquet"):
+    with pytest.raises(ValueError, match=r"\.txt, \.md, \.raw, \.jsonl, \.parquet.*\.gz or \.zst"):
         read_documents(tmp_path)
 
 
@@ -263,18 +307,17 @@ def test_two_runs_are_byte_identical(tmp_path, workers):
         prepare(tmp_path / "a.jsonl", tmp_path / f"out{i}", shard_tokens=5000, workers=w)
         for i, w in enumerate(workers)
     )
-    names = sorted(path.name for path in one.iterdir())
-    assert len(names) > 3
-    assert names == sorted(path.name for path in two.iterdir())
-    for name in names:
-        assert (one / name).read_bytes() == (two / name).read_bytes()
+    assert len(files_of(one)) > 3
+    assert files_of(one) == files_of(two)
 
 
 @pytest.mark.parametrize("characters", [1, 30, 10**9])
-def test_batches_keep_every_document_in_order(characters):
-    batches = list(fineweb.in_batches(DOCUMENTS, characters))
-    assert list(itertools.chain.from_iterable(batches)) == DOCUMENTS
-    assert all(batches)
+def test_batches_keep_every_document_in_order(monkeypatch, characters):
+    monkeypatch.setattr("documents.BATCH_BYTES", characters)
+    batches = list(in_batches(DOCUMENTS))
+    assert [text for batch in batches for text in batch.texts] == DOCUMENTS
+    assert all(batch.texts for batch in batches)
+    assert not any(batch.continues for batch in batches)
     if characters == 1:
         assert len(batches) >= 4
 
@@ -295,7 +338,7 @@ def test_a_finished_data_set_is_kept_and_another_does_not_replace_it(tmp_path, c
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
-def test_an_interrupted_run_starts_again(tmp_path, capsys):
+def test_an_interrupted_run_starts_again_if_its_text_has_changed(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["Some words. " * 30] * 5) + b"{")
     with pytest.raises(ValueError, match="line 6"):
         prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=10)
@@ -304,6 +347,20 @@ def test_an_interrupted_run_starts_again(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
     assert decoded(prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=10)) == DOCUMENTS
     assert "starting again" in capsys.readouterr().out
+
+
+def test_a_complete_data_set_is_refused_if_its_text_has_changed_and_kept_if_it_is_gone(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
+    out = prepare(tmp_path / "a.jsonl", tmp_path / "out")
+    before = files_of(out)
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*DOCUMENTS, "one more"]))
+    with pytest.raises(ValueError, match=r"a\.jsonl has changed since .*out was made from it"):
+        prepare(tmp_path / "a.jsonl", out)
+    (tmp_path / "a.jsonl").unlink()
+    capsys.readouterr()
+    prepare(tmp_path / "a.jsonl", out)
+    assert "already complete" in capsys.readouterr().out
+    assert files_of(out) == before
 
 
 def test_a_data_set_that_lost_a_shard_is_made_again(tmp_path):
@@ -336,11 +393,700 @@ def test_names_that_are_no_file_names_are_refused(name):
 
 
 # -----------------------------------------------------------------------------
+# one document in pieces
+
+
+def ids_of(batches: Iterable[Batch]) -> list[int]:
+    return np.concatenate([tokenizer.encode_corpus(b.texts, 1, b.continues) for b in batches]).tolist()
+
+
+def pieces_of(text: str, batch_bytes: int) -> list[Batch]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("documents.BATCH_BYTES", batch_bytes)
+        stream = io.BytesIO(text.encode())
+        return list(pieces(stream, stream))
+
+
+AWKWARD = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [*" \n\t'.,", "  ", " \n", "'s", "'re", "\r\n", "\u00a0", "\u2003", "\u3000", "\ufeff"]
+        ),
+        st.sampled_from([*"abcXY019", "é", "日", "本", "🙂", "👩‍👩‍👧", "ب", "e\u0301", "<|endoftext|>"]),
+        st.characters(exclude_categories=["Cs"]),
+    ),
+    max_size=60,
+).map("".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(AWKWARD, st.integers(1, 50))
+def test_a_text_in_pieces_has_the_ids_of_the_whole(text, batch_bytes):
+    text = text.lstrip("\ufeff")  # one is taken for a byte order mark
+    batches = pieces_of(text, batch_bytes)
+    assert "".join(batch.texts[0] for batch in batches) == text
+    assert [batch.continues for batch in batches] == [False] + [True] * (len(batches) - 1)
+    assert ids_of(batches) == [50256, *tokenizer.tiktoken_encoding().encode_ordinary(text)]
+
+
+def test_pieces_are_small_where_there_are_blanks_and_whole_where_there_are_none():
+    pieces = pieces_of("Some words, many times. " * 100, 50)
+    assert len(pieces) > 40
+    assert max(len(batch.texts[0]) for batch in pieces) <= 80
+    assert ids_of(pieces_of("あ" * 3000, 50)) == [50256, *tokenizer.encode("あ" * 3000)]
+    assert pieces_of("", 50)[0].texts == [""]
+
+
+# -----------------------------------------------------------------------------
+# documents in text files
+
+
+POEM = "\ufeffOne line\r\n\n \t\nanother line \n  \n\n\u2028third\n a fourth, indented"
+
+
+@pytest.mark.parametrize(
+    ("documents", "expected"),
+    [
+        ("auto", [POEM[1:]]),
+        ("file", [POEM[1:]]),
+        ("line", ["One line", "another line ", "\u2028third", " a fourth, indented"]),
+        ("block", ["One line", "another line ", "\u2028third\n a fourth, indented"]),
+    ],
+)
+@pytest.mark.parametrize("batch_bytes", [1, 30, 10**6])
+def test_a_document_is_a_file_a_line_or_a_block(tmp_path, monkeypatch, documents, expected, batch_bytes):
+    (tmp_path / "a.txt").write_bytes(POEM.encode())
+    monkeypatch.setattr("documents.BATCH_BYTES", batch_bytes)
+    assert read_documents(tmp_path / "a.txt", documents=documents) == expected
+    out = prepare(tmp_path / "a.txt", tmp_path / "out", documents=documents)
+    assert decoded(out) == expected
+
+
+@pytest.mark.parametrize("documents", ["line", "block", "article"])
+def test_rows_stay_documents_whatever_text_files_hold(tmp_path, documents):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["one\n\ntwo", "three"]))
+    (tmp_path / "b.parquet").write_bytes(parquet(["four\nfive"]))
+    assert read_documents(tmp_path, documents=documents) == ["one\n\ntwo", "three", "four\nfive"]
+
+
+def test_lines_that_are_not_utf8_are_refused_with_the_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good\nb\xe9d\n")
+    for documents in ("line", "block", "article"):
+        with pytest.raises(ValueError, match=r"a\.txt: .*utf-8"):
+            read_documents(tmp_path / "a.txt", documents=documents)
+
+
+WIKITEXT = SCRIPT.resolve().parent.parent / "shared" / "data" / "wiki.test.raw"
+
+
+def wikitext(articles: int = 60) -> str:
+    if WIKITEXT.exists():
+        return WIKITEXT.read_bytes().decode()
+    section = " \n = = Section = = \n \n Text = of the section = \n More text . \n = no heading = \n"
+    return "".join(f" \n = Article {i} = \n \n Text . \n{section * (i % 4)}" for i in range(articles)) + " \n"
+
+
+def is_title(line: str) -> bool:
+    return line.startswith(" = ") and not line.startswith(" = =")
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 100_000, 8_000_000])
+def test_wikitexts_articles_are_found_and_are_the_text_to_the_byte(tmp_path, monkeypatch, batch_bytes):
+    monkeypatch.setattr("documents.BATCH_BYTES", batch_bytes)
+    (tmp_path / "wiki.test.raw").write_bytes(wikitext().encode())
+    articles = read_documents(tmp_path / "wiki.test.raw", documents="article")
+    assert len(articles) == 60
+    assert "".join(articles) == wikitext()
+    for article in articles:
+        lines = article.split("\n")
+        assert lines[0] == " "
+        assert is_title(lines[1] + "\n")
+    out = prepare(tmp_path / "wiki.test.raw", tmp_path / "out", documents="article", val_tokens=0)
+    assert decoded(out) == articles
+
+
+def wikitext_rows(lines: list[str]) -> bytes:
+    """As on the Hub: a row a line, a blank line an empty row."""
+    return parquet(["" if line == " \n" else line for line in lines], row_group_size=1000)
+
+
+@pytest.mark.parametrize("place", [0.21, 0.5, 0.83])
+def test_wikitexts_rows_on_the_hub_are_the_same_articles(tmp_path, place):
+    text = wikitext()
+    lines = text.splitlines(keepends=True)
+    cut = int(place * len(lines))
+    while is_title(lines[cut - 1]) or is_title(lines[cut]) or is_title(lines[cut + 1]):
+        cut += 1  # to the middle of an article
+    for number, part in enumerate((lines[:cut], lines[cut:])):
+        (tmp_path / f"{number}.parquet").write_bytes(wikitext_rows(part))
+    articles = together(
+        itertools.chain.from_iterable(read_wikitext(tmp_path / f"{n}.parquet") for n in range(2))
+    )
+    assert "".join(articles) == text
+    assert len(articles) == 60
+
+
+SECTIONS = " \n = = Part = = \n \n = = = Deeper = = = \n \n More words . \n"
+ARTICLES = [f" \n = Article {n} = \n \n Text {n} . \n{SECTIONS}" for n in range(3)]
+
+
+@pytest.mark.parametrize("part_bytes", [2**30, 1])
+@pytest.mark.parametrize("shard_tokens", [7, 10_000])
+def test_no_cut_between_files_splits_an_article_or_loses_a_line(
+    tmp_path, monkeypatch, part_bytes, shard_tokens
+):
+    monkeypatch.setattr(fineweb, "PART_BYTES", part_bytes)
+    lines = "".join(ARTICLES).splitlines(keepends=True)
+    ends = set(itertools.accumulate(map(len, ARTICLES), initial=0))
+    for cut in range(1, len(lines)):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        for number, part in enumerate((lines[:cut], lines[cut:])):
+            (folder / f"{number}.txt").write_bytes("".join(part).encode())
+        options: dict[str, Any] = dict(documents="article", val_tokens=0, shard_tokens=shard_tokens)
+        articles = decoded(prepare(folder, folder / "out", **options))
+        assert "".join(articles) == "".join(ARTICLES), f"cut at line {cut}: {lines[cut]!r}"
+        if part_bytes > 1:  # parts may be made by different machines: there an article may be cut
+            assert set(itertools.accumulate(map(len, articles))) <= ends | {end + len(" \n") for end in ends}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["A preface .\n \n = Title = \n \n Text .\n", "No heading at all .\n" * 5, "\n = Title = \n\nText .\n"],
+)
+def test_text_before_the_first_heading_is_not_lost(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    out = prepare(tmp_path / "a.txt", tmp_path / "out", documents="article", val_tokens=0)
+    assert "".join(decoded(out)) == text
+
+
+# -----------------------------------------------------------------------------
+# compressed files
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize(
+    ("name", "data"), [("a.txt", DOCUMENTS[2].encode() * 50), ("a.jsonl", jsonl(DOCUMENTS) * 9)]
+)
+def test_a_compressed_file_may_be_of_several_members(tmp_path, name, data, suffix):
+    (tmp_path / name).write_bytes(data)
+    expected = read_documents(tmp_path / name)
+    cuts = [0, 5, 6, 7, 8, 9, 10, 100, len(data)]  # some inside a character
+    members = [compressed(data[begin:end], suffix) for begin, end in zip(cuts, cuts[1:])]
+    (tmp_path / (name + suffix)).write_bytes(b"".join([*members, compressed(b"", suffix)]))
+    assert read_documents(tmp_path / (name + suffix)) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt.gz", "a.jsonl.gz", "a.parquet.gz", "a.txt.zst", "a.jsonl.zst", "a.parquet.zst"]
+)
+def test_a_compressed_file_that_was_cut_is_refused_with_its_name(tmp_path, name):
+    text = "".join(map(chr, np.random.default_rng(0).integers(32, 127, 3000)))
+    data = {"t": text.encode(), "j": jsonl([text]), "p": parquet([text])}[name[2]]
+    whole = compressed(data, name)
+    for size in (1, 3, 9, 30, len(whole) // 2, len(whole) - 9, len(whole) - 1):
+        (tmp_path / name).write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            read_documents(tmp_path / name)
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            prepare(tmp_path / name, tmp_path / "out")
+        assert not shards.is_complete(tmp_path / "out")
+
+
+# -----------------------------------------------------------------------------
+# parquet
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+@pytest.mark.parametrize("row_group_size", [1, 2, 3, 100])
+@pytest.mark.parametrize("batch_bytes", [1, 200, 8_000_000])
+def test_parquet_is_read_whatever_its_row_groups_and_kind_of_string(
+    tmp_path, monkeypatch, kind, row_group_size, batch_bytes
+):
+    monkeypatch.setattr("documents.BATCH_BYTES", batch_bytes)
+    texts = [*DOCUMENTS, None, "a long row " * 300, None, *DOCUMENTS[::-1]]
+    (tmp_path / "a.parquet").write_bytes(parquet(pa.array(texts, kind), row_group_size=row_group_size))
+    expected = [text or "" for text in texts]
+    assert read_documents(tmp_path / "a.parquet") == expected
+    out = prepare(tmp_path / "a.parquet", tmp_path / "out", val_tokens=0)
+    ids = [id for text in expected for id in (50256, *tokenizer.encode(text))]
+    assert stream_of(out).tolist() == ids
+
+
+def test_parquet_with_nested_columns_and_without_rows_is_read(tmp_path):
+    table = pa.table({"meta": [{"a": 1, "b": [1, 2]}] * 3, "text": ["one", "two", "three"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    pq.write_table(table.slice(0, 0), tmp_path / "b.parquet")
+    assert read_documents(tmp_path) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_parquet_that_is_not_utf8_is_refused_with_its_name(tmp_path, kind):
+    latin = pa.array([b"good", "naïve".encode("latin-1"), b"good"])
+    texts = pa.Array.from_buffers(pa.string(), 3, latin.buffers()).cast(kind)
+    (tmp_path / "a.parquet").write_bytes(parquet(texts))
+    with pytest.raises(ValueError, match=r"a\.parquet: .*UTF8"):
+        prepare(tmp_path / "a.parquet", tmp_path / "out")
+    assert not shards.is_complete(tmp_path / "out")
+
+
+# -----------------------------------------------------------------------------
+# difficult documents, any number of threads
+
+
+STRANGE = [
+    "",
+    "A text that is longer than two shards. " * 40,
+    " " * 1_000_000,
+    "lone \ud800 surrogate, \udfff another, and a pair \ud83d\ude42",
+    "NUL \0 bytes \0\0\0",
+    "مرحبا بالعالم, שלום עולם, \u202eright to left\u202c",
+    "🙂👩‍👩‍👧‍👦🇩🇪🏳️‍🌈",
+    "a literal <|endoftext|> and <|endoftext|>",
+    "<|endoftext|>",
+    "\n",
+    "",
+]
+WITHOUT_SURROGATES = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in STRANGE]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt", "txt in pieces"])
+def test_every_difficult_document_is_there_once_with_the_ids_of_its_text(tmp_path, monkeypatch, kind):
+    (tmp_path / "in").mkdir()
+    if kind == "jsonl":
+        (tmp_path / "in" / "a.jsonl").write_bytes(jsonl(STRANGE))
+        assert rb"\ud800" in (tmp_path / "in" / "a.jsonl").read_bytes()
+    elif kind == "parquet":
+        (tmp_path / "in" / "a.parquet").write_bytes(parquet(WITHOUT_SURROGATES))
+    else:
+        for number, text in enumerate(WITHOUT_SURROGATES):
+            (tmp_path / "in" / f"{number:02}.txt").write_bytes(text.encode())
+        if kind == "txt in pieces":
+            monkeypatch.setattr("documents.BATCH_BYTES", 50)
+            (tmp_path / "in" / "02.txt").write_bytes((" " * 10_000).encode())
+    out = prepare(tmp_path / "in", tmp_path / "out", shard_tokens=150 if "pieces" in kind else 15_000)
+    stream = stream_of(out)
+    documents = np.split(stream, np.flatnonzero(stream == 50256))
+    assert len(documents.pop(0)) == 0
+    assert len(documents) == len(STRANGE)
+    for document, text in zip(documents, STRANGE):
+        if kind == "txt in pieces" and len(text) == 1_000_000:
+            text = text[:10_000]
+        assert document[1:].tolist() == tokenizer.encode(text)
+
+
+def test_the_number_of_threads_does_not_change_a_byte(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*DOCUMENTS, *STRANGE[3:]] * 100))
+    for workers in ("1", "2"):
+        run = cli(
+            "--source", tmp_path / "a.jsonl", "--out-dir", tmp_path / workers, "--workers", workers,
+            "--shard-tokens", "9000",
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+    assert len(files_of(tmp_path / "1")) >= 5
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
+
+
+# -----------------------------------------------------------------------------
+# killed and run again
+
+
+class Killed(BaseException):
+    """No `except Exception` holds it up."""
+
+
+def kill_at_rename(number: int, patch: pytest.MonkeyPatch):
+    calls, replace = itertools.count(), os.replace
+
+    def wrapper(source, target):
+        if next(calls) == number:
+            raise Killed
+        replace(source, target)
+
+    patch.setattr(os, "replace", wrapper)
+
+
+MANY = [f"Document {i} {'has some words, ' * (i % 7)}and an end." for i in range(40)] + DOCUMENTS
+SOME = MANY[-14:]
+TWO_RAW = ["".join(ARTICLES)[:-100], "".join(ARTICLES)[-100:] + "".join(ARTICLES)]
+KINDS = {
+    "jsonl": ({"a.jsonl": jsonl(SOME)}, 2**30, {}),
+    "one long text": ({"a.txt": "\n\n".join(SOME).encode()}, 2**30, {}),
+    "parquet": ({"a.parquet": parquet(SOME), "b.parquet": parquet(SOME[::-2])}, 2**30, {}),
+    "parquet in parts": ({"a.parquet": parquet(SOME), "b.parquet": parquet(SOME[::-2])}, 1, {}),
+    "texts in parts": ({f"{i}.md": text.encode() for i, text in enumerate(SOME)}, 300, {"val_tokens": 0}),
+    "lines": ({"a.txt": "\n".join(SOME).encode(), "b.txt": b"x y\nz"}, 2**30, {"documents": "line"}),
+    "articles over two files": (
+        {f"{n}.raw": text.encode() for n, text in enumerate(TWO_RAW)},
+        2**30,
+        {"documents": "article", "val_tokens": 10, "shard_tokens": 40},
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "part_bytes", "options"), KINDS.values(), ids=KINDS.keys())
+def test_a_run_that_is_killed_at_any_rename_continues(
+    tmp_path, monkeypatch, capsys, files, part_bytes, options
+):
+    monkeypatch.setattr("documents.BATCH_BYTES", 300)
+    monkeypatch.setattr(fineweb, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    (tmp_path / "in").mkdir()
+    for name, data in files.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    options = {"shard_tokens": 150, **options}
+    expected = files_of(prepare(tmp_path / "in", tmp_path / "whole", **options))
+    for number in itertools.count():
+        out = tmp_path / f"out{number}"
+        try:
+            with monkeypatch.context() as patch:
+                kill_at_rename(number, patch)
+                prepare(tmp_path / "in", out, **options)
+            break
+        except Killed:
+            assert files_of(prepare(tmp_path / "in", out, **options)) == expected
+    assert number >= 15
+    assert "going on after" in capsys.readouterr().out
+
+
+def test_a_run_that_is_killed_again_and_again_ends(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(MANY))
+    expected = files_of(prepare(tmp_path / "a.jsonl", tmp_path / "whole", shard_tokens=100))
+    out, renames = tmp_path / "again", itertools.count(2)
+    while not shards.is_complete(out):
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            kill_at_rename(next(renames), patch)
+            prepare(tmp_path / "a.jsonl", out, shard_tokens=100)
+    assert next(renames) >= 7
+    assert files_of(out) == expected
+
+
+def words(count: int, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    letters = np.array([*"etaoinshrdlucmfwypvbgkjqxz", "é", "日", "'", "🙂", "7", ","])
+    known = ["".join(rng.choice(letters, size)) for size in rng.integers(1, 10, 5000)]
+    return [known[i] for i in rng.integers(0, len(known), count)]
+
+
+def write_corpus(path: Path, megabytes: float) -> Path:
+    found = words(int(megabytes * 160_000))
+    if path.suffix == ".txt":
+        path.write_text(" ".join(found), encoding="utf-8")
+    else:
+        ends = np.sort(np.random.default_rng(1).integers(0, len(found), len(found) // 300))
+        path.write_bytes(jsonl(" ".join(found[a:b]) for a, b in zip(ends, ends[1:])))
+    return path
+
+
+def kill_and_compare(tmp_path: Path, source: Path, kills: int, shard_tokens: int):
+    out, rng = tmp_path / "out", np.random.default_rng(kills)
+    expected = files_of(prepare(source, tmp_path / "whole", shard_tokens=shard_tokens))
+    command = [sys.executable, str(SCRIPT), "--source", str(source), "--out-dir", str(out)]
+    command += ["--shard-tokens", str(shard_tokens)]
+    landed = 0
+    for _ in range(kills):
+        done = len(list(out.glob("parts/*/*.npy")))
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline, more = time.monotonic() + 60, rng.integers(0, 6)
+        while run.poll() is None and len(list(out.glob("parts/*/*.npy"))) < done + more:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.03))
+        run.kill()
+        _, errors = run.communicate()
+        assert run.returncode in (0, -signal.SIGKILL), errors.decode()
+        if shards.is_complete(out):
+            assert published(files_of(out)) == expected
+            shutil.rmtree(out)
+        else:
+            landed += run.returncode != 0 and len(list(out.glob("parts/*/*.npy"))) > 0
+    assert landed >= max(1, kills // 2)
+    run = cli(*command[2:])
+    assert run.returncode == 0, run.stderr
+    assert "going on after" in run.stdout
+    assert published(files_of(out)) == expected
+
+
+def published(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Without what a kill in the last instant, when the data set is complete, leaves behind."""
+    return {
+        name: data for name, data in files.items() if Path(name).name == name and not name.startswith(".")
+    }
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize("name", ["corpus.jsonl", "book.txt"])
+def test_a_run_that_is_killed_at_random_instants_ends_with_the_same_bytes(tmp_path, name):
+    kill_and_compare(tmp_path, write_corpus(tmp_path / name, 20 if "json" in name else 12), 4, 200_000)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize("name", ["corpus.jsonl", "book.txt"])
+def test_a_run_that_is_killed_fifty_times_ends_with_the_same_bytes(tmp_path, name):
+    kill_and_compare(tmp_path, write_corpus(tmp_path / name, 20), 50, 30_000)
+
+
+# -----------------------------------------------------------------------------
+# several processes
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch) -> Path:
+    """A folder that makes several parts."""
+    monkeypatch.setattr(fineweb, "PART_BYTES", 1300)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    (tmp_path / "in").mkdir()
+    for number in range(14):
+        (tmp_path / "in" / f"{number:02}.jsonl").write_bytes(jsonl(MANY[number * 3 : number * 3 + 8]))
+    return tmp_path / "in"
+
+
+OPTIONS: dict[str, Any] = {"shard_tokens": 100, "val_tokens": 110}
+
+
+def as_process(rank: int, world_size: int, kind: str = "torchrun") -> dict[str, str]:
+    if kind == "torchrun":
+        return {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    first = {"slurm": 0, "slurm from 5": 5}[kind]
+    return {
+        "SLURM_ARRAY_TASK_ID": str(first + rank),
+        "SLURM_ARRAY_TASK_MIN": str(first),
+        "SLURM_ARRAY_TASK_COUNT": str(world_size),
+    }
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "slurm", "slurm from 5"])
+@pytest.mark.parametrize("ranks", [[0], [0, 1], [1, 0], [2, 0, 1], [7, 0, 6, 1, 5, 2, 4, 3, 8]])
+def test_several_processes_make_the_same_bytes_and_the_last_joins_them(
+    tmp_path, texts, monkeypatch, capsys, kind, ranks
+):
+    expected = files_of(prepare(texts, tmp_path / "one", **OPTIONS))
+    manifest = shards.verify(tmp_path / "one")
+    assert decoded(tmp_path / "one") == [t for i in range(14) for t in MANY[i * 3 : i * 3 + 8]]
+    assert sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "val") == 110
+    assert manifest["parts"] == 7
+    assert len(expected) > 20
+    capsys.readouterr()
+    done = set()
+    for rank in ranks:
+        with monkeypatch.context() as patch:
+            for name, value in as_process(rank, len(ranks), kind).items():
+                patch.setenv(name, value)
+            prepare(texts, tmp_path / "many", **OPTIONS)
+        said = capsys.readouterr().out
+        done |= set(range(rank, 7, len(ranks)))
+        if done == set(range(7)):
+            assert shards.is_complete(tmp_path / "many")
+        else:
+            assert set(shards.missing_parts(tmp_path / "many", manifest)) == set(range(7)) - done
+            assert f"process {rank} of {len(ranks)} is done" in said
+            assert "of 7 parts are still missing" in said
+            assert "--merge" in said
+    assert f"in {tmp_path / 'many'}" in said or "already complete" in said
+    assert files_of(tmp_path / "many") == expected
+
+
+def test_torchruns_variables_count_before_those_of_a_slurm_array(monkeypatch):
+    assert fineweb.my_share() == (0, 1)
+    for name, value in {**as_process(3, 9, "slurm"), **as_process(1, 2)}.items():
+        monkeypatch.setenv(name, value)
+    assert fineweb.my_share() == (1, 2)
+
+
+def test_processes_at_the_same_time_make_the_same_bytes(tmp_path, texts):
+    expected = files_of(prepare(texts, tmp_path / "one", **OPTIONS))
+    code = (
+        "import fineweb; fineweb.PART_BYTES = 1300; "
+        f"fineweb.prepare(fineweb.Config({str(texts)!r}, out_dir={str(tmp_path / 'many')!r}, **{OPTIONS!r}))"
+    )
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, **as_process(rank, 3)}, cwd=SCRIPT.parent,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    for run in runs:
+        _, errors = run.communicate(timeout=60)
+        assert run.returncode == 0, errors.decode()
+    assert files_of(tmp_path / "many") == expected
+
+
+def test_parts_made_in_separate_folders_are_copied_together_and_merged(tmp_path, texts, monkeypatch, script):
+    expected = files_of(prepare(texts, tmp_path / "one", **OPTIONS))
+    for rank in range(3):
+        with monkeypatch.context() as patch:
+            for name, value in as_process(rank, 3).items():
+                patch.setenv(name, value)
+            prepare(texts, tmp_path / f"machine{rank}", **OPTIONS)
+    all_parts = tmp_path / "machine2"
+    arguments = ("--source", texts, "--out-dir", all_parts, "--merge")
+    run = script(*arguments)
+    assert "5 of 7 parts are still missing" in run.stdout + run.stderr
+    assert not shards.is_complete(all_parts)
+    for rank in range(2):
+        shutil.copytree(tmp_path / f"machine{rank}" / "parts", all_parts / "parts", dirs_exist_ok=True)
+    run = script(*arguments)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert files_of(all_parts) == expected
+    assert script(*arguments).returncode == 0
+    assert files_of(all_parts) == expected
+
+
+def test_a_process_that_was_killed_is_run_again_while_the_others_are_done(tmp_path, texts, monkeypatch):
+    expected = files_of(prepare(texts, tmp_path / "one", **OPTIONS))
+    for rank, renames in [(0, 11), (1, 10**9), (0, 10**9)]:
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            for name, value in as_process(rank, 2).items():
+                patch.setenv(name, value)
+            kill_at_rename(renames, patch)
+            prepare(texts, tmp_path / "many", **OPTIONS)
+        assert shards.is_complete(tmp_path / "many") is ((rank, renames) == (0, 10**9))
+    assert files_of(tmp_path / "many") == expected
+
+
+def test_of_several_processes_none_starts_again_when_the_text_has_changed(tmp_path, texts, monkeypatch):
+    for name, value in as_process(0, 2).items():
+        monkeypatch.setenv(name, value)
+    prepare(texts, tmp_path / "many", **OPTIONS)
+    before = files_of(tmp_path / "many")
+    (texts / "03.jsonl").write_bytes(jsonl(["changed"]))
+    with pytest.raises(ValueError, match=r"has changed since .*many was begun"):
+        prepare(texts, tmp_path / "many", **OPTIONS)
+    assert files_of(tmp_path / "many") == before
+
+
+def test_validation_gets_its_tokens_where_parts_are_small_or_is_refused(tmp_path, texts):
+    with contextlib.suppress(ValueError):
+        out = prepare(texts, tmp_path / "out", shard_tokens=100, val_tokens=900)
+        manifest = shards.verify(out)
+        assert sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "val") == 900
+
+
+# -----------------------------------------------------------------------------
+# refused, kept, looked at
+
+
+def test_a_disk_that_is_too_small_is_refused_with_both_numbers_before_the_work(tmp_path, monkeypatch):
+    for name, gigabytes in (("a.txt", 10), ("b.jsonl.gz", 2)):
+        with open(tmp_path / name, "wb") as f:
+            f.truncate(gigabytes * 10**9)  # takes no room
+    monkeypatch.setattr("documents.read_file", lambda *args: pytest.fail("has been read"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3_210_000_000))
+    with pytest.raises(OSError, match=r"out needs about 6\.5 GB and its disk has 3\.2 GB free.*--out-dir"):
+        prepare(tmp_path, tmp_path / "out")
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(DOCUMENTS)))
+    monkeypatch.undo()
+    assert decoded(prepare(tmp_path, tmp_path / "out")) == DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("a.txt", b""), ("a.jsonl", b""), ("a.jsonl", b"\n\n"), ("a.parquet", parquet([""] * 0))],
+)
+def test_an_input_with_no_text_at_all_is_refused(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=r"the text has [01] tokens.*none is left for training|not text"):
+        prepare(tmp_path / name, tmp_path / "out", val_tokens=1)
+    assert not list(tmp_path.rglob("*.npy"))
+    (tmp_path / name).unlink()
+    (tmp_path / "b.txt").write_text("Some text at last.", encoding="utf-8")
+    assert decoded(prepare(tmp_path / "b.txt", tmp_path / "out", val_tokens=0)) == ["Some text at last."]
+
+
+def test_a_failed_attempt_does_not_stand_in_the_way_of_another_request(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS, "body"))
+    with pytest.raises(ValueError, match="--text-field"):
+        prepare(tmp_path / "a.jsonl", tmp_path / "out")
+    out = prepare(tmp_path / "a.jsonl", tmp_path / "out", text_field="body")
+    assert decoded(out) == DOCUMENTS
+
+
+def test_an_unfinished_run_is_not_continued_by_a_different_request(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(MANY))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at_rename(7, patch)
+        prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=50)
+    before = files_of(tmp_path / "out")
+    assert len(before) >= 3
+    with pytest.raises(ValueError, match=r"holds another data set \(shard_tokens 50, not 60\)"):
+        prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=60)
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("from_folder", [True, False])
+def test_the_users_own_files_are_never_deleted(tmp_path, monkeypatch, from_folder):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "mine.txt").write_text("My only copy. " * 50, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for number, place in enumerate((tmp_path / "in", Path("in"))):
+        source = place if from_folder else place / "mine.txt"
+        prepare(source, tmp_path / f"out{number}", clear_cache=True)
+        assert (tmp_path / "in" / "mine.txt").exists(), source
+
+
+def test_shards_that_lie_in_the_output_folder_are_not_taken_for_ours(tmp_path):
+    (tmp_path / "out").mkdir()
+    np.save(tmp_path / "out" / "theirs_train_000000.npy", np.arange(9, dtype=np.uint16))
+    (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
+    before = files_of(tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"holds shards without a manifest\.json, such as theirs_train_000000"
+    ):
+        prepare(tmp_path / "a.jsonl", tmp_path / "out")
+    assert files_of(tmp_path / "out") == before
+
+
+def test_inspect_tells_how_long_documents_are_and_how_many_bytes_a_token_is(tmp_path, script):
+    texts = ["", "one", "one two", *["one two three"] * 5, "word " * 40, "end"]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
+    flags = ("--source", tmp_path / "a.jsonl", "--out-dir", tmp_path / "out")
+    assert script(*flags, "--val-tokens", "0").returncode == 0
+    run = script(*flags, "--inspect")
+    assert (run.returncode, run.stderr) == (0, "")
+    lengths = [len(tokenizer.encode(text)) for text in texts[:-1]]  # the last ends where the data ends
+    assert f"median {np.median(lengths):,.0f}, longest {max(lengths)}" in run.stdout
+    rows = dict(re.findall(r"^ +(\d+ to +\d+)  #* +(\d+)$", run.stdout, flags=re.MULTILINE))
+    assert {tuple(map(int, row.split(" to "))): int(count) for row, count in rows.items()} == {
+        (low, high): sum(low <= length <= high for length in lengths)
+        for low, high in [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63)]
+    }
+    tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    assert f"{sum(map(len, texts)) / tokens:.2f} bytes a token (from 1 shards)" in run.stdout
+    assert f"a_train_000000.npy: {tokens + len(texts)} tokens, {len(texts)} documents" in run.stdout
+    assert "'one two three'" in run.stdout
+
+
+def test_inspect_looks_into_folders_without_a_manifest(tmp_path, script):
+    np.save(tmp_path / "x_train_000000.npy", np.array([50256, 15496, 11, 995, 50256, 0], dtype=np.uint16))
+    run = script("--out-dir", tmp_path, "--inspect")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "x_train_000000.npy: 6 tokens" in run.stdout
+    assert "median 3, longest 3" in run.stdout
+    assert "'Hello, world'" in run.stdout
+
+
+def test_inspect_refuses_what_is_unfinished_or_of_two_kinds(tmp_path, script):
+    np.save(tmp_path / "x_train_000000.npy", np.arange(9, dtype=np.uint16))
+    (tmp_path / "x_train_000000.bin").write_bytes(b"")
+    run = script("--out-dir", tmp_path, "--inspect")
+    assert run.returncode == 2
+    assert "both .npy and .bin" in run.stderr
+    shards.begin(tmp_path / "new", {"name": "x", "parts": 1})
+    run = script("--out-dir", tmp_path / "new", "--inspect")
+    assert run.returncode == 2
+    assert "incomplete" in run.stderr
+
+
+# -----------------------------------------------------------------------------
 # pydocs
 
 
 def test_pydocs_is_prose_without_duplicates_and_the_same_each_time():
-    documents = list(fineweb.pydocs())
+    documents = list(pydocs())
     paragraphs = [paragraph for document in documents for paragraph in document.split("\n\n")]
     assert len(paragraphs) > 5_000
     assert len(set(paragraphs)) == len(paragraphs)
@@ -352,7 +1098,7 @@ def test_pydocs_is_prose_without_duplicates_and_the_same_each_time():
         assert paragraph[-1] in ".?!"
         assert len(paragraph) >= 60
         assert sum(c.isalpha() or c == " " for c in paragraph) >= 0.9 * len(paragraph)
-    assert list(itertools.islice(fineweb.pydocs(), 200)) == documents[:200]
+    assert list(itertools.islice(pydocs(), 200)) == documents[:200]
 
 
 PROSE = "This function returns the number of words in a text, which may well be zero."
@@ -375,12 +1121,12 @@ PROSE = "This function returns the number of words in a text, which may well be 
     ],
 )
 def test_only_prose_paragraphs_are_kept(other):
-    assert list(fineweb.prose_paragraphs(f"{PROSE}\n\n{other}\n\n{PROSE[::-1]}")) == [PROSE]
+    assert list(prose_paragraphs(f"{PROSE}\n\n{other}\n\n{PROSE[::-1]}")) == [PROSE]
 
 
 def test_the_lines_of_a_paragraph_are_joined():
     docstring = "This function returns the number of words\n    in a text, which may well\n    be zero.\n    "
-    assert list(fineweb.prose_paragraphs(docstring)) == [PROSE]
+    assert list(prose_paragraphs(docstring)) == [PROSE]
 
 
 # -----------------------------------------------------------------------------
@@ -393,8 +1139,13 @@ def test_the_lines_of_a_paragraph_are_joined():
         (["--nonsense", "1"], "--nonsense"),
         (["--shard-tokens", "many"], "--shard-tokens"),
         (["--source", "no/such/file.txt"], "'no/such/file.txt' is no file, folder or glob"),
-        (["--source", "{file}", "--shard-tokens", "0"], "--shard-tokens is 0"),
-        (["--source", "{file}", "--text-field", "body"], "good.jsonl, line 1"),
+        (["--source", "{file}", "--shard-tokens", "0"], "--shard-tokens is 0; it must be 1 or more"),
+        (["--source", "{file}", "--val-tokens", "-1"], "--val-tokens is -1; it must be 0 or more"),
+        (["--source", "{file}", "--workers", "-1"], "--workers is -1; it must be 0 or more"),
+        (["--source", "{file}", "--max-shards", "-1"], "--max-shards is -1; it must be 0 or more"),
+        (["--source", "{file}", "--documents", "page"], "page"),
+        (["--merge"], "manifest.json"),
+        (["--source", "{file}", "--text-field", "body"], "good.jsonl: line 1"),
         (["--verify"], "manifest.json"),
         (["--inspect"], "holds no shards"),
     ],
@@ -444,63 +1195,3 @@ def test_the_command_line_writes_verifies_and_inspects(tmp_path, script):
     run = script(*flags, "--verify")
     assert run.returncode == 2
     assert "toy_train_000000.npy" in run.stderr
-
-
-# -----------------------------------------------------------------------------
-# the Hub
-
-CARD = b"""---
-configs:
-- config_name: default
-  data_files: [{split: train, path: data/*/*}]
-- config_name: sample-10BT
-  data_files: [{split: train, path: sample/10BT/*}]
----
-# A stand-in for FineWeb-Edu
-"""
-ON_THE_HUB = [f"Document {i} of the sample, {'with some words, ' * (i % 6)}and an end." for i in range(90)]
-FINEWEB_EDU = {
-    "README.md": CARD,
-    "data/CC-MAIN-2013-20/000_00000.parquet": parquet(["not in the sample"]),
-    "sample/10BT/000_00000.parquet": parquet(ON_THE_HUB[:50]),
-    "sample/10BT/001_00000.parquet": parquet(ON_THE_HUB[50:]),
-}
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with HubServer({"datasets/HuggingFaceFW/fineweb-edu": FINEWEB_EDU}) as server:
-        yield server
-
-
-def test_by_default_the_fineweb_edu_sample_is_streamed_from_the_hub(tmp_path, hub):
-    hub.requests.clear()
-    run = cli("--out-dir", tmp_path / "out", "--shard-tokens", "1000", **hub.environment(tmp_path / "home"))
-    assert run.returncode == 0, run.stderr
-    assert decoded(tmp_path / "out") == ON_THE_HUB
-    manifest = shards.verify(tmp_path / "out")
-    assert manifest["source"] == "hf:HuggingFaceFW/fineweb-edu"
-    assert manifest["config"] == "sample-10BT"
-    assert manifest["revision"] == COMMIT
-    assert {shard["file"][:22] for shard in manifest["shards"]} == {
-        "fineweb-edu-10BT_val_0",
-        "fineweb-edu-10BT_train",
-    }
-    wanted = {path for path in FINEWEB_EDU if not path.startswith("data/")}
-    assert hub.downloads("GET") == wanted  # and nothing of the rest of the data set
-    assert all(COMMIT in path for _, path, _ in hub.requests if "/resolve/" in path)
-    assert not list((tmp_path / "home").rglob("*.parquet"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--source", "hf:nobody/nothing"], "nobody/nothing"),
-        (["--source", "hf:HuggingFaceFW/fineweb-edu", "--text-field", "body"], "no column 'body'"),
-    ],
-)
-def test_a_hub_source_that_is_not_there_is_refused(tmp_path, hub, arguments, message):
-    run = cli(*arguments, "--out-dir", tmp_path / "out", **hub.environment(tmp_path / "home"))
-    assert run.returncode == 2, run.stderr
-    assert message in run.stderr
-    assert "Traceback" not in run.stderr
