@@ -155,7 +155,7 @@ class Config:
     def request(self) -> dict:
         """What the shards depend on."""
         fields = ("source", "config", "split", "text_field", "documents", "shard_tokens", "val_tokens")
-        return {name: getattr(self, name) for name in (*fields, "max_shards")}
+        return {name: getattr(self, name) for name in fields}
 
 
 # -----------------------------------------------------------------------------
@@ -171,6 +171,7 @@ class Input(NamedTuple):
     locate: Callable[[], Path]  # downloads it if need be
     read: Callable[[Path], Iterator[Batch]]
     split: str = ""  # val, train or test; "" leaves it to --val-tokens
+    download: Path | None = None  # where a file that is not the user's own is kept
 
 
 def find_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
@@ -186,7 +187,7 @@ def find_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
     if cfg.source == "tiny-shakespeare":
         path = cfg.downloads / "tiny-shakespeare.txt"
         locate = lambda: remote.download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)  # noqa: E731
-        whole = [Input(path.name, 1_115_394, SHAKESPEARE_SHA256, locate, cfg.read)]
+        whole = [Input(path.name, 1_115_394, SHAKESPEARE_SHA256, locate, cfg.read, download=path)]
         return whole, {"source": SHAKESPEARE_URL, "revision": SHAKESPEARE_SHA256}
     if cfg.source in HUB_SOURCES or cfg.source.startswith("hf:"):
         return hub_inputs(cfg, revision)
@@ -235,7 +236,12 @@ def hub_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
 
     def ask() -> tuple[str, Any]:
         commit, _ = remote.list_hub(repo, revision or asked, paths=["README.md"])
-        return commit, datasets.load_dataset_builder(repo, config or None, revision=commit)
+        try:
+            return commit, datasets.load_dataset_builder(repo, config or None, revision=commit)
+        except RuntimeError as error:  # what `datasets` says of a repository with a script
+            raise ValueError(
+                f"{error}; a copy in parquet may be at hf:{repo}@refs/convert/parquet"
+            ) from error
 
     commit, builder = remote.persistently(repo, ask)
     about = {"source": f"hf:{repo}", "config": config, "revision": commit}
@@ -253,12 +259,12 @@ def hub_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
 
     _, files = remote.list_hub(repo, commit, [path for split in splits for path in paths[split]])
     read = documents.read_wikitext if cfg.source == "wikitext-103" else cfg.read
-    inputs = []
+    inputs, folder = [], cfg.downloads / commit[:12]
     for split in splits:
         ours = OUR_SPLITS[split] if len(splits) > 1 else ""
         for path in paths[split]:
-            locate = lambda file=files[path]: remote.fetch(file, cfg.downloads)  # noqa: E731
-            inputs.append(Input(path, files[path].size, commit, locate, read, ours))
+            locate = lambda file=files[path]: remote.fetch(file, folder)  # noqa: E731
+            inputs.append(Input(path, files[path].size, commit, locate, read, ours, folder / path))
     return inputs, about
 
 
@@ -365,7 +371,7 @@ def prepare(cfg: Config) -> Path:
         print(f"{cfg.folder} is already complete ({tokens:,} tokens)")
         return cfg.folder
     if cfg.tokenized:
-        summarize(pull(cfg), cfg.folder)
+        summarize(pull(cfg, manifest), cfg.folder)
         return cfg.folder
     rank, world_size = my_share()
     inputs, about = find_inputs(cfg, manifest["revision"] if manifest else None)
@@ -404,10 +410,11 @@ def prepare(cfg: Config) -> Path:
                 f"--val-tokens is {cfg.val_tokens}; validation is taken from the first part of {cfg.source}, "
                 f"which has {writer.tokens:,} tokens: give fewer"
             )
-        if cfg.clear_cache and not cfg.is_local:
+        if cfg.clear_cache:
             shards.verify_part(cfg.folder, n)
             for file in parts[n]:
-                (cfg.downloads / file.name).unlink(missing_ok=True)
+                if file.download:
+                    file.download.unlink(missing_ok=True)
     progress.bar.close()
     join(cfg, manifest, f"process {rank} of {world_size} is done; ")
     return cfg.folder
@@ -422,7 +429,8 @@ def existing(cfg: Config) -> dict | None:
     manifest = shards.load_manifest(path)
     old, new = manifest.get("request", {}), cfg.request
     if old != new:
-        if not manifest["complete"] and not list(cfg.folder.glob(f"{shards.PARTS}/*/*.npy")):
+        written = [path for path in cfg.folder.rglob("*") if path.suffix in (".npy", ".bin")]
+        if not manifest["complete"] and not written:
             shards.clear(cfg.folder)  # an attempt that failed before it had written anything
             return None
         changed = [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in new if old.get(key) != new[key]]
@@ -437,9 +445,14 @@ def existing(cfg: Config) -> dict | None:
         for shard in manifest["shards"]:
             shards.open_shard(cfg.folder / shard["file"], shard["tokens"])
     except (ValueError, FileNotFoundError) as error:
+        if cfg.tokenized:  # what is missing is fetched again
+            return {**manifest, "complete": False}
         print(f"starting again: {error}")
         shards.clear(cfg.folder)
         return None
+    if cfg.tokenized:
+        have = sum(shard["split"] == "train" for shard in manifest["shards"])
+        return {**manifest, "complete": have >= (cfg.max_shards or manifest["available"])}
     with contextlib.suppress(FileNotFoundError):  # the text may be gone once it is in shards
         if cfg.is_local and describe(find_inputs(cfg, None)[0]) != manifest["inputs"]:
             raise ValueError(
@@ -462,9 +475,8 @@ def check_disk(cfg: Config, files: list[Input]):
     plain = sum(file.size for file in files if file.name.endswith(documents.SUFFIXES[:4]))
     packed = sum(file.size for file in files) - plain
     need = 0.45 * plain + 1.0 * packed
-    if not cfg.is_local:
-        sizes = [file.size for file in files if not (cfg.downloads / file.name).exists()]
-        need += sum(sorted(sizes)[-3:]) if cfg.clear_cache else sum(sizes)
+    sizes = [file.size for file in files if file.download and not file.download.exists()]
+    need += sum(sorted(sizes)[-3:]) if cfg.clear_cache else sum(sizes)
     free = shutil.disk_usage(cfg.folder).free
     if need > free:
         raise OSError(
@@ -502,21 +514,24 @@ def summarize(manifest: dict, folder: Path):
 # shards from and to the Hub
 
 
-def pull(cfg: Config) -> dict:
-    """Fetches shards that are on the Hub, ours or llm.c's, each checked; returns the manifest."""
-    source = shards.HubFolder(cfg.tokenized)
+def pull(cfg: Config, manifest: dict | None) -> dict:
+    """Fetches shards that are on the Hub, ours or llm.c's, if they are not here, and checks each; returns the
+    manifest."""
+    location = cfg.tokenized.partition("@")[0] + f"@{manifest['revision']}" if manifest else cfg.tokenized
+    source = shards.HubFolder(location)
     train = [entry for entry in source.entries if entry["split"] == "train"]
     wanted = [entry for entry in source.entries if entry["split"] != "train"] + train[
         : cfg.max_shards or None
     ]
-    about = {"name": cfg.dataset_name, "source": source.name, "request": cfg.request}
-    manifest = shards.begin(cfg.folder, {**about, "revision": source.commit, "parts": 0})
-    entries = []
+    about = {"name": cfg.dataset_name, "source": source.name, "request": cfg.request, "parts": 0}
+    about |= {"revision": source.commit, "available": len(train)}
+    manifest = shards.begin(cfg.folder, about) | {"complete": True, "shards": []}
     for entry in tqdm(wanted, desc="fetching", unit=" shards", disable=None):
-        path = remote.fetch(source.files[entry["file"]], cfg.folder)
-        documents = shards.count_documents(path, shards.open_shard(path, entry["tokens"]))
-        entries.append({**entry, "documents": documents})
-    manifest |= {"complete": True, "shards": entries}
+        file, path = source.files[entry["file"]], cfg.folder / entry["file"]
+        if path.is_file() and not file.is_whole(path):
+            path.unlink()
+        documents_in_it = shards.count_documents(path, shards.open_shard(remote.fetch(file, cfg.folder)))
+        manifest["shards"].append({**entry, "documents": documents_in_it})
     shards.write_json(cfg.folder / shards.MANIFEST, manifest)
     shutil.rmtree(cfg.folder / ".incoming", ignore_errors=True)
     return manifest

@@ -5,14 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import checkpoint
+import shards
 import tokenizer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 50257
+ABOUT = {"name": "toy", "tokenizer": {"name": "gpt2"}, "source": "tests", "parts": 1}
 
 
 def random_model(seed: int = 0, **shape) -> GPT:
@@ -48,6 +51,18 @@ def save_checkpoint(run: Path, model: GPT, step: int = 1, **state) -> Path:
     }
     files = tokenizer.hf_files() if model.config.vocab_size == VOCAB_SIZE else {"tokenizer.json": "{}"}
     return checkpoint.save(run, step, model.config, model.state_dict(), optimizer, state, files)
+
+
+def write_shards(
+    folder: Path, *pieces: np.ndarray, shard_tokens: int = 100, val_tokens: int | None = 10
+) -> dict:
+    """A data set of one part; returns its manifest."""
+    shards.begin(folder, ABOUT)
+    with shards.PartWriter(folder, 0, shard_tokens, val_tokens) as writer:
+        for piece in pieces:
+            writer.write(piece)
+        writer.close()
+    return shards.merge(folder)
 
 
 def run_script(name: str, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 
 import nbformat
+from helpers import write_shards
 from nbclient import NotebookClient
 
-import shards
 import tokenizer
 import train_gpt2
 
@@ -14,11 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_notebook_runs_on_a_checkpoint(tmp_path):
-    writer = shards.ShardWriter(tmp_path / "data", "words", shard_tokens=10_000, val_tokens=300, about={})
-    writer.write(
-        tokenizer.encode_corpus(["Return the array as a list of numbers, one after the other."] * 200)
-    )
-    writer.close()
+    ids = tokenizer.encode_corpus(["Return the array as a list of numbers, one after the other."] * 200)
+    write_shards(tmp_path / "data", ids, shard_tokens=10_000, val_tokens=300)
     cfg = dataclasses.replace(
         train_gpt2.PRESETS["demo"], dataset_path=str(tmp_path / "data"), log_dir=str(tmp_path),
         run_name="run", n_layer=1, n_head=2, n_embd=16, seq_len=64, total_batch_tokens=1024, max_steps=2,

@@ -469,7 +469,7 @@ def test_by_default_the_fineweb_edu_sample_is_fetched_from_the_hub(hub, tmp_path
     assert hub.downloads("GET") == wanted  # and nothing of the rest of the data set
     assert not list((tmp_path / "home").rglob("*.parquet"))
     kept = files_under(tmp_path / "out" / "downloads")
-    assert kept == {path for path in wanted if path != "README.md"}
+    assert kept == {f"{COMMIT[:12]}/{path}" for path in wanted if path != "README.md"}
     assert "downloads" in out
     assert "--clear-cache" in out
     hub.requests.clear()
@@ -500,11 +500,7 @@ def test_configuration_and_split_can_be_chosen(client, hub, tmp_path):
         (dict(config="none"), "'none'.*sample-10BT"),
         (dict(text_field="body"), "no column 'body'.*--text-field"),
         (dict(source="hf:org/without-data"), "org/without-data"),
-        pytest.param(
-            dict(source="hf:org/with-code"),
-            "org/with-code",
-            marks=pytest.mark.xfail(strict=True, reason="fineweb.py tries until its patience is over"),
-        ),
+        (dict(source="hf:org/with-code"), "org/with-code"),
     ],
 )
 def test_a_data_set_that_is_not_there_is_refused_at_once(client, hub, tmp_path, change, message):
@@ -612,7 +608,6 @@ def test_downloads_can_be_removed_as_soon_as_their_shards_are_written(client, hu
     assert all(path.suffix in (".npy", ".json") for path in tmp_path.rglob("*"))
 
 
-@pytest.mark.xfail(strict=True, reason="fineweb.py takes downloads of an older revision for the newest's")
 def test_downloads_of_an_older_revision_are_not_taken_for_the_newest(client, hub, repo, tmp_path):
     hub.commit(f"datasets/{repo}", {"train.jsonl": jsonl(["old"] * 50)})
     cfg = dict(source=f"hf:{repo}", name="it", out_dir=str(tmp_path))
@@ -689,7 +684,6 @@ def test_fetching_shards_goes_on_where_it_was_interrupted(client, hub, repo, tmp
     assert not hub.requests
 
 
-@pytest.mark.xfail(strict=True, reason="pull lists the newest revision, whatever the manifest says")
 def test_fetching_shards_goes_on_at_the_revision_it_began_with(client, hub, repo, tmp_path):
     hub.commit(f"datasets/{repo}", BINS)
     cfg = dict(source=f"hf://datasets/{repo}", out_dir=str(tmp_path))

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ABOUT
+from helpers import write_shards as write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shards
 from shards import PartWriter, ShardReader
-
-ABOUT = {"name": "toy", "tokenizer": {"name": "gpt2"}, "source": "tests", "parts": 1}
 
 
 def tokens(count: int, first: int = 0) -> np.ndarray:
@@ -34,16 +34,6 @@ def tokens(count: int, first: int = 0) -> np.ndarray:
 
 def document(length: int, value: int = 7) -> np.ndarray:
     return np.array([50256] + [value] * length, dtype=np.uint16)
-
-
-def write(folder: Path, *pieces: np.ndarray, shard_tokens: int = 100, val_tokens: int | None = 10) -> dict:
-    """A data set of one part."""
-    shards.begin(folder, ABOUT)
-    with PartWriter(folder, 0, shard_tokens, val_tokens) as writer:
-        for piece in pieces:
-            writer.write(piece)
-        writer.close()
-    return shards.merge(folder)
 
 
 def write_plain(folder: Path, sizes: list[int], split: str = "train", first: int = 0) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import write_shards
 from safetensors.torch import load_file
 
 import checkpoint
@@ -37,9 +38,7 @@ def data(tmp_path_factory) -> Path:
     ids = np.zeros(6000, dtype=np.uint16)
     for i in range(1, len(ids)):
         ids[i] = (ids[i - 1] * 7 + 3) % 97 if draw.random() < 0.9 else draw.integers(97)
-    writer = shards.ShardWriter(folder, "toy", shard_tokens=1500, val_tokens=1000, about={})
-    writer.write(ids)
-    writer.close()
+    write_shards(folder, ids, shard_tokens=1500, val_tokens=1000)
     return folder
 
 
@@ -218,7 +217,7 @@ def test_the_run_folder_holds_what_the_contract_says(config):
     assert {p.name for p in run.iterdir()} == {"log.txt", "config.json", "loss.png", "step_000005"}
     assert json.loads((run / "config.json").read_text())["learning_rate"] == cfg.learning_rate
     state = checkpoint.verify(run / "step_000005")
-    assert state["step"] == 5 and state["data"] == shards.fingerprint(Path(cfg.dataset_path))
+    assert state["step"] == 5 and state["data"] == shards.Folder(Path(cfg.dataset_path)).fingerprint()
     assert {"config", "dtype", "scaler", "best_val_loss", "versions"} <= set(state)
     assert [len(values(run, s)) for s in ("train", "lr", "norm", "toks", "val")] == [5, 5, 5, 5, 2]
 
@@ -256,9 +255,7 @@ def test_resume_refuses_other_settings_and_other_data_unless_told(config, data, 
     run = train_gpt2.main(cfg)
     with pytest.raises(ValueError, match=r"--learning-rate was 0.003, is 0.1.*--override"):
         train_gpt2.main(train_gpt2.parse_args(["--resume", str(run), "--learning-rate", "0.1"]))
-    writer = shards.ShardWriter(tmp_path / "other", "other", 1000, 100, {})
-    writer.write(np.arange(2000, dtype=np.uint16))
-    writer.close()
+    write_shards(tmp_path / "other", np.arange(2000, dtype=np.uint16), shard_tokens=1000)
     with pytest.raises(ValueError, match="not those of the checkpoint"):
         train_gpt2.main(
             train_gpt2.parse_args(["--resume", str(run), "--dataset-path", str(tmp_path / "other")])
@@ -382,9 +379,9 @@ def test_four_samples_begin_with_the_prompt(config, capsys):
 
 def test_an_interrupted_preparation_of_the_demo_is_made_again(tmp_path):
     folder = tmp_path / "pydocs"
-    shards.ShardWriter(folder, "pydocs", 1000, None, about={"request": {}})  # never closed
+    shards.begin(folder, {"name": "pydocs", "parts": 1, "request": {}})  # and no more
     process = train_gpt2.Process(0, 1, torch.device("cpu"))
-    assert train_gpt2.find_data(str(folder), process) == folder
+    assert train_gpt2.find_data(Config(dataset_path=str(folder)), process).folder == folder
     assert shards.read_manifest(folder)
 
 
