@@ -258,9 +258,10 @@ def part_folder(folder: Path, part: int) -> Path:
 
 
 def read_part(folder: Path, part: int) -> dict | None:
-    """What a PartWriter has said of its part, if anything."""
-    path = part_folder(folder, part) / "part.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """What a PartWriter has said of its part, if anything; a damaged part.json says nothing."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return json.loads((part_folder(folder, part) / "part.json").read_text(encoding="utf-8"))
+    return None
 
 
 def begin(folder: Path, about: dict) -> dict:

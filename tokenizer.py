@@ -155,9 +155,13 @@ def encode_corpus(documents: "list[str] | pa.Array", workers: int = 0, continues
         documents = pa.array([replace_surrogates(document) for document in documents], pa.large_string())
     layout: Any = gigatoken_tokenizer().encode_batch(as_awkward(documents), parallel=workers != 1).layout
     offsets = np.asarray(layout.offsets.data, dtype=np.int64)
-    ids = np.asarray(layout.content.data, dtype=np.uint16)[offsets[0] : offsets[-1]]
+    ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
     starts = offsets[1 if continues else 0 : -1] - offsets[0]
-    return np.insert(ids, starts, END_OF_TEXT)
+    stream = np.empty(len(ids) + len(starts), dtype=np.uint16)
+    is_text = np.ones(len(stream), dtype=bool)
+    is_text[starts + np.arange(len(starts))] = False
+    stream[is_text], stream[~is_text] = ids, END_OF_TEXT
+    return stream
 
 
 def as_awkward(strings: "pa.Array") -> Any:

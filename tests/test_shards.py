@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import shutil
+import sys
 import threading
 import time
 from collections import Counter
@@ -825,6 +826,29 @@ def test_the_fingerprint_changes_with_the_data_and_only_with_it(tmp_path):
     opened = shards.Folder(plain[0])
     ShardReader(opened, "train", 4)
     assert opened.fingerprint() == one
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, and needs sparse files")
+def test_memory_stays_constant_over_an_epoch_of_ten_billion_tokens(tmp_path):
+    size = 100_000_000
+    for number in range(100):
+        with open(tmp_path / f"sparse_train_{number:06d}.npy", "wb") as f:
+            np.lib.format.write_array_header_1_0(
+                f, {"descr": "<u2", "fortran_order": False, "shape": (size,)}
+            )
+            f.truncate(f.tell() + 2 * size)
+    reader = ShardReader(tmp_path, "train", 1024)
+    assert reader.num_windows == (100 * size - 1) // 1024
+    pages = []
+    for step, (x, _) in enumerate(reader.batches(range(reader.num_windows // 512), 1, 512, 512)):
+        assert x.shape == (512, 1024)
+        if step % 500 == 0:
+            pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    megabytes = [4096 * count / 1e6 for count in pages]
+    assert len(megabytes) == 39
+    assert max(megabytes) - megabytes[0] < 4.5 * 200  # four shards are open at a time
 
 
 # -----------------------------------------------------------------------------
