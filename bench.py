@@ -247,6 +247,10 @@ class Bench:
             if not self.cfg.text:
                 pq.write_table(pa.table({"text": list(documents.pydocs()) * 10}), text / "pydocs.parquet")
             files = fineweb.local_files(str(text))
+            if strangers := [path for path in files if path.suffix != ".parquet"]:
+                raise ValueError(
+                    f"--text {text} holds {strangers[0].name}; this compares readers of parquet only"
+                )
 
             def batches() -> Iterator[documents.Batch]:
                 return (batch for path in files for batch in documents.read_file(path))

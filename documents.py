@@ -46,7 +46,7 @@ def read_file(path: Path, unit: Unit = "auto", text_field: str = "text") -> Iter
             kind = Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix
             if kind == ".parquet":
                 yield from parquet_batches(stream, path.stat().st_size, text_field)
-            elif kind in (".jsonl", ".json"):
+            elif kind == ".jsonl":
                 yield from in_batches(rows_of_jsonl(stream, text_field), raw)
             elif unit == "line":
                 lines = (line.rstrip("\r\n") for line in decoded_lines(stream))
@@ -99,6 +99,8 @@ def rows_of_jsonl(stream: BinaryIO, text_field: str) -> Iterator[str]:
 
 
 def text_of(row: dict, text_field: str) -> str:
+    if row.get(text_field, "") is None:  # a null is an empty document, as in parquet
+        return ""
     if not isinstance(row.get(text_field), str):
         raise ValueError(
             f"no text under {text_field!r}; the fields are {', '.join(row)} (choose with --text-field)"
@@ -132,7 +134,8 @@ def parquet_batches(stream: BinaryIO, size: int, text_field: str) -> Iterator[Ba
         g.total_byte_size if leaf is None else g.column(leaf).total_uncompressed_size for g in groups
     )
     rows = file.metadata.num_rows
-    at_once, done = max(1, min(rows, BATCH_BYTES * rows // max(1, text_bytes))), 0
+    # At most 2,000 rows, because a file with repeated texts unpacks to more than it says.
+    at_once, done = max(1, min(2000, BATCH_BYTES * rows // max(1, text_bytes))), 0
     for batch in file.iter_batches(batch_size=at_once, columns=[text_field]):
         texts = batch.column(0)
         texts.validate(full=True)  # UTF-8
@@ -181,12 +184,13 @@ def article_batches(lines: Iterable[str], raw: BinaryIO | None = None) -> Iterat
 
 
 def pieces(stream: BinaryIO, raw: BinaryIO) -> Iterator[Batch]:
-    """A text file as one document, a few MB at a time, cut before a blank that follows a letter or sign:
-    there GPT-2's tokenizer begins a new word whatever comes before and after (tokenizer.SPLIT_PATTERN)."""
+    """A text file as one document, a few MB at a time, cut before a blank that follows something else: there
+    GPT-2's tokenizer begins a new word whatever comes before and after (tokenizer.SPLIT_PATTERN). A text
+    without blanks stays in one piece."""
     decoder, rest, continues = codecs.getincrementaldecoder("utf-8-sig")(), "", False
     while data := stream.read(BATCH_BYTES):
         text = rest + decoder.decode(data)
-        found = re.match(r"(?s).*[!-~](?=[ \n])", text)
+        found = re.match(r"(?s).*\S(?=[ \n])", text)
         cut = found.end() if found else 0
         if cut:
             yield Batch([text[:cut]], continues, raw.tell())

@@ -28,15 +28,17 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import os
 import random
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -73,6 +75,7 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 OUR_SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
+PACKED = (".parquet", *documents.COMPRESSED)
 PART_BYTES = 2**30  # of input files: what one process takes at a time
 
 
@@ -108,9 +111,9 @@ class Config:
     """Then upload the shards to this data-set repository of the Hub (org/name)."""
     merge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only join the parts that several machines have made in folders that were copied into one."""
-    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = field(default=False)
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write nothing: read the shards back and compare every byte with the manifest."""
-    inspect: Annotated[bool, tyro.conf.FlagCreatePairsOff] = field(default=False)
+    inspect: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write nothing: print what is in the shards."""
 
     @property
@@ -251,9 +254,7 @@ def hub_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
             f"{repo} has no split {missing[0]!r}; it has {', '.join(found)} (choose with --split)"
         )
     paths = {split: [url.partition(f"@{commit}/")[2] for url in found[split]] for split in splits}
-    if not all(
-        documents.is_readable(path) or path.endswith(".json") for split in splits for path in paths[split]
-    ):
+    if not all(documents.is_readable(path) for split in splits for path in paths[split]):
         read = lambda _: documents.in_batches(streamed(repo, config, cfg.split, commit, cfg.text_field))  # noqa: E731
         return [Input(repo, 0, commit, Path, read)], about
 
@@ -297,19 +298,35 @@ def in_parts(inputs: list[Input]) -> list[list[Input]]:
 
 
 def my_share() -> tuple[int, int]:
-    """Which process this is of how many: torchrun's or a SLURM array's, or 0 of 1."""
+    """Which process this is of how many: torchrun's or a SLURM array's, or 0 of 1. Raises ValueError if it
+    cannot be."""
     env = os.environ
     if "SLURM_ARRAY_TASK_ID" in env and "RANK" not in env:
         first, step = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
-        return (int(env["SLURM_ARRAY_TASK_ID"]) - first) // step, int(env["SLURM_ARRAY_TASK_COUNT"])
-    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        rank, world_size = (
+            (int(env["SLURM_ARRAY_TASK_ID"]) - first) // step,
+            int(env["SLURM_ARRAY_TASK_COUNT"]),
+        )
+    else:
+        rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"this is process {rank} of {world_size}, which cannot be: give the array all its tasks, "
+            "0 to n - 1, or set RANK and WORLD_SIZE"
+        )
+    return rank, world_size
 
 
 class Progress:
-    """A bar over the bytes of the input files, with documents, tokens and MB of text a second beside it."""
+    """A bar over the bytes of the input files, with documents, tokens and MB of text a second beside it; in a
+    log, where it cannot move, a line a minute."""
 
     def __init__(self, total_bytes: int):
-        self.bar = tqdm(total=total_bytes or None, desc="tokenizing", unit="B", unit_scale=True, disable=None)
+        wait = 0 if sys.stderr.isatty() else 60
+        self.bar = tqdm(
+            total=total_bytes or None, desc="tokenizing", unit="B", unit_scale=True,
+            mininterval=wait or 0.1, delay=wait,
+        )  # fmt: skip
         self.begin = time.perf_counter()
         self.documents = self.tokens = self.text_bytes = self.finished = 0
 
@@ -333,10 +350,9 @@ class Progress:
         self.move(0)
 
 
-def write_part(files: list[Input], writer: shards.PartWriter, workers: int, progress: Progress):
+def write_part(located: Iterable[tuple[Input, Path]], writer: shards.PartWriter, progress: Progress):
     """Tokenizes a part's files, from where an interrupted run stopped."""
     document, skip = 0, writer.tokens_done  # the number of the next document; tokens that are written already
-    located = shards.prepared(((file, file.locate()) for file in files), depth=1)  # downloads the next file
 
     def batches() -> Iterator[tuple[Batch, Input | None]]:
         for file, path in located:
@@ -348,150 +364,105 @@ def write_part(files: list[Input], writer: shards.PartWriter, workers: int, prog
         if finished:
             progress.finish_file(finished.size)
             continue
-        batch = batch._replace(continues=batch.continues and document > 0)
-        first = document - batch.continues  # of this batch; it may have begun in the last one
+        continues = batch.continues and document > 0
+        first = document - continues  # of this batch; it may have begun in the last one
         document = first + len(batch.texts)
         done = min(max(0, writer.documents_done - first), len(batch.texts))
-        ids = tokenizer.encode_corpus(batch.texts[done:], workers, batch.continues and not done)
+        batch = batch._replace(texts=batch.texts[done:], continues=continues and not done)
+        ids = tokenizer.encode_corpus(batch.texts, batch.continues)
         writer.write(ids[skip:])
         progress.update(batch, len(ids))
         skip -= min(skip, len(ids))
-    writer.close()
 
 
-def prepare(cfg: Config) -> Path:
-    """Writes the data set that cfg describes, or what is missing of it; returns its folder."""
+def check(cfg: Config):
+    """Raises ValueError for values that cannot work and for flags that the source does not have."""
     for name, least in (("shard_tokens", 1), ("val_tokens", 0), ("workers", 0), ("max_shards", 0)):
         value = getattr(cfg, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more")
+    from_hub = cfg.source.startswith("hf:") and not cfg.tokenized
+    applies = {
+        "config": from_hub or cfg.source in ("fineweb", "fineweb-edu"),
+        "split": from_hub,
+        "max_shards": bool(cfg.tokenized),
+        **dict.fromkeys(("shard_tokens", "val_tokens", "documents", "merge"), not cfg.tokenized),
+    }
+    for name, does in applies.items():
+        if not does and getattr(cfg, name) != getattr(Config, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} does not apply to --source {cfg.source}; leave it out"
+            )
+    if cfg.verify + cfg.inspect + cfg.merge > 1:
+        raise ValueError("--verify, --inspect and --merge are different jobs; give one of them")
+
+
+def prepare(cfg: Config) -> Path:
+    """Writes the data set that cfg describes, or what is missing of it; returns its folder."""
+    check(cfg)
     manifest = existing(cfg)
-    if manifest and manifest["complete"]:
+    if manifest and is_whole(cfg, manifest):
         tokens = sum(shard["tokens"] for shard in manifest["shards"])
         print(f"{cfg.folder} is already complete ({tokens:,} tokens)")
-        return cfg.folder
-    if cfg.tokenized:
+    elif cfg.tokenized:
         summarize(pull(cfg, manifest), cfg.folder)
-        return cfg.folder
+    else:
+        tokenize(cfg, manifest)
+    return cfg.folder
+
+
+def tokenize(cfg: Config, manifest: dict | None):
+    """Writes this process's share of the parts, and joins all parts if they are complete then."""
+    if cfg.workers:
+        os.environ["RAYON_NUM_THREADS"] = str(cfg.workers)  # read once, when gigatoken starts its threads
     rank, world_size = my_share()
     inputs, about = find_inputs(cfg, manifest["revision"] if manifest else None)
     if any(file.split == "val" for file in inputs) and cfg.val_tokens is not None:
         raise ValueError(f"--val-tokens is {cfg.val_tokens}; {cfg.source} has its own validation split")
-    if manifest and manifest["inputs"] != describe(inputs):
-        if world_size > 1:
-            raise ValueError(f"{cfg.source} has changed since {cfg.folder} was begun; remove the folder")
-        print(f"starting again: {cfg.source} has changed since {cfg.folder} was begun")
-        shards.clear(cfg.folder)
     parts = in_parts(inputs)
-    manifest = shards.begin(
-        cfg.folder,
-        {
-            "name": cfg.dataset_name,
-            **about,
-            "request": cfg.request,
-            "tokenizer": {"name": "gpt2", "sha256": tokenizer.RANKS_SHA256},
-            "inputs": describe(inputs),
-            "parts": len(parts),
-        },
-    )
+    plan = {
+        "name": cfg.dataset_name,
+        **about,
+        "request": cfg.request,
+        "tokenizer": {"name": "gpt2", "sha256": tokenizer.RANKS_SHA256},
+        "inputs": describe(inputs),
+        "parts": len(parts),
+    }
+    manifest = shards.begin(cfg.folder, plan)
+    if changed := [key for key in plan if manifest.get(key) != plan[key]]:
+        if world_size > 1 or written(cfg.folder):
+            raise ValueError(
+                f"{cfg.folder} was begun with another {', '.join(changed)}: {cfg.source} has changed since, "
+                "or another process has other flags. Remove the folder to start again"
+            )
+        shards.clear(cfg.folder)
+        manifest = shards.begin(cfg.folder, plan)
     mine = [n for n in shards.missing_parts(cfg.folder, manifest) if n % world_size == rank]
-    check_disk(cfg, [file for n in mine for file in parts[n]])
+    check_disk(cfg, [parts[n] for n in mine])
     progress = Progress(sum(file.size for n in mine for file in parts[n]))
+    # While a file is read, the next is downloaded.
+    located = shards.prepared(((file, file.locate()) for n in mine for file in parts[n]), depth=1)
     for n in mine:
         split = parts[n][0].split
         val_tokens = cfg.val_tokens if n == 0 and not split else 0
-        with shards.PartWriter(cfg.folder, n, cfg.shard_tokens, val_tokens, split or "train") as writer:
+        begun = shards.plan_of(manifest)
+        with shards.PartWriter(
+            cfg.folder, n, cfg.shard_tokens, val_tokens, split or "train", begun
+        ) as writer:
             if writer.shards:
                 print(f"part {n}: going on after {len(writer.shards)} whole shards", flush=True)
-            write_part(parts[n], writer, cfg.workers, progress)
-        if writer.val_left and len(parts) > 1:
-            shards.clear(cfg.folder)
-            raise ValueError(
-                f"--val-tokens is {cfg.val_tokens}; validation is taken from the first part of {cfg.source}, "
-                f"which has {writer.tokens:,} tokens: give fewer"
-            )
-        if cfg.clear_cache:
-            shards.verify_part(cfg.folder, n)
-            for file in parts[n]:
-                if file.download:
-                    file.download.unlink(missing_ok=True)
+            write_part(islice(located, len(parts[n])), writer, progress)
+            writer.close(read_back=cfg.clear_cache)
+        for file in parts[n]:
+            if cfg.clear_cache and file.download:
+                file.download.unlink(missing_ok=True)
     progress.bar.close()
-    join(cfg, manifest, f"process {rank} of {world_size} is done; ")
-    return cfg.folder
-
-
-def existing(cfg: Config) -> dict | None:
-    """The manifest in the folder, complete or not, if the same request made it. Raises ValueError if another
-    did, or if the source has changed since."""
-    path = cfg.folder / shards.MANIFEST
-    if not path.is_file():
-        return None
-    manifest = shards.load_manifest(path)
-    old, new = manifest.get("request", {}), cfg.request
-    if old != new:
-        written = [path for path in cfg.folder.rglob("*") if path.suffix in (".npy", ".bin")]
-        if not manifest["complete"] and not written:
-            shards.clear(cfg.folder)  # an attempt that failed before it had written anything
-            return None
-        changed = [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in new if old.get(key) != new[key]]
-        raise ValueError(
-            f"{cfg.folder} holds another data set ({', '.join(changed)}); remove it, or give another --name "
-            "or --out-dir"
-        )
-    if not manifest["complete"]:
-        return manifest
-    shutil.rmtree(cfg.folder / shards.PARTS, ignore_errors=True)  # if joining them was cut short at its end
-    try:
-        for shard in manifest["shards"]:
-            shards.open_shard(cfg.folder / shard["file"], shard["tokens"])
-    except (ValueError, FileNotFoundError) as error:
-        if cfg.tokenized:  # what is missing is fetched again
-            return {**manifest, "complete": False}
-        print(f"starting again: {error}")
-        shards.clear(cfg.folder)
-        return None
-    if cfg.tokenized:
-        have = sum(shard["split"] == "train" for shard in manifest["shards"])
-        return {**manifest, "complete": have >= (cfg.max_shards or manifest["available"])}
-    with contextlib.suppress(FileNotFoundError):  # the text may be gone once it is in shards
-        if cfg.is_local and describe(find_inputs(cfg, None)[0]) != manifest["inputs"]:
-            raise ValueError(
-                f"{cfg.source} has changed since {cfg.folder} was made from it; remove the folder to make it "
-                "again, or give another --name or --out-dir"
-            )
-    return manifest
-
-
-def describe(inputs: list[Input]) -> dict:
-    """What identifies a list of input files."""
-    listing = json.dumps([(file.name, file.size, file.version, file.split) for file in inputs])
-    size, digest = sum(file.size for file in inputs), hashlib.sha256(listing.encode()).hexdigest()
-    return {"files": len(inputs), "bytes": size, "listing_sha256": digest}
-
-
-def check_disk(cfg: Config, files: list[Input]):
-    """Raises OSError if the shards, and the downloads that are kept meanwhile, will not fit."""
-    # English has 4.4 bytes a token, of which a shard takes 2; packed files hold twice their size of it.
-    plain = sum(file.size for file in files if file.name.endswith(documents.SUFFIXES[:4]))
-    packed = sum(file.size for file in files) - plain
-    need = 0.45 * plain + 1.0 * packed
-    sizes = [file.size for file in files if file.download and not file.download.exists()]
-    need += sum(sorted(sizes)[-3:]) if cfg.clear_cache else sum(sizes)
-    free = shutil.disk_usage(cfg.folder).free
-    if need > free:
-        raise OSError(
-            f"{cfg.folder} needs about {need / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: "
-            "make room, give another --out-dir, or use --clear-cache, which keeps few downloads at a time"
-        )
-
-
-def join(cfg: Config, manifest: dict, done: str = ""):
-    """Completes the data set if all its parts are there, or says what is missing."""
     missing = shards.missing_parts(cfg.folder, manifest)
     if missing and not shards.is_complete(cfg.folder):
         print(
-            f"{done}{len(missing)} of {manifest['parts']} parts are still missing in {cfg.folder}. The last "
-            "process to finish joins them; if folders share no disk, copy parts/ into one and use --merge"
+            f"process {rank} of {world_size} is done; {len(missing)} of {len(parts)} parts are still missing "
+            f"in {cfg.folder}. The last process to finish joins them; if folders share no disk, copy parts/ "
+            "into one and use --merge"
         )
         return
     summarize(shards.merge(cfg.folder), cfg.folder)
@@ -502,12 +473,92 @@ def join(cfg: Config, manifest: dict, done: str = ""):
         print(f"{size / 1e9:.1f} GB of downloads are in {cfg.downloads}; --clear-cache removes them")
 
 
+def existing(cfg: Config) -> dict | None:
+    """The manifest in the folder, complete or not, if the same request made it. Raises ValueError if another
+    did."""
+    path = cfg.folder / shards.MANIFEST
+    if not path.is_file():
+        return None
+    manifest = shards.load_manifest(path)
+    old, new = manifest.get("request", {}), cfg.request
+    if old == new:
+        return manifest
+    if not manifest["complete"] and not written(cfg.folder):
+        shards.clear(cfg.folder)  # an attempt that failed before it had written anything
+        return None
+    changed = [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in new if old.get(key) != new[key]]
+    raise ValueError(
+        f"{cfg.folder} holds another data set ({', '.join(changed)}); remove it, or give another --name or "
+        "--out-dir"
+    )
+
+
+def written(folder: Path) -> bool:
+    """Whether the folder holds shards, of the whole or of parts."""
+    return any(path.suffix in (".npy", ".bin") for path in folder.rglob("*"))
+
+
+def is_whole(cfg: Config, manifest: dict) -> bool:
+    """Whether nothing is left to do. Raises ValueError if a shard that we made is damaged, or if the source
+    has changed since."""
+    if not manifest["complete"]:
+        return False
+    shutil.rmtree(cfg.folder / shards.PARTS, ignore_errors=True)  # if joining them was cut short at its end
+    try:
+        for shard in manifest["shards"]:
+            shards.open_shard(cfg.folder / shard["file"], shard["tokens"])
+    except (ValueError, FileNotFoundError) as error:
+        if cfg.tokenized:  # what is missing is fetched again
+            return False
+        raise ValueError(f"{error} (remove {cfg.folder} first)") from error
+    if cfg.tokenized:
+        have = sum(shard["split"] == "train" for shard in manifest["shards"])
+        return have >= (cfg.max_shards or manifest["available"])
+    with contextlib.suppress(FileNotFoundError):  # the text may be gone once it is in shards
+        if cfg.is_local and describe(find_inputs(cfg, None)[0]) != manifest["inputs"]:
+            raise ValueError(
+                f"{cfg.source} has changed since {cfg.folder} was made from it; remove the folder to make it "
+                "again, or give another --name or --out-dir"
+            )
+    return True
+
+
+def describe(inputs: list[Input]) -> dict:
+    """What identifies a list of input files."""
+    listing = json.dumps([(file.name, file.size, file.version, file.split) for file in inputs])
+    size, digest = sum(file.size for file in inputs), hashlib.sha256(listing.encode()).hexdigest()
+    return {"files": len(inputs), "bytes": size, "listing_sha256": digest}
+
+
+def check_disk(cfg: Config, parts: list[list[Input]]):
+    """Raises OSError if the shards, and the downloads that are kept meanwhile, will not fit."""
+    # English has 4.4 bytes a token, of which a shard takes 2; FineWeb-Edu's parquet files take 2.9 a token.
+    sizes = [
+        file.size * (0.7 if Path(file.name).suffix in PACKED else 0.45) for part in parts for file in part
+    ]
+    downloads = [
+        sum(file.size for file in part if file.download and not file.download.exists()) for part in parts
+    ]
+    kept = sum(sorted(downloads)[-3:] if cfg.clear_cache else downloads)
+    need_room(cfg.folder, sum(sizes) + kept, "use --clear-cache, which keeps few downloads at a time")
+
+
+def need_room(folder: Path, need: float, advice: str):
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise OSError(
+            f"{folder} needs about {need / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: make room, "
+            f"give another --out-dir, or {advice}"
+        )
+
+
 def summarize(manifest: dict, folder: Path):
     for split in shards.SPLITS:
         found = [s for s in manifest["shards"] if s["split"] == split]
-        tokens, count = sum(s["tokens"] for s in found), sum(s["documents"] for s in found)
+        tokens, count = sum(s["tokens"] for s in found), sum(s.get("documents", 0) for s in found)
+        texts = f"{count:>10,} documents  " if count else ""
         if found:
-            print(f"{split:5} {tokens:>14,} tokens  {count:>10,} documents  {len(found)} shards  in {folder}")
+            print(f"{split:5} {tokens:>14,} tokens  {texts}{len(found)} shards  in {folder}")
 
 
 # -----------------------------------------------------------------------------
@@ -518,7 +569,7 @@ def pull(cfg: Config, manifest: dict | None) -> dict:
     """Fetches shards that are on the Hub, ours or llm.c's, if they are not here, and checks each; returns the
     manifest."""
     location = cfg.tokenized.partition("@")[0] + f"@{manifest['revision']}" if manifest else cfg.tokenized
-    source = shards.HubFolder(location)
+    source = shards.HubFolder(location, cache_bytes=math.inf)
     train = [entry for entry in source.entries if entry["split"] == "train"]
     wanted = [entry for entry in source.entries if entry["split"] != "train"] + train[
         : cfg.max_shards or None
@@ -526,6 +577,8 @@ def pull(cfg: Config, manifest: dict | None) -> dict:
     about = {"name": cfg.dataset_name, "source": source.name, "request": cfg.request, "parts": 0}
     about |= {"revision": source.commit, "available": len(train)}
     manifest = shards.begin(cfg.folder, about) | {"complete": True, "shards": []}
+    absent = [entry["file"] for entry in wanted if not (cfg.folder / entry["file"]).exists()]
+    need_room(cfg.folder, sum(source.files[name].size for name in absent), "give a smaller --max-shards")
     for entry in tqdm(wanted, desc="fetching", unit=" shards", disable=None):
         file, path = source.files[entry["file"]], cfg.folder / entry["file"]
         if path.is_file() and not file.is_whole(path):
@@ -555,9 +608,8 @@ def inspect(folder: Path, most_shards: int = 20):
     facts = {key: value for key, value in manifest.items() if key != "shards"}
     print(json.dumps(facts, indent=2, ensure_ascii=False))
     for shard in manifest["shards"]:
-        ids = shards.open_shard(folder / shard["file"], shard.get("tokens"))
-        documents = f", {shard['documents']:,} documents" if "documents" in shard else ""
-        print(f"{shard['file']}: {len(ids):,} tokens{documents}")
+        shard.setdefault("tokens", len(shards.open_shard(folder / shard["file"])))
+    summarize(manifest, folder)
 
     draw = random.Random(0)
     entries = draw.sample(manifest["shards"], min(most_shards, len(manifest["shards"])))
@@ -590,19 +642,21 @@ def histogram(lengths: np.ndarray):
 
 
 def main(cfg: Config):
+    check(cfg)
     if cfg.verify:
         manifest = shards.verify(cfg.folder)
         print(f"{cfg.folder}: all {len(manifest['shards'])} shards are as written")
-    elif cfg.inspect:
-        inspect(cfg.folder)
-    elif cfg.merge:
-        join(cfg, shards.load_manifest(cfg.folder / shards.MANIFEST))
+        return
+    if cfg.inspect:
+        return inspect(cfg.folder)
+    if cfg.push_to:
+        remote.check_push(cfg.push_to)
+    if cfg.merge:
+        summarize(shards.merge(cfg.folder), cfg.folder)
     else:
-        if cfg.push_to:
-            remote.check_push(cfg.push_to)
         prepare(cfg)
-        if cfg.push_to:
-            push(cfg)
+    if cfg.push_to and shards.is_complete(cfg.folder):  # by the process that completes it
+        push(cfg)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
     push("org/name", folder, ["manifest.json", ...])
 
 Nothing is at its final name before its bytes are checked against the hash that was expected, and a connection
-that breaks or stalls is tried again, from where it stopped, until PATIENCE is over. huggingface_hub does the
-talking: it obeys HF_TOKEN (or `hf auth login`), HF_ENDPOINT and HF_HUB_OFFLINE.
+that breaks or stalls is tried again until PATIENCE is over (DOWNLOAD_PATIENCE in the environment).
+huggingface_hub does the talking: it obeys HF_TOKEN (or `hf auth login`), HF_ENDPOINT and HF_HUB_OFFLINE.
 """
 
 import contextlib
@@ -79,6 +79,15 @@ def hash_file(path: Path, digest: Any = None) -> str:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def flush(path: Path):
+    """Makes a file's bytes, or the renames in a folder, outlast a power cut."""
+    if os.name == "nt" and path.is_dir():  # Windows keeps its folders itself
+        return
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 # -----------------------------------------------------------------------------
@@ -219,7 +228,9 @@ def fetch(file: HubFile, folder: Path) -> Path:
             arrived.unlink()
             raise OSError(f"{size:,} bytes arrived that are not the {file.size:,} that were listed")
         path.parent.mkdir(parents=True, exist_ok=True)
+        flush(arrived)
         os.replace(arrived, path)
+        flush(path.parent)
         return path
 
     def fetched() -> Path:

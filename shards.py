@@ -62,15 +62,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]):
         raise OSError(error.errno, f"{path} could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    flush_folder(path.parent)
-
-
-def flush_folder(folder: Path):
-    """Makes renames in the folder last through a power cut."""
-    if os.name != "nt":  # Windows keeps its directories itself
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    remote.flush(path.parent)
 
 
 def write_json(path: Path, value: Any):
@@ -127,13 +119,33 @@ class PartWriter:
     """
 
     def __init__(
-        self, folder: Path, part: int, shard_tokens: int, val_tokens: int | None = None, split: str = "train"
+        self,
+        folder: Path,
+        part: int,
+        shard_tokens: int,
+        val_tokens: int | None = None,
+        split: str = "train",
+        plan: str = "",
     ):
+        """`plan` is the `plan_of` the data set. Raises OSError if another process is writing the part, and
+        ValueError if what is there is of another plan."""
+        from filelock import FileLock, Timeout
+
         self.folder, self.shard_tokens, self.split = part_folder(folder, part), shard_tokens, split
         self.pieces: list[np.ndarray] = []
         self.held = 0  # tokens in pieces
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.state = read_part(folder, part) or {"complete": False, "val_tokens": val_tokens, "shards": []}
+        self.lock = FileLock(self.folder.with_suffix(".lock"))
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise OSError(f"another process is writing part {part} of {folder}; wait for it") from error
+        begun = {"plan": plan, "complete": False, "val_tokens": val_tokens, "shards": []}
+        self.state = read_part(folder, part) or begun
+        if self.state["plan"] != plan:
+            raise ValueError(
+                f"{self.folder} belongs to another source, or was begun with other flags; remove it"
+            )
         self.shards: list[dict] = self.state["shards"]
         self._drop_what_is_not_whole()
         if not self.shards:
@@ -150,6 +162,7 @@ class PartWriter:
 
     def __exit__(self, *exc):
         self.thread.shutdown(wait=True)
+        self.lock.release()
 
     @property
     def tokens(self) -> int:
@@ -165,13 +178,24 @@ class PartWriter:
         while self.val_left is not None and self.held >= self._next_size():
             self._write_shard(self._next_size())
 
-    def close(self):
-        """Writes what is left and marks the part as complete."""
+    def close(self, read_back: bool = False):
+        """Writes what is left and marks the part as complete; with read_back, after comparing the shards'
+        bytes on disk with those that were written. Raises ValueError if validation takes all the part has."""
         if self.val_left is None:
             self._set_val_tokens(self.held // 10)
+        if self.val_left and self.val_left >= self.held:
+            raise ValueError(
+                f"the text, or the first part of it, has {self.tokens:,} tokens, of which --val-tokens takes "
+                f"{self.state['val_tokens']:,}: none is left for training; give a smaller --val-tokens"
+            )
         while self.held:
             self._write_shard(min(self.held, self._next_size()))
         self._wait()
+        for shard in self.shards if read_back else []:
+            if remote.hash_file(self.folder / shard["file"]) != shard["sha256"]:
+                raise OSError(
+                    f"{self.folder / shard['file']} does not hold what was written: is the disk sound?"
+                )
         self.state["complete"] = True
         write_json(self.folder / "part.json", self.state)
 
@@ -257,6 +281,12 @@ def part_folder(folder: Path, part: int) -> Path:
     return folder / PARTS / f"{part:06d}"
 
 
+def plan_of(manifest: dict) -> str:
+    """A hash of what a data set is to be made of, which all its parts must agree on."""
+    plan = {key: value for key, value in manifest.items() if key not in ("complete", "shards")}
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
 def read_part(folder: Path, part: int) -> dict | None:
     """What a PartWriter has said of its part, if anything; a damaged part.json says nothing."""
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -305,6 +335,8 @@ def merge(folder: Path) -> dict:
 
 
 def _merge(folder: Path) -> dict:
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} has no {MANIFEST}; fineweb.py makes it when it begins a data set")
     manifest = load_manifest(folder / MANIFEST)
     if manifest["complete"]:
         shutil.rmtree(folder / PARTS, ignore_errors=True)
@@ -315,13 +347,13 @@ def _merge(folder: Path) -> dict:
     parts = [part for number in range(manifest["parts"]) if (part := read_part(folder, number))]
     if len(parts) < manifest["parts"]:
         raise ValueError(f"{folder / PARTS} was removed while its parts were joined")
-    tokens = sum(shard["tokens"] for part in parts for shard in part["shards"])
+    if strangers := [n for n, part in enumerate(parts) if part["plan"] != plan_of(manifest)]:
+        raise ValueError(
+            f"{folder}: parts {strangers} are of another source, revision or flags than {MANIFEST}"
+        )
     if not any(shard["split"] == "train" for part in parts for shard in part["shards"]):
         clear(folder)
-        raise ValueError(
-            f"the text has {tokens:,} tokens, of which --val-tokens takes {parts[0]['val_tokens']:,}: "
-            "none is left for training; give more text or a smaller --val-tokens"
-        )
+        raise ValueError(f"{manifest.get('source')} has no text for training")
     entries = []
     for split in SPLITS:
         found = [
@@ -333,7 +365,7 @@ def _merge(folder: Path) -> dict:
                 os.replace(part_folder(folder, part) / shard["file"], path)
             open_shard(path, shard["tokens"])
             entries.append({**shard, "file": path.name})
-    flush_folder(folder)
+    remote.flush(folder)
     manifest |= {"complete": True, "shards": entries}
     write_json(folder / MANIFEST, manifest)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
@@ -411,14 +443,6 @@ def verify(folder: Path) -> dict:
             raise ValueError(f"{path} does not have the SHA-256 in the manifest: its bytes have changed")
         count_documents(path, ids)
     return manifest
-
-
-def verify_part(folder: Path, part: int):
-    """`verify` for a part that is complete and not yet joined to the others."""
-    for shard in (read_part(folder, part) or {})["shards"]:
-        path = part_folder(folder, part) / shard["file"]
-        if remote.hash_file(path) != shard["sha256"]:
-            raise ValueError(f"{path} does not have the bytes that were written: is the disk sound?")
 
 
 def count_documents(path: Path, ids: np.ndarray) -> int:
@@ -539,11 +563,7 @@ class HubFolder(Folder):
         does not answer."""
         repo, revision = remote.parse_hub(location)
         commit, self.files = remote.list_hub(repo, revision)
-        self.name, self.commit, self.cache_bytes = (
-            f"{remote.HUB_PREFIX}{repo}@{commit[:8]}",
-            commit,
-            cache_bytes,
-        )
+        self.name, self.commit, self.cache_bytes = f"{remote.HUB_PREFIX}{repo}@{commit}", commit, cache_bytes
         self.folder = HUB_CACHE / repo.replace("/", "--") / commit[:12]
         if MANIFEST in self.files:
             remote.fetch(self.files[MANIFEST], self.folder)
@@ -561,6 +581,7 @@ class HubFolder(Folder):
         here = [path for entry in self.entries if (path := self.folder / entry["file"]).is_file()]
         here.sort(key=lambda path: path.stat().st_mtime)
         self.recent = dict.fromkeys(path.name for path in here)  # the last is the one wanted last
+        self.heads: dict[str, np.ndarray] = {}
         self.lock = threading.Lock()
         self.expected: queue.Queue[dict] = queue.Queue()
         # A daemon: a run that is over does not wait for it, as it would for an executor's threads.
@@ -593,10 +614,13 @@ class HubFolder(Folder):
     def head(self, entry: dict, tokens: int) -> np.ndarray | None:
         if tokens > HEAD_TOKENS or "head_sha256" not in entry or entry["file"] in self.recent:
             return None
+        if entry["file"] in self.heads:
+            return self.heads[entry["file"]][:tokens]
         data = remote.read_start(self.files[entry["file"]], NPY_HEADER_BYTES + 2 * HEAD_TOKENS)
         ids = np.frombuffer(data, dtype="<u2", offset=NPY_HEADER_BYTES)
         if hashlib.sha256(ids.tobytes()).hexdigest() != entry["head_sha256"]:
             raise ValueError(f"{self.files[entry['file']].url} does not begin as its {MANIFEST} says")
+        self.heads[entry["file"]] = ids
         return ids[:tokens]
 
     def expect(self, entry: dict):
@@ -657,9 +681,8 @@ class ShardReader:
                 f"{self.folder.name} has {self.num_tokens:,} tokens for {split}; a sequence needs "
                 f"{seq_len + 1:,}: use more text or a smaller --seq-len"
             )
-        self.expected = (-1, -1)  # epoch and place in its order of the shard that was last announced
+        self.announced = (-1, -1)  # epoch and place in its order of the shard that was last announced
         self._open = functools.lru_cache(maxsize=4)(self._open_shard)
-        self._head = functools.lru_cache(maxsize=64)(self._read_head)
         self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
         self._window_order = functools.lru_cache(maxsize=4)(self._draw_window_order)
 
@@ -680,7 +703,7 @@ class ShardReader:
             for step in steps:
                 for micro_step in range(micro_steps):
                     x, y = self.batch(step, micro_step, batch_size, sequences, rank, world_size)
-                    yield (x.pin_memory(), y.pin_memory()) if pin_memory else (x, y)
+                    yield (x.contiguous().pin_memory(), y.contiguous().pin_memory()) if pin_memory else (x, y)
 
         return prepared(make(), depth=4)
 
@@ -700,10 +723,12 @@ class ShardReader:
         epoch, number = divmod(sequence, self.num_windows)
         order, ends, firsts, shift = self._epoch(epoch)
         i = int(np.searchsorted(ends, number, side="right"))
-        if self.expected != (epoch, i):
-            self.expected = epoch, i
+        if self.announced != (epoch, i):
+            self.announced = epoch, i
             following = order[i + 1] if i + 1 < len(order) else self._epoch(epoch + 1)[0][0]
             self.folder.expect(self.entries[int(following)])
+            if order[i] + 1 < len(order) and "head_sha256" not in self.entries[order[i] + 1]:
+                self.folder.expect(self.entries[order[i] + 1])  # one window reaches into it
         shard, begin = int(order[i]), int(ends[i - 1]) if i else 0
         windows = self._window_order(epoch, shard, int(firsts[shard + 1] - firsts[shard]))
         window = int(firsts[shard] + windows[number - begin])
@@ -721,7 +746,7 @@ class ShardReader:
             while filled < len(row):  # a window may reach over the end of a shard
                 i = int(np.searchsorted(self.ends, begin + filled, side="right"))
                 offset, wanted = begin + filled - int(self.ends[i]) + self.sizes[i], len(row) - filled
-                part = self._head(i, min(wanted, self.sizes[i])) if filled else None
+                part = self.folder.head(self.entries[i], min(wanted, self.sizes[i])) if filled else None
                 if part is None:
                     part = self._open(i)[offset : offset + wanted]
                 if int(part.max()) >= self.vocab_size:
@@ -752,9 +777,6 @@ class ShardReader:
             return open_shard(self.folder.path(self.entries[i]), self.sizes[i])
         except FileNotFoundError:  # another run with the same cache has made room, just now
             return open_shard(self.folder.path(self.entries[i]), self.sizes[i])
-
-    def _read_head(self, i: int, tokens: int) -> np.ndarray | None:
-        return self.folder.head(self.entries[i], tokens)
 
     def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """The order of the shards, how many windows have passed after each of them in that order, the first

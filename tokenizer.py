@@ -17,7 +17,6 @@ import base64
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,21 +138,17 @@ def decode_bytes(ids) -> bytes:
     return tiktoken_encoding().decode_bytes(ids)
 
 
-def encode_corpus(documents: "list[str] | pa.Array", workers: int = 0, continues: bool = False) -> np.ndarray:
+def encode_corpus(documents: "list[str] | pa.Array", continues: bool = False) -> np.ndarray:
     """Many documents at once, a list or an Arrow array of strings: their ids as one uint16 stream (N,), each
     document after a 50256; not the first, if it `continues` a document of which the ids are already known.
-    `workers` threads (0: all cores); their number does not change the result."""
+    All cores work on it (or RAYON_NUM_THREADS); their number does not change the result."""
     import pyarrow as pa
 
-    if workers:
-        os.environ.setdefault(
-            "RAYON_NUM_THREADS", str(workers)
-        )  # read once, when gigatoken starts its threads
     if not len(documents):
         return np.empty(0, dtype=np.uint16)
     if isinstance(documents, list):
         documents = pa.array([replace_surrogates(document) for document in documents], pa.large_string())
-    layout: Any = gigatoken_tokenizer().encode_batch(as_awkward(documents), parallel=workers != 1).layout
+    layout: Any = gigatoken_tokenizer().encode_batch(as_awkward(documents)).layout
     offsets = np.asarray(layout.offsets.data, dtype=np.int64)
     ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
     starts = offsets[1 if continues else 0 : -1] - offsets[0]

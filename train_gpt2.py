@@ -57,7 +57,8 @@ class Config:
     """Folder of token shards, as fineweb.py makes them, or hf://datasets/org/name: shards on the Hugging Face
     Hub, fetched as they are needed."""
     cache_gb: float = 20.0
-    """Disk space for shards from the Hub, under data/hub/; those not needed for longest make room."""
+    """Disk space for a data set's shards from the Hub, under data/hub/; those not needed for longest make
+    room."""
     # model
     model_size: str = "124M"
     """124M, 350M, 774M or 1558M, or gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
@@ -441,7 +442,9 @@ def find_data(cfg: Config, process: Process) -> shards.Folder:
     """The shards: on the Hub, or in a folder relative to here or to this script; the demo's are made if
     missing."""
     if cfg.dataset_path.startswith(remote.HUB_PREFIX):
-        return shards.HubFolder(cfg.dataset_path, 1e9 * cfg.cache_gb)
+        first = shards.HubFolder(cfg.dataset_path, 1e9 * cfg.cache_gb) if process.rank == 0 else None
+        location = process.agree(first and first.name)  # with its commit: the same for all
+        return first or shards.HubFolder(location, 1e9 * cfg.cache_gb)
     data = Path(cfg.dataset_path)
     data = data if data.exists() or data.is_absolute() else ROOT / data
     if process.rank == 0 and data.name == "pydocs" and not shards.is_complete(data):

@@ -57,8 +57,8 @@ def write_shards(
     folder: Path, *pieces: np.ndarray, shard_tokens: int = 100, val_tokens: int | None = 10
 ) -> dict:
     """A data set of one part; returns its manifest."""
-    shards.begin(folder, ABOUT)
-    with shards.PartWriter(folder, 0, shard_tokens, val_tokens) as writer:
+    plan = shards.plan_of(shards.begin(folder, ABOUT))
+    with shards.PartWriter(folder, 0, shard_tokens, val_tokens, plan=plan) as writer:
         for piece in pieces:
             writer.write(piece)
         writer.close()

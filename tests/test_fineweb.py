@@ -117,7 +117,8 @@ def stream_of(folder: Path) -> np.ndarray:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def decoded(folder: Path) -> list[str]:
@@ -225,7 +226,6 @@ BAD_FILES = {
         GOOD + b'{"body": "x", "url": "y"}\n',
         r"a\.jsonl: line 2.*'text'.*body, url.*--text-field",
     ),
-    "text that is null": ("a.jsonl", b'{"text": null}', r"a\.jsonl: line 1"),
     "text that is a number": ("a.jsonl", GOOD * 2 + b'{"text": 5}', r"a\.jsonl: line 3"),
     "a row that is a list": ("a.jsonl", GOOD + b"[1]", r"a\.jsonl: line 2"),
     "a row that is a word": ("a.jsonl", b'"text"', r"a\.jsonl: line 1"),
@@ -338,7 +338,13 @@ def test_a_finished_data_set_is_kept_and_another_does_not_replace_it(tmp_path, c
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
-def test_an_interrupted_run_starts_again_if_its_text_has_changed(tmp_path, capsys):
+def test_a_null_is_an_empty_document_in_every_format(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": null}\n{"text": "one"}')
+    (tmp_path / "b.parquet").write_bytes(parquet([None, "two"]))
+    assert decoded(prepare(tmp_path, tmp_path / "out")) == ["", "one", "", "two"]
+
+
+def test_a_run_that_failed_before_it_wrote_anything_does_not_stand_in_the_way(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["Some words. " * 30] * 5) + b"{")
     with pytest.raises(ValueError, match="line 6"):
         prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=10)
@@ -346,7 +352,21 @@ def test_an_interrupted_run_starts_again_if_its_text_has_changed(tmp_path, capsy
         shards.read_manifest(tmp_path / "out")
     (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
     assert decoded(prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=10)) == DOCUMENTS
-    assert "starting again" in capsys.readouterr().out
+
+
+def test_what_a_run_has_written_is_not_thrown_away_when_its_text_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr("documents.BATCH_BYTES", 300)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["Some words. " * 30] * 5) + b"{")
+    with pytest.raises(ValueError, match="line 6"):
+        prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=10, val_tokens=10)
+    before = files_of(tmp_path / "out")
+    assert sum(name.endswith(".npy") for name in before) > 3
+    (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
+    with pytest.raises(
+        ValueError, match=r"begun with another inputs.*a\.jsonl has changed.*Remove the folder"
+    ):
+        prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=10, val_tokens=10)
+    assert files_of(tmp_path / "out") == before
 
 
 def test_a_complete_data_set_is_refused_if_its_text_has_changed_and_kept_if_it_is_gone(tmp_path, capsys):
@@ -363,11 +383,65 @@ def test_a_complete_data_set_is_refused_if_its_text_has_changed_and_kept_if_it_i
     assert files_of(out) == before
 
 
-def test_a_data_set_that_lost_a_shard_is_made_again(tmp_path):
+def test_a_data_set_that_lost_a_shard_is_refused_and_keeps_the_others(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
-    out = prepare(tmp_path / "a.jsonl", tmp_path / "out")
+    out = prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=50)
     next(out.glob("*_train_*.npy")).unlink()
-    assert decoded(prepare(tmp_path / "a.jsonl", out)) == DOCUMENTS
+    before = files_of(out)
+    with pytest.raises(ValueError, match=r"_train_\d+\.npy is missing.*\(remove .*out first\)"):
+        prepare(tmp_path / "a.jsonl", out, shard_tokens=50)
+    assert files_of(out) == before
+
+
+WRONG_FLAGS = [
+    dict(max_shards=2),
+    dict(split="test"),
+    dict(source="fineweb-edu-10BT", config="CC-MAIN-2024-10"),
+    dict(source="hf://datasets/org/name", val_tokens=10),
+    dict(source="fineweb-edu-10B-gpt2", shard_tokens=10),
+    dict(verify=True, inspect=True),
+]
+
+
+@pytest.mark.parametrize("flags", WRONG_FLAGS, ids=str)
+def test_flags_that_would_do_nothing_are_refused(tmp_path, flags):
+    with pytest.raises(ValueError, match=r"does not apply to --source|different jobs"):
+        fineweb.main(fineweb.Config(**{"source": str(tmp_path), "out_dir": str(tmp_path / "out"), **flags}))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"RANK": "3"}, {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "2"}],
+)
+def test_a_process_beyond_the_last_is_refused(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"which cannot be.*RANK and WORLD_SIZE"):
+        fineweb.my_share()
+
+
+def test_two_processes_do_not_write_one_part(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
+    with (
+        shards.PartWriter(tmp_path / "out", 0, 100),
+        pytest.raises(OSError, match="another process is writing"),
+    ):
+        prepare(tmp_path / "a.jsonl", tmp_path / "out")
+    assert decoded(prepare(tmp_path / "a.jsonl", tmp_path / "out")) == DOCUMENTS
+
+
+def test_parts_of_another_text_are_not_joined(tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "PART_BYTES", 1)
+    for machine in (0, 1):
+        (tmp_path / "a.jsonl").write_bytes(jsonl(["one", "two"]))
+        (tmp_path / "b.jsonl").write_bytes(jsonl(["three", "four" * (1 + machine)]))
+        for name, value in as_process(machine, 2).items():
+            monkeypatch.setenv(name, value)
+        prepare(tmp_path / "*.jsonl", tmp_path / f"machine{machine}")
+    shutil.copytree(tmp_path / "machine1/parts/000001", tmp_path / "machine0/parts/000001")
+    with pytest.raises(ValueError, match=r"parts \[1\] are of another source"):
+        shards.merge(tmp_path / "machine0")
 
 
 @pytest.mark.parametrize(
@@ -397,7 +471,7 @@ def test_names_that_are_no_file_names_are_refused(name):
 
 
 def ids_of(batches: Iterable[Batch]) -> list[int]:
-    return np.concatenate([tokenizer.encode_corpus(b.texts, 1, b.continues) for b in batches]).tolist()
+    return np.concatenate([tokenizer.encode_corpus(b.texts, b.continues) for b in batches]).tolist()
 
 
 def pieces_of(text: str, batch_bytes: int) -> list[Batch]:
@@ -923,7 +997,7 @@ def test_parts_made_in_separate_folders_are_copied_together_and_merged(tmp_path,
     all_parts = tmp_path / "machine2"
     arguments = ("--source", texts, "--out-dir", all_parts, "--merge")
     run = script(*arguments)
-    assert "5 of 7 parts are still missing" in run.stdout + run.stderr
+    assert run.returncode == 2 and "of 7 parts, these are missing or incomplete: 0, 1, 3, 4, 6" in run.stderr
     assert not shards.is_complete(all_parts)
     for rank in range(2):
         shutil.copytree(tmp_path / f"machine{rank}" / "parts", all_parts / "parts", dirs_exist_ok=True)
@@ -952,7 +1026,7 @@ def test_of_several_processes_none_starts_again_when_the_text_has_changed(tmp_pa
     prepare(texts, tmp_path / "many", **OPTIONS)
     before = files_of(tmp_path / "many")
     (texts / "03.jsonl").write_bytes(jsonl(["changed"]))
-    with pytest.raises(ValueError, match=r"has changed since .*many was begun"):
+    with pytest.raises(ValueError, match=r"many was begun with another inputs.*has changed since"):
         prepare(texts, tmp_path / "many", **OPTIONS)
     assert files_of(tmp_path / "many") == before
 
@@ -975,7 +1049,7 @@ def test_a_disk_that_is_too_small_is_refused_with_both_numbers_before_the_work(t
     monkeypatch.setattr("documents.read_file", lambda *args: pytest.fail("has been read"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3_210_000_000))
-    with pytest.raises(OSError, match=r"out needs about 6\.5 GB and its disk has 3\.2 GB free.*--out-dir"):
+    with pytest.raises(OSError, match=r"out needs about 5\.9 GB and its disk has 3\.2 GB free.*--out-dir"):
         prepare(tmp_path, tmp_path / "out")
     (tmp_path / "a.txt").unlink()
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(DOCUMENTS)))
@@ -989,7 +1063,7 @@ def test_a_disk_that_is_too_small_is_refused_with_both_numbers_before_the_work(t
 )
 def test_an_input_with_no_text_at_all_is_refused(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=r"the text has [01] tokens.*none is left for training|not text"):
+    with pytest.raises(ValueError, match=r"none is left for training|no text for training|not text"):
         prepare(tmp_path / name, tmp_path / "out", val_tokens=1)
     assert not list(tmp_path.rglob("*.npy"))
     (tmp_path / name).unlink()
@@ -1056,7 +1130,7 @@ def test_inspect_tells_how_long_documents_are_and_how_many_bytes_a_token_is(tmp_
     }
     tokens = sum(len(tokenizer.encode(text)) for text in texts)
     assert f"{sum(map(len, texts)) / tokens:.2f} bytes a token (from 1 shards)" in run.stdout
-    assert f"a_train_000000.npy: {tokens + len(texts)} tokens, {len(texts)} documents" in run.stdout
+    assert re.search(rf"train +{tokens + len(texts)} tokens +{len(texts)} documents  1 shards", run.stdout)
     assert "'one two three'" in run.stdout
 
 
@@ -1064,7 +1138,7 @@ def test_inspect_looks_into_folders_without_a_manifest(tmp_path, script):
     np.save(tmp_path / "x_train_000000.npy", np.array([50256, 15496, 11, 995, 50256, 0], dtype=np.uint16))
     run = script("--out-dir", tmp_path, "--inspect")
     assert (run.returncode, run.stderr) == (0, "")
-    assert "x_train_000000.npy: 6 tokens" in run.stdout
+    assert re.search(r"train +6 tokens  1 shards", run.stdout)
     assert "median 3, longest 3" in run.stdout
     assert "'Hello, world'" in run.stdout
 
@@ -1180,7 +1254,7 @@ def test_the_command_line_writes_verifies_and_inspects(tmp_path, script):
 
     run = script(*flags, "--inspect")
     assert (run.returncode, run.stderr) == (0, "")
-    assert "toy_val_000000.npy: 20 tokens" in run.stdout
+    assert re.search(r"val +20 tokens ", run.stdout)
     assert tokenizer.RANKS_SHA256 in run.stdout
     assert "'<|endoftext|> is text here'" in run.stdout
 

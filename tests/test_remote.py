@@ -613,7 +613,8 @@ def test_downloads_of_an_older_revision_are_not_taken_for_the_newest(client, hub
     cfg = dict(source=f"hf:{repo}", name="it", out_dir=str(tmp_path))
     client(PREPARE, cfg=cfg)
     newer = hub.commit(f"datasets/{repo}", {"train.jsonl": jsonl(["new"] * 50)})
-    next(tmp_path.glob("*_train_*.npy")).unlink()  # it is made again, from what there is now
+    for path in [*tmp_path.glob("*.npy"), tmp_path / "manifest.json"]:
+        path.unlink()  # it is made again, from what there is now
     client(PREPARE, cfg=cfg)
     assert shards.verify(tmp_path)["revision"] == newer
     assert decoded(tmp_path) == ["new"] * 50

@@ -44,7 +44,7 @@ def split_stream(stream: np.ndarray) -> list[list[int]]:
 
 
 def from_corpus(text: str) -> list[int]:
-    first, *ids = tokenizer.encode_corpus([text], workers=1).tolist()
+    first, *ids = tokenizer.encode_corpus([text]).tolist()
     assert first == 50256
     return ids
 
@@ -117,16 +117,9 @@ def test_lone_surrogates_become_the_replacement_character_and_pairs_their_charac
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.one_of(texts, with_surrogates), max_size=8))
 def test_a_corpus_is_each_document_after_one_end_of_text(documents):
-    stream = tokenizer.encode_corpus(documents, workers=1)
+    stream = tokenizer.encode_corpus(documents)
     assert stream.dtype == np.uint16
     assert split_stream(stream) == [tokenizer.encode(document) for document in documents]
-
-
-def test_the_number_of_workers_does_not_change_the_stream():
-    documents = [f"Document {i}: {'naïve words, ' * (i % 7)}{END}\n\n{i * 37}" for i in range(3000)] + AWKWARD
-    one, two, all_cores = (tokenizer.encode_corpus(documents, workers) for workers in (1, 2, 0))
-    assert one.tolist() == two.tolist() == all_cores.tolist()
-    assert split_stream(one) == [tokenizer.encode(document) for document in documents]
 
 
 def test_a_corpus_without_documents_is_empty():
@@ -144,7 +137,7 @@ def test_end_of_text_is_plain_text_unless_asked_for():
 
 
 def test_end_of_text_in_a_document_does_not_split_it():
-    stream = tokenizer.encode_corpus([f"one{END} two", END], workers=1)
+    stream = tokenizer.encode_corpus([f"one{END} two", END])
     assert np.flatnonzero(stream == 50256).tolist() == [0, len(tokenizer.encode(f"one{END} two")) + 1]
 
 
