@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+import fineweb
 import train_gpt2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,3 +58,12 @@ def test_ci_runs_the_two_commands_of_the_quick_start():
     quick_start = [line for line in BLOCKS[0].splitlines() if line]
     assert len(quick_start) == 2 and "train_gpt2.py demo" in quick_start[0] and "pytest" in quick_start[1]
     assert "quick_start" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_every_source_is_in_the_table_and_in_the_help():
+    (table,) = re.findall(r"^\| `--source` .*?\n\n", README, flags=re.DOTALL | re.MULTILINE)
+    named = set(re.findall(r"`([a-z][\w.-]*)`", table.replace("`-", "`fineweb-")))
+    sources = {*fineweb.HUB_SOURCES, *fineweb.TOKENIZED_SOURCES, "tiny-shakespeare", "pydocs"}
+    long = {name for name in sources if not name.endswith(("-100BT", "-350BT"))}
+    assert long <= named
+    assert not [name for name in long if name not in (fineweb.__doc__ or "")]
