@@ -875,9 +875,10 @@ def kill_and_compare(tmp_path: Path, source: Path, kills: int, shard_tokens: int
         else:
             landed += run.returncode != 0 and len(list(out.glob("parts/*/*.npy"))) > 0
     assert landed >= max(1, kills // 2)
+    part = shards.read_part(out, 0)  # the last kill may have come too late: the run was complete
     run = cli(*command[2:])
     assert run.returncode == 0, run.stderr
-    assert "going on after" in run.stdout
+    assert ("going on after" in run.stdout) == bool(part and part["shards"] and not part["complete"])
     assert published(files_of(out)) == expected
 
 
