@@ -11,25 +11,30 @@ A directory of that name is whole or does not exist: it is written under a tempo
 file, and renamed. Nothing in it can run code when it is loaded.
 """
 
+import contextlib
 import ctypes
+import errno
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import remote
 from model import END_OF_TEXT, GPT, HUB_NAMES, SIZES, GPTConfig, config_to_hf, to_hf
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+PRUNED = ".pruned"  # a file in a checkpoint that is being removed
 STEP_NAME = re.compile(r"step_(\d{6,})")
 LOG_ROOT = Path(__file__).resolve().parent / "log"
 
@@ -56,11 +61,21 @@ def save(
 
     weights: the unwrapped model's state dict; optimizer: flat tensors by name; state: JSON values; files:
     more text files by name (the tokenizer's). A directory of that name which is already there is replaced.
+    Raises OSError, naming the directory (and, if the disk is full, the space that is needed).
     """
     final, temporary = run / f"step_{step:06d}", run / f".tmp_step_{step:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    run.mkdir(parents=True, exist_ok=True)
+    need = sum(tensor.nbytes for tensor in (*weights.values(), *optimizer.values()))
+    free = shutil.disk_usage(run).free
+    if free < need:
+        raise OSError(
+            errno.ENOSPC,
+            f"{final} needs {need / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free: make room and "
+            "go on with --resume, or keep fewer checkpoints (--keep-last)",
+        )
     try:
+        temporary.mkdir()
         save_file(to_hf(weights, config), temporary / "model.safetensors", metadata={"format": "pt"})
         save_file(optimizer, temporary / OPTIMIZER)
         hf_config = config_to_hf(config)
@@ -74,44 +89,89 @@ def save(
         }
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        digests = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
+        digests = {path.name: remote.hash_file(path) for path in sorted(temporary.iterdir())}
         body = {"step": step, **state, "files": digests}
         sealed = {**body, "sha256": sha256_json(body)}
         (temporary / STATE).write_text(json.dumps(sealed, indent=2), encoding="utf-8")
         for path in temporary.iterdir():
-            flush(path)
-        flush(temporary)
+            remote.flush(path)
+        remote.flush(temporary)
         if final.exists():
-            old = run / f".old_step_{step:06d}"
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
+            old = set_aside(final)
             temporary.rename(final)
             shutil.rmtree(old)
         else:
             temporary.rename(final)
-        flush(run)
+        remote.flush(run)
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None) or errno.EIO
+        raise OSError(number, f"{final} ({need / 1e6:,.0f} MB) could not be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
-def flush(path: Path):
-    """Asks the kernel to put a file, or a directory's list of names, on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows keeps its directories itself
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def set_aside(folder: Path) -> Path:
+    """Renames a checkpoint so that nothing takes it for one; returns its new place."""
+    aside = folder.with_name(f".old_{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    return aside
 
 
-def sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def clean(run: Path):
+    """Removes what a killed process left in a run folder. A checkpoint that was set aside for another of its
+    step, which then did not come, is put back."""
+    for left in [*run.glob(".tmp_step_*"), *run.glob(".old_step_*")]:
+        final = run / left.name.removeprefix(".old_")
+        if left.name.startswith(".old_") and not final.exists() and not (left / PRUNED).exists():
+            left.rename(final)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def prune(run: Path, keep_last: int, keep_every: int):
+    """Removes a run's checkpoints but for the newest `keep_last` (0: all), those of steps that `keep_every`
+    divides (0: none), and the one with the lowest validation loss."""
+    found = steps(run)
+    losses = {}
+    for folder in found:
+        with contextlib.suppress(OSError, ValueError):
+            losses[folder] = json.loads((folder / STATE).read_text(encoding="utf-8")).get("val_loss")
+    losses = {folder: loss for folder, loss in losses.items() if loss is not None}
+    best = min(losses, key=lambda folder: losses[folder]) if losses else None
+    for folder in found[:-keep_last] if keep_last else []:
+        step = int(folder.name.removeprefix("step_"))
+        if folder != best and not (keep_every and step % keep_every == 0):
+            (folder / PRUNED).touch()
+            shutil.rmtree(set_aside(folder))
+
+
+class Saver:
+    """Writes a run's checkpoints in a thread, one at a time, while training goes on, and prunes old ones."""
+
+    def __init__(self, run: Path, keep_last: int, keep_every: int):
+        self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.writing: Future[str] | None = None
+
+    def begin(self, step: int, *what: Any):
+        """Starts to write what `save` takes; its tensors must be copies."""
+        self.writing = self.thread.submit(self._save, step, *what)
+
+    def _save(self, step: int, *what: Any) -> str:
+        begin = time.perf_counter()
+        folder = save(self.run, step, *what)
+        prune(self.run, self.keep_last, self.keep_every)
+        return f"saved {folder.name} in {time.perf_counter() - begin:.1f} s"
+
+    def poll(self, wait: bool = False) -> str:
+        """What to say of a checkpoint that has been written since the last call, if one has. Raises OSError
+        if it could not be."""
+        if self.writing and (wait or self.writing.done()):
+            writing, self.writing = self.writing, None
+            return writing.result()
+        return ""
 
 
 def sha256_json(value: Any) -> str:
@@ -135,7 +195,7 @@ def verify(folder: Path) -> dict[str, Any]:
     for name, digest in digests.items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing")
-        if sha256_file(folder / name) != digest:
+        if remote.hash_file(folder / name) != digest:
             raise ValueError(f"{folder / name} is damaged: its SHA-256 is not the one in {STATE}")
     return body
 

@@ -85,9 +85,11 @@ def flush(path: Path):
     """Makes a file's bytes, or the renames in a folder, outlast a power cut."""
     if os.name == "nt" and path.is_dir():  # Windows keeps its folders itself
         return
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 # -----------------------------------------------------------------------------

@@ -15,12 +15,15 @@ untrained model's is ln(50257) = 10.82.
 """
 
 import dataclasses
+import datetime
 import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -30,6 +33,8 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.distributed as dist
 import tyro
+from filelock import FileLock, Timeout
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -106,6 +111,8 @@ class Config:
     num_gpus: int = 1
     """Processes on this machine, one a GPU (on a machine without: CPU processes); what torchrun would
     start."""
+    timeout_seconds: float = 600.0
+    """How long processes wait for one that does not answer."""
     # run
     run_name: str = ""
     """Folder under log/; by default the model and the time."""
@@ -131,6 +138,15 @@ class Config:
     """What the samples begin with."""
     checkpoint_every: int = 5000
     """A checkpoint."""
+    checkpoint_minutes: float = 0.0
+    """Also a checkpoint when the last is this old; 0 for no such rule."""
+    keep_last: int = 0
+    """Keep only the newest so many checkpoints, the one with the lowest validation loss, and those of
+    --keep-every; 0 for all."""
+    keep_every: int = 0
+    """Keep the checkpoints of steps that this divides."""
+    max_bad_steps: int = 5
+    """Steps in a row whose loss or gradient is not finite, after which the run saves and stops."""
 
 
 PRESETS = {
@@ -160,7 +176,8 @@ PRESETS = {
 FREE_TO_CHANGE = {
     "batch_size", "max_steps", "device", "compile", "num_gpus", "dataset_path", "cache_gb", "init_from",
     "run_name", "log_dir", "resume", "override", "val_every", "val_tokens", "hellaswag_every",
-    "hellaswag_limit", "sample_every", "sample_prompt", "checkpoint_every",
+    "hellaswag_limit", "sample_every", "sample_prompt", "checkpoint_every", "checkpoint_minutes",
+    "keep_last", "keep_every", "max_bad_steps", "timeout_seconds",
 }  # fmt: skip
 
 # Peak dense bf16 (T4, V100: fp16) FLOP/s, from NVIDIA's data sheets, for MFU; longer names first.
@@ -227,7 +244,8 @@ def find_checkpoint(cfg: Config) -> Path | None:
 def check(cfg: Config, world_size: int):
     """Raises ValueError for values that cannot work, with the value, the bound and the nearest that does."""
     positive = (
-        "seq_len", "batch_size", "total_batch_tokens", "learning_rate", "num_gpus", "val_tokens", "cache_gb"
+        "seq_len", "batch_size", "total_batch_tokens", "learning_rate", "num_gpus", "val_tokens", "cache_gb",
+        "max_bad_steps", "timeout_seconds",
     )  # fmt: skip
     for name in positive:
         if not getattr(cfg, name) > 0 or math.isinf(getattr(cfg, name)):
@@ -235,7 +253,18 @@ def check(cfg: Config, world_size: int):
                 f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be a number above 0"
             )
     every = ("val_every", "hellaswag_every", "sample_every", "checkpoint_every")
-    for name in (*every, "max_steps", "warmup_steps", "weight_decay", "grad_clip", "hellaswag_limit", "seed"):
+    for name in (
+        *every,
+        "max_steps",
+        "warmup_steps",
+        "weight_decay",
+        "grad_clip",
+        "hellaswag_limit",
+        "seed",
+        "checkpoint_minutes",
+        "keep_last",
+        "keep_every",
+    ):
         if not getattr(cfg, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be 0 or more")
     if not 0 <= cfg.min_lr_ratio <= 1:
@@ -283,14 +312,32 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
+    store: Store | None = None  # torchrun's: what the processes tell each other outside of training
 
-    def sum(self, value: float) -> float:
-        """The value summed over all processes."""
+    def beat(self):
+        """Counts the seconds that this process is alive, where the others can see it."""
+        while self.store:
+            self.store.add(f"seconds of rank {self.rank}", 1)
+            time.sleep(1)
+
+    def silent(self) -> str:
+        """Which processes do not count any more. Takes some seconds."""
+        if not self.store:
+            return "there is no other"
+        names = [f"seconds of rank {rank}" for rank in range(self.world_size)]
+        before = [self.store.add(name, 0) for name in names]
+        time.sleep(2.5)
+        silent = [rank for rank, name in enumerate(names) if self.store.add(name, 0) == before[rank]]
+        return f"no sign of life from rank {', '.join(map(str, silent))}" if silent else "all ranks are alive"
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all processes."""
         if self.world_size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.item()
+            return list(values)
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        totals = torch.tensor(values, dtype=kind, device=self.device)
+        dist.all_reduce(totals)
+        return totals.tolist()
 
     def agree(self, value: Any) -> Any:
         """Rank 0's value, on every process."""
@@ -298,6 +345,31 @@ class Process:
         if self.world_size > 1:
             dist.broadcast_object_list(box)
         return box[0]
+
+
+class Signals:
+    """Remembers the first SIGTERM, SIGINT or SIGUSR1, upon which the run saves at the end of the step and
+    stops. A second one ends the process at once; what comes within a second of the first is taken for its
+    echo, because torchrun passes on what the terminal has sent to all."""
+
+    def __init__(self):
+        self.caught, self.when = 0, 0.0
+        self.before: dict[int, Any] = {}
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+                number = getattr(signal, name)
+                self.before[number] = signal.signal(number, self.remember)
+
+    def restore(self):
+        """Leaves signals as they were: a notebook goes on after its run."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def remember(self, number: int, frame: Any):
+        if self.caught and time.monotonic() - self.when > 1:
+            os._exit(128 + number)
+        if not self.caught:
+            self.caught, self.when = number, time.monotonic()
 
 
 def start_process(cfg: Config) -> Process:
@@ -312,12 +384,23 @@ def start_process(cfg: Config) -> Process:
         raise ValueError(
             "--device mps has one GPU and takes one process; several processes need --device cpu"
         )
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, else by rank 0
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=rank == 0 and not hosted, wait_for_workers=False)
+    # After a restart torchrun's store still has the addresses of processes that are gone: each try has names
+    # of its own (else gloo now and then tried to connect to those, with torch 2.13).
+    store = PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    timeout = datetime.timedelta(seconds=cfg.timeout_seconds)
+    options: dict[str, Any] = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, **options)
     else:
-        dist.init_process_group("gloo")
-    return Process(dist.get_rank(), dist.get_world_size(), device)
+        dist.init_process_group("gloo", **options)
+    process = Process(rank, world_size, device, store)
+    threading.Thread(target=process.beat, daemon=True).start()
+    return process
 
 
 def compiled(
@@ -394,7 +477,7 @@ def validation_loss(model: GPT, reader: shards.ShardReader, cfg: Config, process
     for i in range(0, len(mine), cfg.batch_size):
         x, y = (t.to(process.device) for t in reader.read(mine[i : i + cfg.batch_size]))
         total += model(x, y).item() * x.size(0)
-    return process.sum(total) / windows
+    return process.sum(total)[0] / windows
 
 
 def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
@@ -488,17 +571,24 @@ def build_model(cfg: Config) -> GPT:
     return GPT(GPTConfig.named(cfg.model_size, block_size=cfg.seq_len, dropout=cfg.dropout, **shape))
 
 
-def open_run(cfg: Config, config: GPTConfig, process: Process) -> tuple[Path, dict]:
-    """Makes the run's folder, or finds the resumed one's; returns it and the settings as they are saved."""
+def open_run(cfg: Config, config: GPTConfig, process: Process) -> tuple[Path, dict, FileLock]:
+    """Makes the run's folder, or finds the resumed one's; returns it, the settings as they are saved, and the
+    lock that rank 0 holds on the folder. Raises ValueError if another process does."""
     name = cfg.run_name or f"gpt2-{config.num_params / 1e6:.0f}M_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     run = (Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT) / process.agree(name)
     settings = dataclasses.asdict(cfg) | {"run_name": run.name, "resume": "", "override": False}
+    lock = FileLock(run.with_name(f".{run.name}.lock"))
     if process.rank == 0:
         if not cfg.resume and run.exists() and any(run.iterdir()):
             raise ValueError(f"{run} exists: go on with it (--resume {run}) or choose another --run-name")
         run.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"{run} is in use by another process; choose another --run-name") from error
+        checkpoint.clean(run)
         (run / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    return run, settings
+    return run, settings, lock
 
 
 def shown(path: Path) -> str:
@@ -526,8 +616,18 @@ def finish(cfg: Config, run: Path, last_checkpoint: Path | None):
 
 def main(cfg: Config) -> Path:
     """Trains as cfg says; returns the run's folder."""
-    torch.set_float32_matmul_precision("high")  # TF32 on the GPUs that have it
     process = start_process(cfg)
+    try:
+        return train(cfg, process)
+    except RuntimeError:  # where one process is lost, the others fail in what they do together
+        if process.world_size > 1:
+            print(f"rank {process.rank} failed; {process.silent()}", file=sys.stderr, flush=True)
+        raise
+
+
+def train(cfg: Config, process: Process) -> Path:
+    """The whole of a run, from the data to the last checkpoint."""
+    torch.set_float32_matmul_precision("high")  # TF32 on the GPUs that have it
     rank, world_size, device = process.rank, process.world_size, process.device
     check(cfg, world_size)
 
@@ -559,7 +659,7 @@ def main(cfg: Config) -> Path:
         if scaler.is_enabled() and resumed["scaler"]:
             scaler.load_state_dict(resumed["scaler"])
         saved = None  # its tensors have been copied
-    run, settings = open_run(cfg, config, process)
+    run, settings, lock = open_run(cfg, config, process)
     log = RunLog(run, rank, resumed.get("step"))
 
     # ---- header
@@ -596,15 +696,20 @@ def main(cfg: Config) -> Path:
 
     # ---- the loop: max_steps + 1 times, the last only evaluates and saves
     first_step, last_checkpoint = resumed.get("step", 0), Path(cfg.resume) if resumed else None
-    best_val_loss = resumed.get("best_val_loss", math.inf)
-    train_seconds = 0.0
+    best_val_loss, bad_steps = resumed.get("best_val_loss", math.inf), resumed.get("bad_steps", 0)
+    signals, saver = Signals(), checkpoint.Saver(run, cfg.keep_last, cfg.keep_every)
+    stop_code, overdue, saved_at, train_seconds = 0, False, time.monotonic(), 0.0
     steps = range(first_step, cfg.max_steps)
     batches = train_data.batches(
         steps, accumulation, cfg.batch_size, sequences, rank, world_size, pin_memory=device.type == "cuda"
     )
     for step in range(first_step, cfg.max_steps + 1):
-        # A resumed step was evaluated before its checkpoint was saved.
-        due = {} if resumed and step == first_step else jobs_due(step, cfg)
+        due = jobs_due(step, cfg)
+        if stop_code:
+            due = {"checkpoint": True}
+        elif resumed and step == first_step:  # it may have been evaluated before it was saved
+            due = {} if resumed.get("evaluated", True) else {**due, "checkpoint": False}
+        val_loss = None
         raw_model.eval()
         if val_data and due.get("val"):
             with autocast:
@@ -621,19 +726,28 @@ def main(cfg: Config) -> Path:
         if due.get("sample") and rank == 0:
             with autocast:
                 print_samples(raw_model, cfg, step, device)
-        if due.get("checkpoint"):
+        if due.get("checkpoint") or overdue:
             begin = time.perf_counter()
+            if written := saver.poll(wait=True):
+                say(f"step {step:>6} | {written}")
             state = {
                 "config": settings,
                 "data": data_fingerprint,
                 "dtype": str(dtype).removeprefix("torch."),
                 "scaler": scaler.state_dict(),
+                "evaluated": not stop_code,
+                "val_loss": val_loss,
                 "best_val_loss": best_val_loss,
+                "bad_steps": bad_steps,
                 "versions": {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")},
             }
-            last_checkpoint = save_checkpoint(run, step, raw_model, optimizers, rank, state)
-            say(f"step {step:>6} | saved {shown(run)}/step_{step:06d} in {time.perf_counter() - begin:.1f} s")
-        if step == cfg.max_steps:
+            weights, optimizer_state = gather_state(raw_model, optimizers)
+            if rank == 0:
+                saver.begin(step, config, weights, optimizer_state, state, tokenizer.hf_files())
+            last_checkpoint, saved_at = run / f"step_{step:06d}", time.monotonic()
+            say(f"step {step:>6} | saving {shown(last_checkpoint)}; training paused for "
+                f"{1000 * (time.perf_counter() - begin):.0f} ms")  # fmt: skip
+        if stop_code or step == cfg.max_steps:
             break
 
         begin = time.perf_counter()
@@ -661,13 +775,18 @@ def main(cfg: Config) -> Path:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
-        if norm.isfinite() or not scaler.is_enabled():  # float16 overflowed somewhere: no optimizer steps
+        is_finite = bool(norm.isfinite())  # the same on all processes: they have exchanged their gradients
+        if is_finite:  # else the weights stay as they are
             for optimizer in optimizers:
                 scaler.step(optimizer)
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss_value = process.sum(train_loss.item()) / world_size  # .item() waits for the device
+        is_old = cfg.checkpoint_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint_minutes
+        loss_sum, signaled, numbers, old = process.sum(
+            train_loss.item(), bool(signals.caught), signals.caught, bool(is_old and rank == 0)
+        )  # .item() waits for the device
+        loss_value, overdue = loss_sum / world_size, bool(old)
         seconds = time.perf_counter() - begin
 
         train_seconds += seconds
@@ -675,18 +794,41 @@ def main(cfg: Config) -> Path:
         toks = cfg.total_batch_tokens / seconds
         mfu = f" | mfu {toks * config.flops_per_token(cfg.seq_len) / peak_flops:5.1%}" if peak_flops else ""
         log.write(step, train=loss_value, lr=lr, norm=norm.item(), toks=toks)
+        overflow = scaler.is_enabled() and math.isfinite(loss_value)
+        bad_steps = 0 if is_finite or overflow else bad_steps + 1
+        if not is_finite:
+            log.write(step, skip=1)
+            say(f"step {step:>6} | the gradient is not finite: the weights are left as they are")
+        if bad_steps >= cfg.max_bad_steps:
+            stop_code = 3
+            say(f"stopping: {bad_steps} steps in a row were not finite; try a lower --learning-rate, or "
+                "--dtype float32")  # fmt: skip
+        if signaled:
+            stop_code = 128 + round(numbers / signaled)
+            say(f"stopping: {signal.Signals(stop_code - 128).name} was received")
+        if written := saver.poll():
+            say(f"step {step:>6} | {written}")
         say(
             f"step {step:>6} | loss {loss_value:7.4f} | lr {lr:.2e} | norm {norm:7.3f} | "
             f"{1000 * seconds:8.1f} ms | {toks:9,.0f} tok/s{mfu} | {format_seconds(left)} left"
         )
 
+    if written := saver.poll(wait=True):
+        say(f"step {step:>6} | {written}")
+    signals.restore()
     if rank == 0:
-        finish(cfg, run, last_checkpoint)
+        if not stop_code:
+            finish(cfg, run, last_checkpoint)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
     if world_size > 1:
         # DDP must not hold the last reference to gloo's group: its destructor would join gloo's threads while
         # it holds the interpreter's lock, for which one of them may be waiting (a hang seen with torch 2.13).
         del model
         dist.destroy_process_group()
+    if stop_code:
+        say(f"Stopped at step {step}. To go on: --resume {shown(run)}")
+        sys.exit(stop_code)
     return run
 
 
@@ -704,26 +846,24 @@ def jobs_due(step: int, cfg: Config) -> dict[str, bool]:
     }
 
 
-def save_checkpoint(
-    run: Path, step: int, model: GPT, optimizers: list[torch.optim.Optimizer], rank: int, state: dict
-) -> Path | None:
-    """Every rank takes part in gathering the tensors; rank 0 writes, and returns the checkpoint's folder."""
+def gather_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> tuple[dict, dict]:
+    """Copies, on the CPU, of the weights and of the optimizers' tensors by name. All ranks take part."""
     weights: Any
     optimizer: Any
     weights, optimizer = get_state_dict(model, optimizers, options=WHOLE)
-    if rank:
-        return None
     rows = model.config.vocab_size  # the padding of the vocabulary stays out of checkpoints
     tensors = {
-        f"{name}/{key}": value[:rows].clone() if "wte" in name and value.dim() == 2 else value
-        for name, values in optimizer["state"].items()
+        f"{name}/{key}": value[:rows] if "wte" in name and value.dim() == 2 else value
+        for name, values in optimizer.get("state", {}).items()  # only rank 0 is given them
         for key, value in values.items()
     }
-    return checkpoint.save(run, step, model.config, weights, tensors, state, tokenizer.hf_files())
+    # What was on the CPU already is not a copy yet, and training goes on while it is written.
+    copies = [{name: t.clone() for name, t in group.items()} for group in (weights, tensors)]
+    return copies[0], copies[1]
 
 
 def load_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]):
-    """Puts the tensors of `save_checkpoint` back; all else about the optimizers comes from the flags."""
+    """Puts the tensors of `gather_state` back; all else about the optimizers comes from the flags."""
     state_dict: Any = get_optimizer_state_dict(model, optimizers)
     padding = (0, 0, 0, model.config.padded_vocab_size - model.config.vocab_size)
     for name, values in state_dict["state"].items():

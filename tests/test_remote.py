@@ -963,6 +963,7 @@ def facts(run: Path) -> list[str]:
     return [line for line in (run / "log.txt").read_text().splitlines() if line.split()[1] != "toks"]
 
 
+@pytest.mark.slow
 def test_training_outlives_a_cut_of_the_network(hub, repo, ours, tmp_path):
     hub.commit(f"datasets/{repo}", on_the_hub(ours))
     hub.requests.clear()
