@@ -6,8 +6,8 @@
     python train_gpt2.py --init-from gpt2 --dataset-path data/mine --warmup-steps 20 --max-steps 500
     python train_gpt2.py --resume            # goes on with the newest run; or --resume log/<run>
 
-On disk: log/<run>/log.txt, a line a fact: <step> <stream> <value> with streams train val hella lr norm toks;
-log/<run>/config.json; log/<run>/step_000250/, a checkpoint that Hugging Face loads (checkpoint.py).
+On disk: log/<run>/log.txt, a line a fact: <step> <stream> <value> with streams train val hella lr norm toks
+skip; log/<run>/config.json; log/<run>/step_000250/, a checkpoint that Hugging Face loads (checkpoint.py).
 
 The preset `gpt2` is the 124M recipe of build-nanogpt: 19,073 steps of 524,288 tokens are 10 billion; its
 author's run ended near a validation loss of 3.07 and 30.4% of HellaSwag. Losses are in nats a token; an

@@ -368,7 +368,6 @@ def test_checkpoints_by_the_clock(config, tmp_path):
     assert len(checkpoint.steps(run)) >= 11
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_run_that_is_killed_again_and_again_has_the_same_end(long_run, undisturbed, tmp_path):
     cfg = dataclasses.replace(
         long_run, log_dir=str(tmp_path), run_name="run", max_steps=20, checkpoint_every=2

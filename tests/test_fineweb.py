@@ -889,14 +889,12 @@ def published(files: dict[str, bytes]) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 @pytest.mark.parametrize("name", ["corpus.jsonl", "book.txt"])
 def test_a_run_that_is_killed_at_random_instants_ends_with_the_same_bytes(tmp_path, name):
     kill_and_compare(tmp_path, write_corpus(tmp_path / name, 20 if "json" in name else 12), 4, 200_000)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 @pytest.mark.parametrize("name", ["corpus.jsonl", "book.txt"])
 def test_a_run_that_is_killed_fifty_times_ends_with_the_same_bytes(tmp_path, name):
     kill_and_compare(tmp_path, write_corpus(tmp_path / name, 20), 50, 30_000)
