@@ -8,7 +8,8 @@
     transformers.pipeline("text-generation", model="log/<run>/step_000250")      # works as it is
 
 A directory of that name is whole or does not exist: it is written under a temporary name, flushed file by
-file, and renamed. Nothing in it can run code when it is loaded.
+file, and renamed. Nothing in it can run code when it is loaded. On the Hugging Face Hub a run is one
+repository: its newest checkpoint, and beside it the log, the curves and a model card.
 """
 
 import contextlib
@@ -19,14 +20,19 @@ import json
 import platform
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -36,7 +42,8 @@ from model import END_OF_TEXT, GPT, HUB_NAMES, SIZES, GPTConfig, config_to_hf, t
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 PRUNED = ".pruned"  # a file in a checkpoint that is being removed
 STEP_NAME = re.compile(r"step_(\d{6,})")
-LOG_ROOT = Path(__file__).resolve().parent / "log"
+ROOT = Path(__file__).resolve().parent
+LOG_ROOT = ROOT / "log"
 
 
 @dataclass(frozen=True)
@@ -130,9 +137,9 @@ def clean(run: Path):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def prune(run: Path, keep_last: int, keep_every: int):
+def prune(run: Path, keep_last: int, keep_every: int, in_use: Path | None = None):
     """Removes a run's checkpoints but for the newest `keep_last` (0: all), those of steps that `keep_every`
-    divides (0: none), and the one with the lowest validation loss."""
+    divides (0: none), the one with the lowest validation loss, and the one in use."""
     found = steps(run)
     losses = {}
     for folder in found:
@@ -142,36 +149,201 @@ def prune(run: Path, keep_last: int, keep_every: int):
     best = min(losses, key=lambda folder: losses[folder]) if losses else None
     for folder in found[:-keep_last] if keep_last else []:
         step = int(folder.name.removeprefix("step_"))
-        if folder != best and not (keep_every and step % keep_every == 0):
+        if folder not in (best, in_use) and not (keep_every and step % keep_every == 0):
             (folder / PRUNED).touch()
             shutil.rmtree(set_aside(folder))
 
 
-class Saver:
-    """Writes a run's checkpoints in a thread, one at a time, while training goes on, and prunes old ones."""
+class Upload(threading.Thread):
+    """A checkpoint on its way to the Hub. As a daemon: a run that is told to stop does not wait for it."""
 
-    def __init__(self, run: Path, keep_last: int, keep_every: int):
-        self.run, self.keep_last, self.keep_every = run, keep_last, keep_every
+    def __init__(self, repo: str, folder: Path):
+        super().__init__(daemon=True)
+        self.repo, self.folder, self.failure = repo, folder, ""
+        self.start()
+
+    def run(self):
+        try:
+            push(self.repo, self.folder)
+        except Exception as error:  # whatever it is, training goes on
+            self.failure = str(error) or type(error).__name__
+
+
+class Saver:
+    """Writes a run's checkpoints in a thread, one at a time, while training goes on; prunes old ones; sends
+    the newest to the Hub, if it has a repository there, in a thread of its own."""
+
+    def __init__(self, run: Path, keep_last: int, keep_every: int, hub_repo: str = ""):
+        self.run, self.keep_last, self.keep_every, self.hub_repo = run, keep_last, keep_every, hub_repo
         self.thread = ThreadPoolExecutor(max_workers=1)
-        self.writing: Future[str] | None = None
+        self.writing: Future[tuple[Path, float]] | None = None
+        self.upload: Upload | None = None
+        self.unsent: Path | None = None  # the newest checkpoint, while the Hub has not got it
 
     def begin(self, step: int, *what: Any):
         """Starts to write what `save` takes; its tensors must be copies."""
-        self.writing = self.thread.submit(self._save, step, *what)
+        in_use = self.upload.folder if self.upload else None
+        self.writing = self.thread.submit(self._save, in_use, step, *what)
 
-    def _save(self, step: int, *what: Any) -> str:
+    def _save(self, in_use: Path | None, step: int, *what: Any) -> tuple[Path, float]:
         begin = time.perf_counter()
         folder = save(self.run, step, *what)
-        prune(self.run, self.keep_last, self.keep_every)
-        return f"saved {folder.name} in {time.perf_counter() - begin:.1f} s"
+        prune(self.run, self.keep_last, self.keep_every, in_use)
+        return folder, time.perf_counter() - begin
 
-    def poll(self, wait: bool = False) -> str:
-        """What to say of a checkpoint that has been written since the last call, if one has. Raises OSError
-        if it could not be."""
+    def poll(self, wait: bool = False) -> list[str]:
+        """What to say of what has been written and sent since the last call; `wait`s for the writing. Raises
+        OSError if a checkpoint could not be written."""
+        said = []
         if self.writing and (wait or self.writing.done()):
             writing, self.writing = self.writing, None
-            return writing.result()
-        return ""
+            folder, seconds = writing.result()
+            said.append(f"saved {folder.name} in {seconds:.1f} s")
+            self.send(folder)
+        if self.upload and not self.upload.is_alive():
+            sent, self.upload = self.upload, None
+            if sent.failure:
+                said.append(f"{sent.folder.name} is not on the Hub yet: {sent.failure}")
+            else:
+                said.append(f"{sent.folder.name} is on the Hub: {self.hub_repo}")
+            if self.unsent != sent.folder:  # a newer one has come meanwhile
+                self.send(self.unsent)
+            elif not sent.failure:
+                self.unsent = None
+        return said
+
+    def send(self, folder: Path | None):
+        """Sends a checkpoint to the Hub as soon as none is on its way; only the newest that waits is sent."""
+        self.unsent = folder if self.hub_repo else None
+        if self.unsent and not self.upload:
+            self.upload = Upload(self.hub_repo, self.unsent)
+
+    def finish(self, wait: bool) -> Iterator[str]:
+        """The same at the end of the run, and what the Hub still has not got; `wait`s for the uploads."""
+        while wait and self.upload:
+            yield f"waiting for {self.upload.folder.name} to reach {self.hub_repo}"
+            self.upload.join()
+            yield from self.poll()
+        if self.unsent:
+            yield f"{self.unsent.name} is not on the Hub; to send it: --resume {self.run}"
+
+
+# -----------------------------------------------------------------------------
+# the run's folder, here and on the Hub
+
+
+def run_folder(log_root: Path, name: str) -> Path:
+    """log_root/name. Raises ValueError for a name that could lead out of log_root."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"--run-name is {name!r}; use letters, digits, '.', '_' and '-', beginning with a letter"
+        )
+    if (log_root / name).is_symlink():
+        raise ValueError(f"{log_root / name} is a link to another place; choose that with --log-dir")
+    return log_root / name
+
+
+def lock(run: Path) -> FileLock:
+    """Takes the lock on a run's folder. Raises ValueError if another process has it."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    taken = FileLock(run.with_name(f".{run.name}.lock"))
+    try:
+        taken.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"{run} is in use by another process; choose another --run-name") from error
+    return taken
+
+
+def unlock(taken: FileLock):
+    Path(taken.lock_file).unlink(missing_ok=True)
+    taken.release()
+
+
+def push(repo: str, folder: Path):
+    """Sends a checkpoint, its run's log and curves, and a model card to the Hub, in one commit. Raises
+    OSError naming the repository."""
+    run, state = folder.parent, json.loads((folder / STATE).read_text(encoding="utf-8"))
+    files: dict[str, Path | bytes] = {name: folder / name for name in (*state["files"], STATE)}
+    with tempfile.TemporaryDirectory() as scratch:
+        picture = Path(scratch) / "loss.png"
+        command = [sys.executable, str(ROOT / "plot.py"), str(run), "--out", str(picture)]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            files["loss.png"] = picture.read_bytes()
+    files["log.txt"] = (run / "log.txt").read_bytes()
+    files["README.md"] = model_card(repo, state, "loss.png" in files).encode()
+    remote.send(repo, "model", files, f"step {state['step']}")
+
+
+def model_card(repo: str, state: dict[str, Any], has_picture: bool) -> str:
+    """A README for the Hub: what the model was trained on, the figures, how to use it and how to go on."""
+    run, seen = state["config"], state["step"] * state["config"]["total_batch_tokens"]
+    start = f"the weights of {run['init_from']}" if run["init_from"] else "random weights"
+    val_loss, hella = state["val_loss"], state["hellaswag"]
+    rows = {
+        "trained on": f"{state['trained_on']}, from {start}",
+        "step": f"{state['step']:,} of {run['max_steps']:,}; {seen:,} tokens seen",
+        "validation loss": "not measured" if val_loss is None else f"{val_loss:.4f} nats a token",
+        "HellaSwag": "not measured" if hella is None else f"{hella:.2%} (acc_norm, completion style)",
+        "optimizer": f"{run['optimizer']}, learning rate {run['learning_rate']:g}, "
+        f"{run['total_batch_tokens']:,} tokens a step, seed {run['seed']}",
+    }
+    dataset = run["dataset_path"].removeprefix(remote.HUB_PREFIX).partition("@")[0]
+    is_hub = dataset != run["dataset_path"]
+    return "\n".join([
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2]",
+        *([f"datasets: [{dataset}]"] if is_hub else []), "---", "",
+        f"# {repo.partition('/')[2]}", "", state["model"] + ".", "",
+        *(["![training and validation loss](loss.png)", ""] if has_picture else []),
+        "| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items()), "",
+        "```python", "from transformers import pipeline", "",
+        f'pipeline("text-generation", model="{repo}")("{run["sample_prompt"]}")', "```", "",
+        "With its optimizer and the state of its training, it goes on exactly where it was:", "",
+        "```sh", f"python train_gpt2.py --resume hf://{repo}", "```", "",
+    ])  # fmt: skip
+
+
+def pull(location: str, log_root: Path, run_name: str = "") -> Path:
+    """The checkpoint in a repository of the Hub, hf://org/name[@revision], as log_root/<run>/step_<step> with
+    the run's log beside it; <run> is run_name, or else the run's own name. Several processes may ask for it.
+    Raises ValueError for a repository without a checkpoint, OSError if the Hub does not answer."""
+    repo, revision = remote.parse_hub(location, "model")
+    commit, files = remote.list_hub(repo, revision, repo_type="model")
+    if STATE not in files:
+        raise ValueError(
+            f"{location} holds no training state ({STATE}); to begin from its weights: --init-from {repo}"
+        )
+    incoming = log_root / ".hub" / repo.replace("/", "--") / commit
+    incoming.mkdir(parents=True, exist_ok=True)
+    with FileLock(incoming.with_suffix(".lock")):
+        remote.fetch(files[STATE], incoming)
+        state = verify_state(incoming)
+        run = run_folder(log_root, run_name or state["config"]["run_name"])
+        final = run / f"step_{state['step']:06d}"
+        with contextlib.suppress(ValueError):
+            if verify(final) == state:
+                return final  # another process has fetched it, or it was made here
+        for name in state["files"]:
+            if name not in files:
+                raise ValueError(f"{location} is not whole: {name} is missing")
+            remote.fetch(files[name], incoming)
+        shutil.rmtree(incoming / ".incoming")
+        verify(incoming)
+        run_lock = lock(run)
+        run.mkdir(exist_ok=True)
+        if "log.txt" in files:
+            remote.fetch(files["log.txt"], incoming)
+            (incoming / "log.txt").replace(run / "log.txt")
+            shutil.rmtree(incoming / ".incoming")
+        if final.exists():
+            shutil.rmtree(set_aside(final))
+        incoming.rename(final)
+        remote.flush(run)
+        unlock(run_lock)
+    return final
+
+
+# -----------------------------------------------------------------------------
+# reading
 
 
 def sha256_json(value: Any) -> str:
@@ -181,10 +353,22 @@ def sha256_json(value: Any) -> str:
 def verify(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint whose every byte is as written. Raises ValueError naming the first file that
     is not."""
+    body = verify_state(folder)
+    for name, digest in body["files"].items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing")
+        if remote.hash_file(folder / name) != digest:
+            raise ValueError(f"{folder / name} is damaged: its SHA-256 is not the one in {STATE}")
+    return body
+
+
+def verify_state(folder: Path) -> dict[str, Any]:
+    """The content of a checkpoint's state.json. Raises ValueError if it is not as written, or lists a file
+    that is not in the folder itself."""
     path = folder / STATE
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-        seal, digests = body.pop("sha256"), body["files"]
+        seal, names = body.pop("sha256"), list(body["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is missing or damaged ({type(error).__name__})") from error
     if sha256_json(body) != seal:
@@ -192,11 +376,9 @@ def verify(folder: Path) -> dict[str, Any]:
     step = STEP_NAME.fullmatch(folder.resolve().name)
     if step and int(step[1]) != body["step"]:
         raise ValueError(f"{path} is of step {body['step']}, not of {folder.name}")
-    for name, digest in digests.items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing")
-        if remote.hash_file(folder / name) != digest:
-            raise ValueError(f"{folder / name} is damaged: its SHA-256 is not the one in {STATE}")
+    for name in names:
+        if Path(name).name != name or (folder / name).is_symlink():
+            raise ValueError(f"{path} lists {name!r}, which is not a file in its folder")
     return body
 
 
@@ -207,8 +389,9 @@ def load(folder: Path, dropout: float = 0.0) -> Checkpoint:
 
 
 def steps(run: Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first, unverified."""
-    found = [p for p in run.iterdir() if STEP_NAME.fullmatch(p.name)] if run.is_dir() else []
+    """The checkpoints of a run folder, oldest first, unverified. Links are none of them."""
+    inside = run.iterdir() if run.is_dir() else ()
+    found = [p for p in inside if STEP_NAME.fullmatch(p.name) and not p.is_symlink()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 

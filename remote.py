@@ -4,6 +4,7 @@
     revision, files = list_hub("org/name")                 # what a Hub repository holds, at one commit
     path = fetch(files["sample/10BT/000_00000.parquet"], folder)
     push("org/name", folder, ["manifest.json", ...])
+    send("org/name", "model", {"README.md": text, ...}, "what changed")   # one commit
 
 Nothing is at its final name before its bytes are checked against the hash that was expected, and a connection
 that breaks or stalls is tried again until PATIENCE is over (DOWNLOAD_PATIENCE in the environment).
@@ -24,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 HUB_PREFIX = "hf://datasets/"
+PREFIXES = {"dataset": HUB_PREFIX, "model": "hf://"}
 PATIENCE = float(os.environ.get("DOWNLOAD_PATIENCE", 600))  # seconds spent waiting before giving up
 THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -98,7 +100,7 @@ def flush(path: Path):
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a data-set repository at one commit, and what its bytes must hash to."""
+    """A file of a repository at one commit, and what its bytes must hash to."""
 
     repo: str
     revision: str
@@ -106,10 +108,11 @@ class HubFile:
     size: int
     sha256: str  # of files in large-file storage; git's own SHA-1 of the others is in blob_id
     blob_id: str
+    repo_type: str = "dataset"  # or "model"
 
     @property
     def url(self) -> str:
-        return f"{HUB_PREFIX}{self.repo}@{self.revision}/{self.path}"
+        return f"{PREFIXES[self.repo_type]}{self.repo}@{self.revision}/{self.path}"
 
     def is_whole(self, path: Path) -> bool:
         """Whether the file at path has this file's bytes."""
@@ -120,13 +123,14 @@ class HubFile:
         return hash_file(path, hashlib.sha1(f"blob {self.size}\0".encode())) == self.blob_id
 
 
-def parse_hub(location: str) -> tuple[str, str | None]:
-    """Repository and revision (None for the newest) of hf://datasets/org/name or org/name, either with or
-    without @revision. Raises ValueError for anything else."""
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", location.removeprefix(HUB_PREFIX).strip("/"))
+def parse_hub(location: str, repo_type: str = "dataset") -> tuple[str, str | None]:
+    """Repository and revision (None for the newest) of hf://datasets/org/name (a model: hf://org/name) or
+    org/name, either with or without @revision. Raises ValueError for anything else."""
+    prefix = PREFIXES[repo_type]
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", location.removeprefix(prefix).strip("/"))
     if not found:
         raise ValueError(
-            f"{location!r} does not name a data set: {HUB_PREFIX}org/name or .../org/name@revision"
+            f"{location!r} does not name a {repo_type}: {prefix}org/name or .../org/name@revision"
         )
     return found[1], found[2]
 
@@ -181,7 +185,7 @@ def persistently(what: str, attempt: Callable[[], Any], failed: str = "could not
 
 
 def list_hub(
-    repo: str, revision: str | None = None, paths: list[str] | None = None
+    repo: str, revision: str | None = None, paths: list[str] | None = None, repo_type: str = "dataset"
 ) -> tuple[str, dict[str, HubFile]]:
     """The commit that revision means and its files (or those of `paths`), by path."""
     from huggingface_hub import HfApi
@@ -189,15 +193,15 @@ def list_hub(
 
     def ask() -> tuple[str, dict[str, HubFile]]:
         api = HfApi()
-        commit = api.dataset_info(repo, revision=revision).sha or ""
+        commit = api.repo_info(repo, revision=revision, repo_type=repo_type).sha or ""
         if paths is None:
-            entries: Iterable = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type="dataset")
+            entries: Iterable = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type=repo_type)
         else:
             groups = [paths[i : i + 500] for i in range(0, len(paths), 500)]
             entries = [
                 entry
                 for group in groups
-                for entry in api.get_paths_info(repo, group, revision=commit, repo_type="dataset")
+                for entry in api.get_paths_info(repo, group, revision=commit, repo_type=repo_type)
             ]
         files = {}
         for entry in entries:
@@ -206,10 +210,11 @@ def list_hub(
             if entry.path.startswith("/") or "\\" in entry.path or ".." in PurePosixPath(entry.path).parts:
                 raise ValueError(f"the repository lists {entry.path!r}, which leads out of its folder")
             sha256 = entry.lfs.sha256 if entry.lfs else ""
-            files[entry.path] = HubFile(repo, commit, entry.path, entry.size, sha256, entry.blob_id)
+            facts = (entry.path, entry.size, sha256, entry.blob_id, repo_type)
+            files[entry.path] = HubFile(repo, commit, *facts)
         return commit, files
 
-    return persistently(f"{HUB_PREFIX}{repo}", ask)
+    return persistently(f"{PREFIXES[repo_type]}{repo}", ask)
 
 
 def fetch(file: HubFile, folder: Path) -> Path:
@@ -223,7 +228,7 @@ def fetch(file: HubFile, folder: Path) -> Path:
     incoming.mkdir(parents=True, exist_ok=True)
 
     def attempt() -> Path:
-        options = dict(repo_type="dataset", revision=file.revision, local_dir=incoming)
+        options = dict(repo_type=file.repo_type, revision=file.revision, local_dir=incoming)
         arrived = Path(hf_hub_download(file.repo, file.path, **options))  # type: ignore[call-overload]
         if not file.is_whole(arrived):
             size = arrived.stat().st_size
@@ -253,31 +258,40 @@ def read_start(file: HubFile, count: int) -> bytes:
     return persistently(file.url, lambda: HfFileSystem().cat_file(where, **options))
 
 
-def check_push(repo: str):
-    """Makes the data-set repository if needed; raises OSError if we are not logged in or may not write to
-    it."""
+def check_push(repo: str, repo_type: str = "dataset"):
+    """Makes the repository if needed. Raises OSError if we are not logged in or may not write to it,
+    ValueError for what is no name of a repository."""
     from huggingface_hub import HfApi
 
+    if parse_hub(repo, repo_type) != (repo, None):
+        raise ValueError(f"{repo!r} is no repository to write to; give org/name")
     with naming_the_repository(repo):
         HfApi().whoami()
-        HfApi().create_repo(repo, repo_type="dataset", exist_ok=True)  # silent if it is another's
-        HfApi().auth_check(repo, repo_type="dataset", write=True)
+        HfApi().create_repo(repo, repo_type=repo_type, exist_ok=True)  # silent if it is another's
+        HfApi().auth_check(repo, repo_type=repo_type, write=True)
 
 
 def push(repo: str, folder: Path, files: list[str]):
     """Uploads files of folder into the data-set repository. What is there with the same bytes is not sent
     again, and the last file arrives last: it tells readers that the others are there."""
-    from huggingface_hub import HfApi
-
-    def upload(group: list[str]):
-        HfApi().upload_folder(
-            repo_id=repo, folder_path=folder, repo_type="dataset", allow_patterns=group,
-            commit_message=f"{group[0]} to {group[-1]}" if len(group) > 1 else group[0],
-        )  # fmt: skip
-
     first, last = files[:-1], files[-1:]
     for group in [*(first[i : i + 50] for i in range(0, len(first), 50)), last]:
-        persistently(f"{HUB_PREFIX}{repo}", lambda group=group: upload(group), "could not be sent to")
+        message = f"{group[0]} to {group[-1]}" if len(group) > 1 else group[0]
+        send(repo, "dataset", {name: folder / name for name in group}, message)
+
+
+def send(repo: str, repo_type: str, files: dict[str, Path | bytes], message: str):
+    """Uploads files, given by the path that they get in the repository, in one commit: readers see all of
+    them or none. Raises Unavailable (an OSError)."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    def attempt():
+        additions = [CommitOperationAdd(path, content) for path, content in files.items()]
+        for addition in additions:  # together they would take threads, for which Python waits at its exit
+            HfApi().preupload_lfs_files(repo, [addition], repo_type=repo_type)
+        HfApi().create_commit(repo, additions, commit_message=message, repo_type=repo_type)
+
+    persistently(f"{PREFIXES[repo_type]}{repo}", attempt, "could not be sent to")
 
 
 @contextlib.contextmanager

@@ -5,15 +5,18 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py            # the same on 8 GPUs, or --num-gpus 8
     python train_gpt2.py --init-from gpt2 --dataset-path data/mine --warmup-steps 20 --max-steps 500
     python train_gpt2.py --resume            # goes on with the newest run; or --resume log/<run>
+    python train_gpt2.py --hub-repo org/name # checkpoints go to the Hub, too; there: --resume hf://org/name
 
-On disk: log/<run>/log.txt, a line a fact: <step> <stream> <value> with streams train val hella lr norm toks
-skip; log/<run>/config.json; log/<run>/step_000250/, a checkpoint that Hugging Face loads (checkpoint.py).
+On disk: log/<run>/log.txt, a line a fact: <step> <stream> <value> with streams train val hella lr norm toks,
+and skip and spike where there is such a step; log/<run>/config.json; log/<run>/step_000250/, a checkpoint
+that Hugging Face loads (checkpoint.py).
 
 The preset `gpt2` is the 124M recipe of build-nanogpt: 19,073 steps of 524,288 tokens are 10 billion; its
 author's run ended near a validation loss of 3.07 and 30.4% of HellaSwag. Losses are in nats a token; an
 untrained model's is ln(50257) = 10.82.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -21,11 +24,14 @@ import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +39,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.distributed as dist
 import tyro
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -119,8 +125,9 @@ class Config:
     log_dir: str = ""
     """Where run folders go; by default log/ beside this script."""
     resume: str = ""
-    """Go on with a run: its folder or one of its checkpoints; without a value, the newest run, or
-    --run-name's (which begins if it has no checkpoint yet, so that a job can be requeued as it is)."""
+    """Go on with a run: its folder, one of its checkpoints, or hf://org/name on the Hub; without a value, the
+    newest run, or --run-name's (which begins if it has no checkpoint yet, so that a job can be requeued as it
+    is)."""
     override: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """With --resume: accept settings or data that differ from those of the checkpoint."""
     # periodic jobs: every so many steps and at the end; 0 for never
@@ -145,8 +152,16 @@ class Config:
     --keep-every; 0 for all."""
     keep_every: int = 0
     """Keep the checkpoints of steps that this divides."""
+    hub_repo: str = ""
+    """Send checkpoints to this model repository of the Hugging Face Hub (org/name), in the background."""
+    # numerical faults
     max_bad_steps: int = 5
     """Steps in a row whose loss or gradient is not finite, after which the run saves and stops."""
+    spike_zscore: float = 6.0
+    """A training loss so many standard deviations above the mean of the last 128 is logged as a spike; 0 for
+    none."""
+    skip_spikes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Leave the weights as they are at a spike."""
 
 
 PRESETS = {
@@ -177,8 +192,12 @@ FREE_TO_CHANGE = {
     "batch_size", "max_steps", "device", "compile", "num_gpus", "dataset_path", "cache_gb", "init_from",
     "run_name", "log_dir", "resume", "override", "val_every", "val_tokens", "hellaswag_every",
     "hellaswag_limit", "sample_every", "sample_prompt", "checkpoint_every", "checkpoint_minutes",
-    "keep_last", "keep_every", "max_bad_steps", "timeout_seconds",
+    "keep_last", "keep_every", "max_bad_steps", "timeout_seconds", "hub_repo",
 }  # fmt: skip
+
+NOT_SETTINGS = {"resume", "override", "run_name", "log_dir", "num_gpus"}  # where and how it was started
+
+SPIKE_WINDOW = 128  # steps, as OLMo 2 has it (OLMo team, 2025, arXiv:2501.00656)
 
 # Peak dense bf16 (T4, V100: fp16) FLOP/s, from NVIDIA's data sheets, for MFU; longer names first.
 PEAK_FLOPS = {
@@ -212,7 +231,10 @@ def parse_args(argv: list[str]) -> Config:
     found = find_checkpoint(cfg) if cfg.resume else None
     if found is None:
         return cfg
-    cfg = read_flags(argv, Config(**checkpoint.verify(found)["config"]))
+    saved = checkpoint.verify_state(found)["config"]
+    if unknown := saved.keys() - {field.name for field in dataclasses.fields(Config)}:
+        raise ValueError(f"{found} has settings that are not known here: {', '.join(sorted(unknown))}")
+    cfg = read_flags(argv, Config(**saved))
     return dataclasses.replace(
         cfg, resume=str(found), run_name=found.parent.name, log_dir=str(found.parent.parent)
     )
@@ -221,6 +243,8 @@ def parse_args(argv: list[str]) -> Config:
 def find_checkpoint(cfg: Config) -> Path | None:
     """The checkpoint that --resume means; None where --run-name names a run that has none yet."""
     log_root = Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT
+    if cfg.resume.startswith(remote.PREFIXES["model"]):
+        return checkpoint.pull(cfg.resume, log_root, cfg.run_name).resolve()
     if cfg.resume != "newest":
         run = Path(cfg.resume)
         if not run.is_dir():
@@ -230,7 +254,8 @@ def find_checkpoint(cfg: Config) -> Path | None:
         if (run / checkpoint.STATE).is_file():
             return run.resolve()
     else:
-        run = log_root / cfg.run_name if cfg.run_name else checkpoint.newest_run(log_root)
+        named = cfg.run_name and checkpoint.run_folder(log_root, cfg.run_name)
+        run = named or checkpoint.newest_run(log_root)
         if not checkpoint.steps(run):
             return None
     found, passed_over = checkpoint.newest_valid(run)
@@ -247,24 +272,17 @@ def check(cfg: Config, world_size: int):
         "seq_len", "batch_size", "total_batch_tokens", "learning_rate", "num_gpus", "val_tokens", "cache_gb",
         "max_bad_steps", "timeout_seconds",
     )  # fmt: skip
+    not_negative = (
+        "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "checkpoint_minutes", "keep_last",
+        "keep_every", "max_steps", "warmup_steps", "weight_decay", "grad_clip", "hellaswag_limit", "seed",
+        "spike_zscore",
+    )  # fmt: skip
     for name in positive:
         if not getattr(cfg, name) > 0 or math.isinf(getattr(cfg, name)):
             raise ValueError(
                 f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be a number above 0"
             )
-    every = ("val_every", "hellaswag_every", "sample_every", "checkpoint_every")
-    for name in (
-        *every,
-        "max_steps",
-        "warmup_steps",
-        "weight_decay",
-        "grad_clip",
-        "hellaswag_limit",
-        "seed",
-        "checkpoint_minutes",
-        "keep_last",
-        "keep_every",
-    ):
+    for name in not_negative:
         if not getattr(cfg, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be 0 or more")
     if not 0 <= cfg.min_lr_ratio <= 1:
@@ -278,19 +296,20 @@ def check(cfg: Config, world_size: int):
             f"micro-step (--batch-size {cfg.batch_size} x --seq-len {cfg.seq_len} x {world_size} processes); "
             f"the nearest that are: {near}; or change --batch-size"
         )
-    if cfg.run_name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", cfg.run_name):
-        raise ValueError(
-            f"--run-name is {cfg.run_name!r}; use letters, digits, '.', '_' and '-', beginning with a letter"
-        )
 
 
-def check_same(cfg: Config, data: str, state: dict):
-    """Raises ValueError where a resumed run would not be the run that was saved, and says in what."""
-    changed = [
-        f"--{name.replace('_', '-')} was {old!r}, is {getattr(cfg, name)!r}"
-        for name, old in state["config"].items()
-        if name not in FREE_TO_CHANGE and getattr(cfg, name) != old
-    ]
+def check_same(cfg: Config, data: str, world_size: int, state: dict) -> list[str]:
+    """Raises ValueError where a resumed run would not be the run that was saved, and says in what. Returns
+    what else has changed."""
+    was = {name: old for name, old in state["config"].items() if getattr(cfg, name) != old}
+    changes = {
+        name: f"--{name.replace('_', '-')} was {old!r}, is {getattr(cfg, name)!r}"
+        for name, old in was.items()
+    }
+    changed = [text for name, text in changes.items() if name not in FREE_TO_CHANGE]
+    allowed = [text for name, text in changes.items() if name in FREE_TO_CHANGE - NOT_SETTINGS]
+    if world_size != state["world_size"]:
+        allowed.append(f"the processes were {state['world_size']}, are {world_size}")
     if cfg.max_steps < state["step"]:
         raise ValueError(f"--max-steps is {cfg.max_steps}; {cfg.resume} already is at step {state['step']}")
     if data != state["data"]:
@@ -299,6 +318,7 @@ def check_same(cfg: Config, data: str, state: dict):
         raise ValueError(
             f"{cfg.resume} is of another run: {'; '.join(changed)}. To go on all the same: --override"
         )
+    return changed + allowed
 
 
 # -----------------------------------------------------------------------------
@@ -313,12 +333,16 @@ class Process:
     world_size: int
     device: torch.device
     store: Store | None = None  # torchrun's: what the processes tell each other outside of training
+    is_orphan: threading.Event = field(default_factory=threading.Event)  # set when torchrun is gone
 
     def beat(self):
-        """Counts the seconds that this process is alive, where the others can see it."""
-        while self.store:
-            self.store.add(f"seconds of rank {self.rank}", 1)
-            time.sleep(1)
+        """Counts the seconds that this process is alive, where the others can see it, until the store is
+        gone: then torchrun was killed and has left its processes behind."""
+        with contextlib.suppress(RuntimeError):
+            while self.store:
+                self.store.add(f"seconds of rank {self.rank}", 1)
+                time.sleep(1)
+        self.is_orphan.set()
 
     def silent(self) -> str:
         """Which processes do not count any more. Takes some seconds."""
@@ -480,6 +504,13 @@ def validation_loss(model: GPT, reader: shards.ShardReader, cfg: Config, process
     return process.sum(total)[0] / windows
 
 
+def z_score(loss: float, recent: Collection[float]) -> float:
+    """How many standard deviations a loss is above the mean of recent ones; 0 as long as those are few."""
+    if len(recent) < SPIKE_WINDOW // 2:
+        return 0.0
+    return (loss - statistics.fmean(recent)) / max(statistics.pstdev(recent), 1e-9)
+
+
 def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
     """Four continuations of the sample prompt, drawn with a generator of their own."""
     ids = tokenizer.encode(cfg.sample_prompt) or [tokenizer.END_OF_TEXT]
@@ -571,21 +602,19 @@ def build_model(cfg: Config) -> GPT:
     return GPT(GPTConfig.named(cfg.model_size, block_size=cfg.seq_len, dropout=cfg.dropout, **shape))
 
 
-def open_run(cfg: Config, config: GPTConfig, process: Process) -> tuple[Path, dict, FileLock]:
+def open_run(cfg: Config, config: GPTConfig, process: Process) -> tuple[Path, dict, FileLock | None]:
     """Makes the run's folder, or finds the resumed one's; returns it, the settings as they are saved, and the
     lock that rank 0 holds on the folder. Raises ValueError if another process does."""
     name = cfg.run_name or f"gpt2-{config.num_params / 1e6:.0f}M_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    run = (Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT) / process.agree(name)
+    log_root = Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT
+    run = checkpoint.run_folder(log_root, process.agree(name))
     settings = dataclasses.asdict(cfg) | {"run_name": run.name, "resume": "", "override": False}
-    lock = FileLock(run.with_name(f".{run.name}.lock"))
+    lock = None
     if process.rank == 0:
         if not cfg.resume and run.exists() and any(run.iterdir()):
             raise ValueError(f"{run} exists: go on with it (--resume {run}) or choose another --run-name")
-        run.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"{run} is in use by another process; choose another --run-name") from error
+        lock = checkpoint.lock(run)
+        run.mkdir(exist_ok=True)
         checkpoint.clean(run)
         (run / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     return run, settings, lock
@@ -629,11 +658,14 @@ def train(cfg: Config, process: Process) -> Path:
     """The whole of a run, from the data to the last checkpoint."""
     torch.set_float32_matmul_precision("high")  # TF32 on the GPUs that have it
     rank, world_size, device = process.rank, process.world_size, process.device
-    check(cfg, world_size)
 
     def say(text: str):
         if rank == 0:
             print(text, flush=True)
+
+    check(cfg, world_size)
+    if cfg.hub_repo and rank == 0:
+        remote.check_push(cfg.hub_repo, "model")
 
     # ---- data
     data = find_data(cfg, process)
@@ -646,8 +678,7 @@ def train(cfg: Config, process: Process) -> Path:
     # ---- model, optimizers and, where a run goes on, their state
     saved = checkpoint.load(Path(cfg.resume), cfg.dropout) if cfg.resume not in ("", "newest") else None
     resumed = saved.state if saved else {}
-    if resumed:
-        check_same(cfg, data_fingerprint, resumed)
+    changes = check_same(cfg, data_fingerprint, world_size, resumed) if resumed else []
     raw_model = (saved.model if saved else build_model(cfg)).to(device)
     config = raw_model.config
     dtype, why = process.agree(checkpoint.pick_dtype(cfg.dtype, device, resumed.get("dtype")))
@@ -663,10 +694,15 @@ def train(cfg: Config, process: Process) -> Path:
     log = RunLog(run, rank, resumed.get("step"))
 
     # ---- header
+    manifest = shards.read_manifest(data.folder) or {}
+    trained_on = f"{manifest.get('source', data.name)} ({train_data.num_tokens:,} tokens)"
     entropy = val_data.unigram_entropy(cfg.val_tokens) if val_data else math.nan
     epochs = cfg.max_steps * sequences / train_data.num_windows
-    say(f"model  GPT-2, {config.num_params:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
-        f"{config.n_embd} channels, {config.block_size} positions; {cfg.optimizer}")  # fmt: skip
+    description = (
+        f"GPT-2, {config.num_params:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
+        f"{config.n_embd} channels, {config.block_size} positions"
+    )
+    say(f"model  {description}; {cfg.optimizer}")
     say(f"data   {shown(data.folder)}: {train_data.num_tokens:,} training tokens, {epochs:.2f} epochs")
     say(f"batch  {cfg.total_batch_tokens:,} tokens = {cfg.batch_size} sequences x {cfg.seq_len} tokens x "
         f"{world_size} processes x {accumulation} micro-steps")  # fmt: skip
@@ -677,6 +713,8 @@ def train(cfg: Config, process: Process) -> Path:
     if cfg.warmup_steps > cfg.max_steps:
         say(f"note   the run ends within its {cfg.warmup_steps} steps of warm-up (--warmup-steps)")
     say(f"run    {shown(run)}" + (f", resumed at step {resumed['step']}" if resumed else ""))
+    for change in changes:
+        say(f"note   {change}")
 
     # ---- what wraps the model; evaluation and checkpoints use raw_model
     model: torch.nn.Module = raw_model
@@ -697,7 +735,10 @@ def train(cfg: Config, process: Process) -> Path:
     # ---- the loop: max_steps + 1 times, the last only evaluates and saves
     first_step, last_checkpoint = resumed.get("step", 0), Path(cfg.resume) if resumed else None
     best_val_loss, bad_steps = resumed.get("best_val_loss", math.inf), resumed.get("bad_steps", 0)
-    signals, saver = Signals(), checkpoint.Saver(run, cfg.keep_last, cfg.keep_every)
+    recent_losses = deque(resumed.get("recent_losses", []), maxlen=SPIKE_WINDOW)
+    signals, saver = Signals(), checkpoint.Saver(run, cfg.keep_last, cfg.keep_every, cfg.hub_repo)
+    if rank == 0:
+        saver.send(last_checkpoint)  # it may not have reached the Hub
     stop_code, overdue, saved_at, train_seconds = 0, False, time.monotonic(), 0.0
     steps = range(first_step, cfg.max_steps)
     batches = train_data.batches(
@@ -709,7 +750,7 @@ def train(cfg: Config, process: Process) -> Path:
             due = {"checkpoint": True}
         elif resumed and step == first_step:  # it may have been evaluated before it was saved
             due = {} if resumed.get("evaluated", True) else {**due, "checkpoint": False}
-        val_loss = None
+        val_loss = hellaswag_score = None
         raw_model.eval()
         if val_data and due.get("val"):
             with autocast:
@@ -720,25 +761,30 @@ def train(cfg: Config, process: Process) -> Path:
         if hellaswag_items and due.get("hellaswag"):
             with autocast:
                 scores = hellaswag.evaluate(raw_model, hellaswag_items, protocols=("completion",))
-            acc = scores["completion"]["acc_norm"]
-            log.write(step, hella=acc)
-            say(f"step {step:>6} | HellaSwag acc_norm {acc:.2%} of {scores['n']:,} items")
+            hellaswag_score = scores["completion"]["acc_norm"]
+            log.write(step, hella=hellaswag_score)
+            say(f"step {step:>6} | HellaSwag acc_norm {hellaswag_score:.2%} of {scores['n']:,} items")
         if due.get("sample") and rank == 0:
             with autocast:
                 print_samples(raw_model, cfg, step, device)
         if due.get("checkpoint") or overdue:
             begin = time.perf_counter()
-            if written := saver.poll(wait=True):
-                say(f"step {step:>6} | {written}")
+            for news in saver.poll(wait=True):
+                say(f"step {step:>6} | {news}")
             state = {
+                "model": description,
+                "trained_on": trained_on,
                 "config": settings,
+                "world_size": world_size,
                 "data": data_fingerprint,
                 "dtype": str(dtype).removeprefix("torch."),
                 "scaler": scaler.state_dict(),
                 "evaluated": not stop_code,
                 "val_loss": val_loss,
                 "best_val_loss": best_val_loss,
+                "hellaswag": hellaswag_score,
                 "bad_steps": bad_steps,
+                "recent_losses": list(recent_losses),
                 "versions": {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")},
             }
             weights, optimizer_state = gather_state(raw_model, optimizers)
@@ -775,18 +821,21 @@ def train(cfg: Config, process: Process) -> Path:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
-        is_finite = bool(norm.isfinite())  # the same on all processes: they have exchanged their gradients
-        if is_finite:  # else the weights stay as they are
+        is_old = cfg.checkpoint_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint_minutes
+        caught = signals.caught or (signal.SIGTERM if process.is_orphan.is_set() else 0)
+        loss_sum, signaled, numbers, old = process.sum(
+            train_loss.item(), bool(caught), caught, bool(is_old and rank == 0)
+        )  # .item() waits for the device
+        loss_value, overdue = loss_sum / world_size, bool(old)
+        is_finite = math.isfinite(loss_value) and bool(norm.isfinite())  # both are the same on all processes
+        surprise = z_score(loss_value, recent_losses)
+        is_spike = surprise > cfg.spike_zscore > 0
+        if is_finite and not (is_spike and cfg.skip_spikes):  # else the weights stay as they are
             for optimizer in optimizers:
                 scaler.step(optimizer)
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        is_old = cfg.checkpoint_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint_minutes
-        loss_sum, signaled, numbers, old = process.sum(
-            train_loss.item(), bool(signals.caught), signals.caught, bool(is_old and rank == 0)
-        )  # .item() waits for the device
-        loss_value, overdue = loss_sum / world_size, bool(old)
         seconds = time.perf_counter() - begin
 
         train_seconds += seconds
@@ -798,34 +847,42 @@ def train(cfg: Config, process: Process) -> Path:
         bad_steps = 0 if is_finite or overflow else bad_steps + 1
         if not is_finite:
             log.write(step, skip=1)
-            say(f"step {step:>6} | the gradient is not finite: the weights are left as they are")
+            say(f"step {step:>6} | loss or gradient is not finite: the weights are left as they are")
+        if is_spike:
+            log.write(step, spike=surprise)
+            skipped = "; the weights are left as they are" if cfg.skip_spikes else ""
+            say(f"step {step:>6} | a spike, {surprise:.1f} standard deviations above the mean{skipped}")
+        if math.isfinite(loss_value):
+            recent_losses.append(loss_value)
         if bad_steps >= cfg.max_bad_steps:
             stop_code = 3
             say(f"stopping: {bad_steps} steps in a row were not finite; try a lower --learning-rate, or "
                 "--dtype float32")  # fmt: skip
         if signaled:
             stop_code = 128 + round(numbers / signaled)
-            say(f"stopping: {signal.Signals(stop_code - 128).name} was received")
-        if written := saver.poll():
-            say(f"step {step:>6} | {written}")
+            is_orphan, name = process.is_orphan.is_set(), signal.Signals(stop_code - 128).name
+            say("stopping: torchrun is gone" if is_orphan else f"stopping: {name} was received")
+        for news in saver.poll():
+            say(f"step {step:>6} | {news}")
         say(
             f"step {step:>6} | loss {loss_value:7.4f} | lr {lr:.2e} | norm {norm:7.3f} | "
             f"{1000 * seconds:8.1f} ms | {toks:9,.0f} tok/s{mfu} | {format_seconds(left)} left"
         )
 
-    if written := saver.poll(wait=True):
-        say(f"step {step:>6} | {written}")
+    for news in saver.poll(wait=True):
+        say(f"step {step:>6} | {news}")
     signals.restore()
-    if rank == 0:
-        if not stop_code:
-            finish(cfg, run, last_checkpoint)
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
     if world_size > 1:
         # DDP must not hold the last reference to gloo's group: its destructor would join gloo's threads while
         # it holds the interpreter's lock, for which one of them may be waiting (a hang seen with torch 2.13).
         del model
         dist.destroy_process_group()
+    for news in saver.finish(wait=not stop_code):
+        say(news)
+    if lock:
+        if not stop_code:
+            finish(cfg, run, last_checkpoint)
+        checkpoint.unlock(lock)
     if stop_code:
         say(f"Stopped at step {step}. To go on: --resume {shown(run)}")
         sys.exit(stop_code)

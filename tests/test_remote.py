@@ -277,7 +277,7 @@ def test_locations_are_read(location, found):
     "location", ["name", "hf://datasets/org", "org/name/file", "org/name@", "org/na me", ""]
 )
 def test_what_is_no_location_is_refused(location):
-    with pytest.raises(ValueError, match="does not name a data set"):
+    with pytest.raises(ValueError, match="does not name a dataset"):
         remote.parse_hub(location)
 
 
@@ -495,7 +495,7 @@ def test_configuration_and_split_can_be_chosen(client, hub, tmp_path):
     ("change", "message"),
     [
         (dict(source="hf:nobody/nothing"), "nobody/nothing"),
-        (dict(source="hf:nobody"), "does not name a data set"),
+        (dict(source="hf:nobody"), "does not name a dataset"),
         (dict(split="validation"), "no split 'validation'.*train.*--split"),
         (dict(config="none"), "'none'.*sample-10BT"),
         (dict(text_field="body"), "no column 'body'.*--text-field"),
