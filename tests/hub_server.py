@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DATE = "2026-01-01T00:00:00.000Z"
 TOKEN = "hf_TheTestsOwnSecret"
@@ -242,6 +244,9 @@ class HubServer:
             if not self.is_logged_in(request):
                 return self.send(request, 401, b'{"error": "Invalid username or password."}')
             return self.send_json(request, {"type": "user", "name": "tester", "orgs": []})
+        if path == "validate-yaml":  # the head of a README.md
+            yaml.safe_load(json.loads(body)["content"].split("---")[1])
+            return self.send_json(request, {"errors": [], "warnings": []})
         if path == "repos/create":
             return self.answer_create(request, json.loads(body))
         org, name, action, revision, *inner = [*rest.split("/"), "", "", "", ""]
