@@ -40,7 +40,6 @@ import remote
 from model import END_OF_TEXT, GPT, HUB_NAMES, SIZES, GPTConfig, config_to_hf, to_hf
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
-PRUNED = ".pruned"  # a file in a checkpoint that is being removed
 STEP_NAME = re.compile(r"step_(\d{6,})")
 ROOT = Path(__file__).resolve().parent
 LOG_ROOT = ROOT / "log"
@@ -131,10 +130,12 @@ def clean(run: Path):
     step, which then did not come, is put back."""
     for left in [*run.glob(".tmp_step_*"), *run.glob(".old_step_*")]:
         final = run / left.name.removeprefix(".old_")
-        if left.name.startswith(".old_") and not final.exists() and not (left / PRUNED).exists():
+        if left.name.startswith(".old_") and not final.exists():
             left.rename(final)
         else:
             shutil.rmtree(left, ignore_errors=True)
+    for left in run.glob(".log.txt.*.tmp"):
+        left.unlink()
 
 
 def prune(run: Path, keep_last: int, keep_every: int, in_use: Path | None = None):
@@ -150,8 +151,9 @@ def prune(run: Path, keep_last: int, keep_every: int, in_use: Path | None = None
     for folder in found[:-keep_last] if keep_last else []:
         step = int(folder.name.removeprefix("step_"))
         if folder not in (best, in_use) and not (keep_every and step % keep_every == 0):
-            (folder / PRUNED).touch()
-            shutil.rmtree(set_aside(folder))
+            doomed = run / f".tmp_{folder.name}"  # which is never put back, however much of it is left
+            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(folder.rename(doomed))
 
 
 class Upload(threading.Thread):
@@ -213,9 +215,10 @@ class Saver:
         return said
 
     def send(self, folder: Path | None):
-        """Sends a checkpoint to the Hub as soon as none is on its way; only the newest that waits is sent."""
+        """Sends a checkpoint to the Hub as soon as none is on its way; only the newest that waits is sent.
+        None begins while a newer one is written, after which it may be pruned."""
         self.unsent = folder if self.hub_repo else None
-        if self.unsent and not self.upload:
+        if self.unsent and not self.upload and not self.writing:
             self.upload = Upload(self.hub_repo, self.unsent)
 
     def finish(self, wait: bool) -> Iterator[str]:
@@ -367,11 +370,12 @@ def verify_state(folder: Path) -> dict[str, Any]:
     that is not in the folder itself."""
     path = folder / STATE
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        body = json.loads(text)
         seal, names = body.pop("sha256"), list(body["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is missing or damaged ({type(error).__name__})") from error
-    if sha256_json(body) != seal:
+    if sha256_json(body) != seal or text != json.dumps({**body, "sha256": seal}, indent=2):
         raise ValueError(f"{path} is damaged: its own SHA-256 does not fit")
     step = STEP_NAME.fullmatch(folder.resolve().name)
     if step and int(step[1]) != body["step"]:

@@ -39,7 +39,6 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.distributed as dist
 import tyro
-from filelock import FileLock
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -283,7 +282,7 @@ def check(cfg: Config, world_size: int):
                 f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be a number above 0"
             )
     for name in not_negative:
-        if not getattr(cfg, name) >= 0:
+        if not 0 <= getattr(cfg, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be 0 or more")
     if not 0 <= cfg.min_lr_ratio <= 1:
         raise ValueError(f"--min-lr-ratio is {cfg.min_lr_ratio}; it must be in [0, 1]")
@@ -602,22 +601,23 @@ def build_model(cfg: Config) -> GPT:
     return GPT(GPTConfig.named(cfg.model_size, block_size=cfg.seq_len, dropout=cfg.dropout, **shape))
 
 
-def open_run(cfg: Config, config: GPTConfig, process: Process) -> tuple[Path, dict, FileLock | None]:
-    """Makes the run's folder, or finds the resumed one's; returns it, the settings as they are saved, and the
-    lock that rank 0 holds on the folder. Raises ValueError if another process does."""
+def open_run(
+    cfg: Config, config: GPTConfig, process: Process, at_end: contextlib.ExitStack
+) -> tuple[Path, dict]:
+    """Makes the run's folder, or finds the resumed one's, and locks it until at_end; returns it and the
+    settings as they are saved. Raises ValueError if another process uses it."""
     name = cfg.run_name or f"gpt2-{config.num_params / 1e6:.0f}M_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     log_root = Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT
     run = checkpoint.run_folder(log_root, process.agree(name))
     settings = dataclasses.asdict(cfg) | {"run_name": run.name, "resume": "", "override": False}
-    lock = None
     if process.rank == 0:
         if not cfg.resume and run.exists() and any(run.iterdir()):
             raise ValueError(f"{run} exists: go on with it (--resume {run}) or choose another --run-name")
-        lock = checkpoint.lock(run)
+        at_end.callback(checkpoint.unlock, checkpoint.lock(run))
         run.mkdir(exist_ok=True)
         checkpoint.clean(run)
         (run / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    return run, settings, lock
+    return run, settings
 
 
 def shown(path: Path) -> str:
@@ -646,16 +646,18 @@ def finish(cfg: Config, run: Path, last_checkpoint: Path | None):
 def main(cfg: Config) -> Path:
     """Trains as cfg says; returns the run's folder."""
     process = start_process(cfg)
-    try:
-        return train(cfg, process)
-    except RuntimeError:  # where one process is lost, the others fail in what they do together
-        if process.world_size > 1:
-            print(f"rank {process.rank} failed; {process.silent()}", file=sys.stderr, flush=True)
-        raise
+    with contextlib.ExitStack() as at_end:
+        try:
+            return train(cfg, process, at_end)
+        except RuntimeError:  # where one process is lost, the others fail in what they do together
+            if process.world_size > 1:
+                print(f"rank {process.rank} failed; {process.silent()}", file=sys.stderr, flush=True)
+            raise
 
 
-def train(cfg: Config, process: Process) -> Path:
-    """The whole of a run, from the data to the last checkpoint."""
+def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
+    """The whole of a run, from the data to the last checkpoint; what is to be given back, however it ends, it
+    leaves to at_end."""
     torch.set_float32_matmul_precision("high")  # TF32 on the GPUs that have it
     rank, world_size, device = process.rank, process.world_size, process.device
 
@@ -690,7 +692,7 @@ def train(cfg: Config, process: Process) -> Path:
         if scaler.is_enabled() and resumed["scaler"]:
             scaler.load_state_dict(resumed["scaler"])
         saved = None  # its tensors have been copied
-    run, settings, lock = open_run(cfg, config, process)
+    run, settings = open_run(cfg, config, process, at_end)
     log = RunLog(run, rank, resumed.get("step"))
 
     # ---- header
@@ -737,6 +739,7 @@ def train(cfg: Config, process: Process) -> Path:
     best_val_loss, bad_steps = resumed.get("best_val_loss", math.inf), resumed.get("bad_steps", 0)
     recent_losses = deque(resumed.get("recent_losses", []), maxlen=SPIKE_WINDOW)
     signals, saver = Signals(), checkpoint.Saver(run, cfg.keep_last, cfg.keep_every, cfg.hub_repo)
+    at_end.callback(signals.restore)
     if rank == 0:
         saver.send(last_checkpoint)  # it may not have reached the Hub
     stop_code, overdue, saved_at, train_seconds = 0, False, time.monotonic(), 0.0
@@ -871,6 +874,7 @@ def train(cfg: Config, process: Process) -> Path:
 
     for news in saver.poll(wait=True):
         say(f"step {step:>6} | {news}")
+    process.agree(None)  # where rank 0 could not write its last checkpoint, the others fail here
     signals.restore()
     if world_size > 1:
         # DDP must not hold the last reference to gloo's group: its destructor would join gloo's threads while
@@ -879,10 +883,8 @@ def train(cfg: Config, process: Process) -> Path:
         dist.destroy_process_group()
     for news in saver.finish(wait=not stop_code):
         say(news)
-    if lock:
-        if not stop_code:
-            finish(cfg, run, last_checkpoint)
-        checkpoint.unlock(lock)
+    if rank == 0 and not stop_code:
+        finish(cfg, run, last_checkpoint)
     if stop_code:
         say(f"Stopped at step {step}. To go on: --resume {shown(run)}")
         sys.exit(stop_code)
