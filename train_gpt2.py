@@ -615,6 +615,8 @@ def open_run(
             raise ValueError(f"{run} exists: go on with it (--resume {run}) or choose another --run-name")
         at_end.callback(checkpoint.unlock, checkpoint.lock(run))
         run.mkdir(exist_ok=True)
+        if links := [path for path in run.iterdir() if path.is_symlink()]:
+            raise ValueError(f"{links[0]} is a link; a run writes only into its own folder: remove the link")
         checkpoint.clean(run)
         (run / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     return run, settings
