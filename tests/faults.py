@@ -163,11 +163,14 @@ def fail_in_save(place: str, at_step: int):
 
 
 def die_in_file_operation(number: int, word: str):
-    """SIGKILL just before the so-many-th operation on a file or folder whose path has this word in it."""
+    """SIGKILL just before the so-many-th operation on a file or folder whose path has this word in it, or which
+    removes one (of these only the name is given)."""
     left = [number]
 
     def count(event: str, args: tuple):
-        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir") and word in str(args[:2]):
+        if event in ("os.remove", "os.rmdir") or (
+            event in ("open", "os.rename", "os.mkdir") and word in str(args[:2])
+        ):
             left[0] -= 1
             if left[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -144,7 +144,8 @@ def test_pruning_that_is_killed_leaves_what_is_to_stay_and_the_run_goes_on(
         shutil.copytree(every_step / "step_000030", run / ".old_step_000030", copy_function=os.link)
         (run / ".old_step_000030" / checkpoint.PRUNED).touch()
 
-        dies = partial(die_in_file_operation, draw(attempt.number).randrange(90), run.name)
+        # It reads eleven states, then has eight checkpoints to remove, in twelve operations each.
+        dies = partial(die_in_file_operation, draw(attempt.number).randrange(8, 107), run.name)
         process = forkserver.Process(target=prune, args=(run, 2, 20, dies))
         process.start()
         process.join(60)
