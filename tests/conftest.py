@@ -1,6 +1,6 @@
 """Where the scripts are found, what many tests train on, and the fault campaign: `pytest -m campaign`.
 
-A test of a fault in FAULTS.md says which: `@pytest.mark.fault(7)`. The campaign runs all of these at their full
+A test of a fault in FAULTS.md says which: `@pytest.mark.fault(7)`. The campaign runs all of these at full
 counts and ends with a table; the default run has the same tests at a few tries each.
 """
 

@@ -1,4 +1,4 @@
-"""What goes wrong in the processes under test: patches for helpers.Training, to be given as functools.partial."""
+"""What goes wrong in the processes under test: patches for helpers.Training, given as functools.partial."""
 
 import errno
 import hashlib
@@ -120,7 +120,7 @@ def note_weights(folder: Path):
 def note_sequences(file: Path):
     """Writes down each sequence that is trained on: its step and its tokens."""
 
-    def watch(self, x, y=None):
+    def watch(self, x, y):
         if self.training:
             with open(file, "a", encoding="utf-8") as f:
                 f.writelines(f"{step_now()} {row}\n" for row in torch.cat([x, y[:, -1:]], 1).tolist())
@@ -154,17 +154,13 @@ def fail_in_save(place: str, at_step: int):
                 raise SafetensorError("Error while serializing: I/O error")
 
         before(checkpoint, place, fail_safetensors)
-    elif place == "flush":
-        before(remote, place, fail)
-    elif place == "hash_file":
-        before(remote, place, fail)
-    else:  # mkdir, write_text, rename
-        before(Path, place, fail)
+    else:
+        before(remote if place in ("flush", "hash_file") else Path, place, fail)
 
 
 def die_in_file_operation(number: int, word: str):
-    """SIGKILL just before the so-many-th operation on a file or folder whose path has this word in it, or which
-    removes one (of these only the name is given)."""
+    """SIGKILL just before the so-many-th operation on a file or folder whose path has this word in it, or
+    that removes one (of these only the name is given)."""
     left = [number]
 
     def count(event: str, args: tuple):
@@ -197,3 +193,10 @@ def prune(run: Path, keep_last: int, keep_every: int, patch: Callable[[], None])
     """checkpoint.prune in a process of its own."""
     patch()
     checkpoint.prune(run, keep_last, keep_every)
+
+
+def hide_compiler():
+    """torch.compile finds no C++ compiler."""
+    os.environ["CXX"] = "/nonexistent"
+    if "torch._inductor.config" in sys.modules:  # it has read the variable
+        sys.modules["torch._inductor.config"].cpp.cxx = (None, "/nonexistent")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 import checkpoint
 import shards
@@ -137,8 +137,8 @@ class Training:
     """`python train_gpt2.py <words>`, or as many of them as torchrun would start for world_size.
 
     They are processes like any other, but forked from one that has imported everything, so that they start in
-    a tenth of a second. patches: functions (of a module; or functools.partial of such) which each process calls
-    before it begins.
+    a tenth of a second. patches: functions of a module, or functools.partial of such, which each process
+    calls before it begins.
     """
 
     def __init__(

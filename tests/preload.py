@@ -1,4 +1,4 @@
-"""What the processes of `helpers.Training` have in memory from the start: the process that they are forked from
+"""What the processes of `helpers.Training` have in memory from the start: the one that they are forked from
 imports this file once, instead of each of them for seconds."""
 
 import pytest  # noqa: F401 (the test run's own main module is imported in each)
