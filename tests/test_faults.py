@@ -1,7 +1,7 @@
 """Faults while training: kills, signals, a full disk, gradients that are not finite, two runs in one folder.
 
-"The same end" is: the same bytes of the final model, and the same training losses. The tests' numbers are those
-of FAULTS.md; what is done to the processes is in faults.py.
+"The same end" is: the same bytes of the final model, and the same training losses. The tests' numbers are
+those of FAULTS.md; what is done to the processes is in faults.py.
 """
 
 import dataclasses
@@ -130,8 +130,8 @@ def test_pruning_that_is_killed_leaves_what_is_to_stay_and_the_run_goes_on(
     )  # fmt: skip
     for attempt in tally(3, 50):
         run = links(every_step, tmp_path / f"run{attempt.number}", *range(39, 49))
-        # What killed runs have left: half a checkpoint; one set aside for another, which did not come; one set
-        # aside, its successor being there; one that was being pruned; one that something has half removed.
+        # What killed runs have left: half a checkpoint; one set aside for another, which did not come; one
+        # set aside, its successor being there; one that was being pruned; one that was half removed.
         for name in (".tmp_step_000049", ".old_step_000020", ".old_step_000041", "step_000049"):
             source = every_step / f"step_{name[-6:]}"
             shutil.copytree(source, run / name, copy_function=os.link)
@@ -404,6 +404,7 @@ def read_until(process: subprocess.Popen, words: str) -> str:
 
 
 @pytest.mark.fault(7)
+@pytest.mark.slow
 def test_torchrun_passes_a_signal_to_one_process_on_to_the_run(config, tmp_path):
     process = start_torchrun(dataclasses.replace(config, max_steps=10_000, checkpoint_every=0))
     read_until(process, "step      5 | loss")

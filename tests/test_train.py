@@ -86,8 +86,9 @@ def test_a_resumed_run_ends_bit_identical(config, optimizer, dtype):
     """Across the end of the first epoch (156 sequences, 8 a step), with dropout and accumulation; in float16,
     which a CPU computes slowly, also with the gradient scaler's state."""
     cfg = dataclasses.replace(
-        config, optimizer=optimizer, dtype=dtype, dropout=0.2, val_every=3, checkpoint_every=4, max_steps=24
-    )
+        config, optimizer=optimizer, dtype=dtype, dropout=0.2, val_every=3, val_tokens=200,
+        checkpoint_every=4, max_steps=24,
+    )  # fmt: skip
     whole = train_gpt2.main(cfg)
     part = train_gpt2.main(dataclasses.replace(cfg, run_name="part"))
     for step in (
