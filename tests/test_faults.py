@@ -147,9 +147,13 @@ def test_pruning_that_is_killed_leaves_what_is_to_stay_and_the_run_goes_on(
         process.start()
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
-        assert {40, 48} <= {checkpoint.verify(f)["step"] for f in checkpoint.steps(run)[:-1]}
+        assert {40, 48} <= {checkpoint.verify(folder)["step"] for folder in checkpoint.steps(run)[:-1]}
         found, passed_over = checkpoint.newest_valid(run)
         assert found == run / "step_000048" and "step_000049/model.safetensors is missing" in passed_over[0]
+        checkpoint.clean(run)  # puts back what was set aside, but nothing that is no longer whole
+        for folder in checkpoint.steps(run)[:-1]:
+            checkpoint.verify(folder)
+        assert (run / "step_000020").is_dir() and left_by_saving(run) == []
 
         cfg = dataclasses.replace(cfg, run_name=run.name)
         assert "resumed at step 48" in launch(cfg, "--resume").finish()
@@ -273,9 +277,8 @@ def test_when_rank_0_cannot_save_both_ranks_end(launch, config, whole, tmp_path,
     for attempt in tally(1, len(places)):
         cfg = dataclasses.replace(config, run_name=f"run{attempt.number}")
         run = tmp_path / cfg.run_name
-        training = launch(
-            cfg, world_size=2, patches=[partial(faults.fail_in_save, places[attempt.number], 8)]
-        )
+        fails = partial(faults.fail_in_save, places[attempt.number], 8)
+        training = launch(cfg, world_size=2, patches=[fails])
         assert all(training.wait(timeout=30)), training.printed()
         assert re.search(r"step_000008 .*could not be written: .*I/O|Input", training.printed(0))
         assert steps_of(run) == [4] and left_by_saving(run) == []
@@ -568,9 +571,7 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_is_unharmed(
         run, gate = tmp_path / f"run{attempt.number}", tmp_path / f"gate{attempt.number}"
         gate.mkdir()
         cfg = dataclasses.replace(config, run_name=run.name)
-        hold = [partial(faults.hold_in_save, 4, gate), partial(faults.hold_in_step, 6, gate)][
-            attempt.number % 2
-        ]
+        hold = partial(*((faults.hold_in_save, 4), (faults.hold_in_step, 6))[attempt.number % 2], gate)
         first = launch(cfg, "--resume", patches=[hold])
         if attempt.number == 4:  # both at once: either may be the first
             second = launch(cfg, "--resume", patches=[hold])
