@@ -725,6 +725,7 @@ WITHOUT_SURROGATES = [text.encode("utf-16", "surrogatepass").decode("utf-16", "r
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt", "txt in pieces"])
+@pytest.mark.fault(19)
 def test_every_difficult_document_is_there_once_with_the_ids_of_its_text(tmp_path, monkeypatch, kind):
     (tmp_path / "in").mkdir()
     if kind == "jsonl":
@@ -749,6 +750,7 @@ def test_every_difficult_document_is_there_once_with_the_ids_of_its_text(tmp_pat
         assert document[1:].tolist() == tokenizer.encode(text)
 
 
+@pytest.mark.fault(18)
 def test_the_number_of_threads_does_not_change_a_byte(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl([*DOCUMENTS, *STRANGE[3:]] * 100))
     for workers in ("1", "2"):
@@ -799,6 +801,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("files", "part_bytes", "options"), KINDS.values(), ids=KINDS.keys())
+@pytest.mark.fault(17)
 def test_a_run_that_is_killed_at_any_rename_continues(
     tmp_path, monkeypatch, capsys, files, part_bytes, options
 ):
@@ -823,6 +826,7 @@ def test_a_run_that_is_killed_at_any_rename_continues(
     assert "going on after" in capsys.readouterr().out
 
 
+@pytest.mark.fault(17)
 def test_a_run_that_is_killed_again_and_again_ends(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(jsonl(MANY))
     expected = files_of(prepare(tmp_path / "a.jsonl", tmp_path / "whole", shard_tokens=100))
@@ -890,14 +894,20 @@ def published(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", ["corpus.jsonl", "book.txt"])
-def test_a_run_that_is_killed_at_random_instants_ends_with_the_same_bytes(tmp_path, name):
-    kill_and_compare(tmp_path, write_corpus(tmp_path / name, 20 if "json" in name else 12), 4, 200_000)
+@pytest.mark.fault(17)
+def test_a_run_that_is_killed_at_random_instants_ends_with_the_same_bytes(tmp_path, name, tally):
+    for attempt in tally(4, 4):
+        attempt.count = 4
+        kill_and_compare(tmp_path, write_corpus(tmp_path / name, 20 if "json" in name else 12), 4, 200_000)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["corpus.jsonl", "book.txt"])
-def test_a_run_that_is_killed_fifty_times_ends_with_the_same_bytes(tmp_path, name):
-    kill_and_compare(tmp_path, write_corpus(tmp_path / name, 20), 50, 30_000)
+@pytest.mark.fault(17)
+def test_a_run_that_is_killed_fifty_times_ends_with_the_same_bytes(tmp_path, name, tally):
+    for attempt in tally(50, 50):
+        attempt.count = 50
+        kill_and_compare(tmp_path, write_corpus(tmp_path / name, 20), 50, 30_000)
 
 
 # -----------------------------------------------------------------------------
@@ -931,6 +941,7 @@ def as_process(rank: int, world_size: int, kind: str = "torchrun") -> dict[str, 
 
 @pytest.mark.parametrize("kind", ["torchrun", "slurm", "slurm from 5"])
 @pytest.mark.parametrize("ranks", [[0], [0, 1], [1, 0], [2, 0, 1], [7, 0, 6, 1, 5, 2, 4, 3, 8]])
+@pytest.mark.fault(18)
 def test_several_processes_make_the_same_bytes_and_the_last_joins_them(
     tmp_path, texts, monkeypatch, capsys, kind, ranks
 ):
@@ -967,6 +978,7 @@ def test_torchruns_variables_count_before_those_of_a_slurm_array(monkeypatch):
     assert fineweb.my_share() == (1, 2)
 
 
+@pytest.mark.fault(18)
 def test_processes_at_the_same_time_make_the_same_bytes(tmp_path, texts):
     expected = files_of(prepare(texts, tmp_path / "one", **OPTIONS))
     code = (
@@ -1007,6 +1019,7 @@ def test_parts_made_in_separate_folders_are_copied_together_and_merged(tmp_path,
     assert files_of(all_parts) == expected
 
 
+@pytest.mark.fault(17)
 def test_a_process_that_was_killed_is_run_again_while_the_others_are_done(tmp_path, texts, monkeypatch):
     expected = files_of(prepare(texts, tmp_path / "one", **OPTIONS))
     for rank, renames in [(0, 11), (1, 10**9), (0, 10**9)]:

@@ -123,6 +123,7 @@ def test_num_params_of_any_shape_is_what_the_module_and_transformers_hold(shape)
         (lambda: GPTConfig.named("125M"), ["125M", "124M", "gpt2-xl"]),
     ],
 )
+@pytest.mark.fault(12)
 def test_an_impossible_shape_is_refused_with_its_value_and_the_nearest_that_works(make, parts):
     with pytest.raises(ValueError) as error:
         make()
@@ -260,6 +261,7 @@ def test_past_the_context_generation_goes_on_from_its_later_half(block_size, pro
     assert len(made) == 30
 
 
+@pytest.mark.fault(12)
 def test_a_context_longer_than_the_positions_is_refused_with_both_numbers():
     model = random_model()
     with pytest.raises(ValueError, match=r"33 tokens.*32 positions"):

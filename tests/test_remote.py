@@ -218,6 +218,7 @@ FAULTS = {
     ("method", "kind"),
     [*(("GET", kind) for kind in FAULTS), *(("HEAD", n) for n in (404, 401, 403, 500, "html"))],
 )
+@pytest.mark.fault(20)
 def test_a_file_that_cannot_be_had_is_refused_with_its_url(client, hub, repo, tmp_path, path, kind, method):
     hub.commit(f"datasets/{repo}", FILES)
     hub.fault(kind, path, times=1000, method=method)
@@ -231,6 +232,7 @@ def test_a_file_that_cannot_be_had_is_refused_with_its_url(client, hub, repo, tm
 
 
 @pytest.mark.parametrize("kind", [500, 429, "html", "wrong", "truncate", "stall"])
+@pytest.mark.fault(20)
 def test_a_fault_that_passes_is_outlived(client, hub, repo, tmp_path, kind):
     hub.commit(f"datasets/{repo}", {"big.npy": BIG})
     hub.fault(kind, "big.npy")
@@ -243,6 +245,7 @@ def test_a_fault_that_passes_is_outlived(client, hub, repo, tmp_path, kind):
 
 @pytest.mark.parametrize("where", ["^api/datasets/org/[0-9a-f]+$", "/tree/"])
 @pytest.mark.parametrize("kind", [500, "html"])
+@pytest.mark.fault(20)
 def test_the_list_outlives_a_bad_answer(client, hub, repo, where, kind):
     hub.commit(f"datasets/{repo}", FILES)
     hub.fault(kind, where)
@@ -577,6 +580,7 @@ def test_tinystories_keeps_its_validation_split(client, hub, tmp_path):
     assert decoded(tmp_path, "val") == DOCUMENTS[70:]
 
 
+@pytest.mark.fault(17)
 def test_a_killed_run_goes_on_at_the_revision_it_began_with(hub, repo, tmp_path):
     hub.commit(f"datasets/{repo}", LAYOUTS["parquet"])
     flags = ["--source", f"hf:{repo}", "--name", "it", "--shard-tokens", "300", "--val-tokens", "100"]
@@ -669,6 +673,7 @@ def test_others_shards_are_only_fetched(client, hub, repo, tmp_path, max_shards)
         assert client(CACHE + same, one=f"hf://datasets/{repo}", two=tmp_path, cache=tmp_path / "cache")
 
 
+@pytest.mark.fault(20)
 def test_fetching_shards_goes_on_where_it_was_interrupted(client, hub, repo, tmp_path):
     hub.commit(f"datasets/{repo}", BINS)
     cfg = dict(source=f"hf://datasets/{repo}", out_dir=str(tmp_path))
@@ -715,6 +720,7 @@ def test_bad_shards_are_refused(client, hub, repo, tmp_path, data, message):
         shards.verify(tmp_path)
 
 
+@pytest.mark.fault(20)
 def test_a_shard_that_never_arrives_whole_is_refused(client, hub, repo, tmp_path):
     hub.commit(f"datasets/{repo}", BINS)
     hub.fault("wrong", "fineweb_train_000002", times=100)

@@ -178,6 +178,7 @@ def test_no_validation_tokens_means_no_validation_shard(tmp_path):
 
 @pytest.mark.parametrize("before", [0, 60])
 @pytest.mark.parametrize("length", [100, 250, 1000])
+@pytest.mark.fault(19)
 def test_a_document_longer_than_a_shard_goes_on_in_the_next(tmp_path, before, length):
     stream = np.concatenate([document(before), document(length), document(3)])
     manifest = write(tmp_path, document(before), document(length), document(3))
@@ -278,6 +279,7 @@ def test_an_interrupted_part_is_taken_up_after_any_of_its_shards(tmp_path, shard
     st.one_of(st.none(), st.integers(0, 80)),
     st.lists(st.floats(0, 1), min_size=1, max_size=3),
 )
+@pytest.mark.fault(17)
 def test_a_part_that_is_interrupted_again_and_again_is_the_same(
     tmp_path_factory, lengths, shard_tokens, val_tokens, stops
 ):
@@ -424,6 +426,7 @@ def kill():
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=len)
+@pytest.mark.fault(17)
 def test_joining_can_be_interrupted_at_any_rename_and_repeated(tmp_path, monkeypatch, parts):
     write_parts(tmp_path / "parts", parts)
     shutil.copytree(tmp_path / "parts", tmp_path / "whole")
@@ -674,6 +677,7 @@ def sequences_of_step(
 
 
 @pytest.mark.parametrize("step", [0, 2, 9])
+@pytest.mark.fault(11)
 def test_a_step_takes_the_same_sequences_for_any_number_of_processes_and_any_batch_size(tmp_path, step):
     reader = ShardReader(write_plain(tmp_path, [333, 50, 333]), "train", 7, seed=5)
     first = step * 24
@@ -741,6 +745,7 @@ def test_batches_in_the_background_are_those_that_batch_gives(
         assert torch.equal(y, targets)
 
 
+@pytest.mark.fault(16)
 def test_batches_stop_their_thread_and_report_a_bad_token(tmp_path):
     ids = tokens(100)
     ids[57] = 50300
@@ -917,6 +922,7 @@ BAD_NPY = {
 
 
 @pytest.mark.parametrize("data", BAD_NPY.values(), ids=BAD_NPY.keys())
+@pytest.mark.fault(15)
 def test_what_is_no_npy_shard_is_refused_by_name(tmp_path, data):
     write_plain(tmp_path, [50, 50])
     (tmp_path / "toy_train_000001.npy").write_bytes(data)
@@ -935,6 +941,7 @@ BAD_BIN = {
 
 
 @pytest.mark.parametrize("change", BAD_BIN.values(), ids=BAD_BIN.keys())
+@pytest.mark.fault(15)
 def test_what_is_no_llm_c_shard_is_refused_by_name(tmp_path, change):
     write_bin(tmp_path / "toy_train_000000.bin", **{"ids": tokens(100), **change})
     with pytest.raises(ValueError, match=r"toy_train_000000\.bin"):
@@ -942,6 +949,7 @@ def test_what_is_no_llm_c_shard_is_refused_by_name(tmp_path, change):
 
 
 @pytest.mark.parametrize("size", [0, 100, 1023, 1025, 1223])
+@pytest.mark.fault(15)
 def test_a_cut_llm_c_shard_is_refused_by_name(tmp_path, size):
     path = tmp_path / "toy_train_000000.bin"
     write_bin(path, tokens(100))
@@ -974,6 +982,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path, as_array):
 
 
 @pytest.mark.parametrize("how", ["missing", "renamed", "shorter"])
+@pytest.mark.fault(15)
 def test_a_shard_that_is_not_as_the_manifest_says_is_refused_by_name(tmp_path, how):
     write(tmp_path, tokens(450))
     path = tmp_path / "toy_train_000001.npy"
@@ -988,6 +997,7 @@ def test_a_shard_that_is_not_as_the_manifest_says_is_refused_by_name(tmp_path, h
             check(tmp_path)
 
 
+@pytest.mark.fault(16)
 def test_a_token_outside_the_vocabulary_is_refused_with_file_and_offset(tmp_path):
     write_plain(tmp_path, [50, 50])
     ids = tokens(50, 50)
@@ -1024,6 +1034,7 @@ BAD_MANIFESTS = {
 
 
 @pytest.mark.parametrize("damage", BAD_MANIFESTS.values(), ids=BAD_MANIFESTS.keys())
+@pytest.mark.fault(15)
 def test_a_damaged_manifest_is_refused_by_name(tmp_path, damage):
     manifest = write(tmp_path, tokens(300))
     (tmp_path / "manifest.json").write_text(damage(manifest), encoding="utf-8")
@@ -1041,6 +1052,7 @@ def test_verify_passes_what_was_written_and_needs_a_manifest(tmp_path):
 
 
 @pytest.mark.parametrize("position", [60, 127, 128, -1])
+@pytest.mark.fault(15)
 def test_verify_finds_one_flipped_bit(tmp_path, position):
     write(tmp_path, tokens(300))
     path = tmp_path / "toy_train_000001.npy"
@@ -1051,6 +1063,7 @@ def test_verify_finds_one_flipped_bit(tmp_path, position):
         shards.verify(tmp_path)
 
 
+@pytest.mark.fault(15)
 def test_verify_finds_swapped_shards(tmp_path):
     write(tmp_path, tokens(310))
     one, two = tmp_path / "toy_train_000000.npy", tmp_path / "toy_train_000001.npy"
@@ -1061,6 +1074,7 @@ def test_verify_finds_swapped_shards(tmp_path):
         shards.verify(tmp_path)
 
 
+@pytest.mark.fault(16)
 def test_verify_finds_a_token_outside_the_vocabulary(tmp_path):
     write(tmp_path, tokens(300), np.array([50257], dtype=np.uint16))
     with pytest.raises(ValueError, match=r"toy_train_000002\.npy holds token 50257"):

@@ -77,6 +77,7 @@ def test_own_merge_tiktoken_and_gigatoken_give_the_same_ids(reference, text):
 
 
 @pytest.mark.parametrize("text", AWKWARD)
+@pytest.mark.fault(19)
 def test_awkward_texts_give_the_same_ids_and_come_back(reference, text):
     for encode in ENCODERS:
         assert encode(text) == reference.encode_ordinary(text)
@@ -92,6 +93,7 @@ def test_decode_undoes_encode(text):
 
 @settings(max_examples=50, deadline=None)
 @given(with_surrogates)
+@pytest.mark.fault(19)
 def test_texts_with_surrogates_are_encoded_alike_and_decode_to_valid_text(text):
     ids = tokenizer.encode(text)
     assert tokenizer.encode_from_scratch(text) == from_corpus(text) == ids
@@ -136,6 +138,7 @@ def test_end_of_text_is_plain_text_unless_asked_for():
     assert tokenizer.decode([505, 50256, 50256, 734]) == text
 
 
+@pytest.mark.fault(19)
 def test_end_of_text_in_a_document_does_not_split_it():
     stream = tokenizer.encode_corpus([f"one{END} two", END])
     assert np.flatnonzero(stream == 50256).tolist() == [0, len(tokenizer.encode(f"one{END} two")) + 1]
@@ -151,6 +154,7 @@ def test_with_special_the_pieces_between_control_tokens_are_encoded_apart(pieces
 
 @pytest.mark.parametrize("encode", [tokenizer.encode, from_corpus])
 @pytest.mark.parametrize("text", [" " * 1_000_000, "\n" * 1_000_000, " " * 1_000_000 + "x", "a" * 1_000_000])
+@pytest.mark.fault(19)
 def test_a_run_of_a_million_characters_is_encoded_and_comes_back(encode, text):
     ids = encode(text)
     assert tokenizer.decode(ids) == text
@@ -176,6 +180,7 @@ def test_every_id_decodes_to_its_bytes(reference):
 
 
 @pytest.mark.parametrize("bad", [-1, 50257, 50303, 2**16, 2**40])
+@pytest.mark.fault(16)
 def test_decode_refuses_ids_outside_the_vocabulary(bad):
     with pytest.raises(ValueError, match=f"id {bad} at position 2 .* 0 to 50256"):
         tokenizer.decode([15496, 11, bad])

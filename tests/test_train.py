@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import write_shards
+from faults import hide_compiler
+from helpers import ROOT, end_of, flags, lines_of, save_checkpoint, scripted_model, values, write_shards
 from safetensors.torch import load_file
 
 import checkpoint
@@ -21,8 +22,6 @@ import train_gpt2
 from model import GPT, GPTConfig
 from train_gpt2 import Config
 
-ROOT = Path(__file__).resolve().parent.parent
-
 # Losses of ten steps of `golden_config` in float32: they change only when what is computed changes.
 GOLDEN = {
     "adamw": [10.8246, 10.8102, 10.7558, 10.6955, 10.6207, 10.5614, 10.5027, 10.4489, 10.4201, 10.3997],
@@ -30,58 +29,9 @@ GOLDEN = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """Shards of 6,000 tokens that can be learnt: each follows from the one before it, with some noise."""
-    folder = tmp_path_factory.mktemp("data") / "toy"
-    draw = np.random.default_rng(0)
-    ids = np.zeros(6000, dtype=np.uint16)
-    for i in range(1, len(ids)):
-        ids[i] = (ids[i - 1] * 7 + 3) % 97 if draw.random() < 0.9 else draw.integers(97)
-    write_shards(folder, ids, shard_tokens=1500, val_tokens=1000)
-    return folder
-
-
-@pytest.fixture
-def config(data, tmp_path) -> Config:
-    """A run of ten steps on the toy data that takes seconds, in float32, with every job off."""
-    return Config(
-        dataset_path=str(data), n_layer=2, n_head=2, n_embd=16, seq_len=32, batch_size=2,
-        total_batch_tokens=256, learning_rate=3e-3, warmup_steps=3, max_steps=10, device="cpu",
-        dtype="float32", compile=False, log_dir=str(tmp_path), run_name="run",
-        val_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=0,
-    )  # fmt: skip
-
-
-def read(run: Path, stream: str) -> list[str]:
-    """A stream of a run's log, as it was written."""
-    lines = (run / "log.txt").read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line.split()[1] == stream]
-
-
-def values(run: Path, stream: str) -> list[float]:
-    return [float(line.split()[2]) for line in read(run, stream)]
-
-
-def cli(*args: object, **env: str) -> subprocess.CompletedProcess:
+def cli(*args: object) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "train_gpt2.py"), *map(str, args)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment)
-
-
-def flags(cfg: Config) -> list[str]:
-    """The command line that means cfg."""
-    words = []
-    for field in dataclasses.fields(cfg):
-        value, name = getattr(cfg, field.name), field.name.replace("_", "-")
-        if value == field.default:
-            continue
-        words += (
-            [f"--{name}" if value else f"--no-{name}"]
-            if isinstance(value, bool)
-            else [f"--{name}", str(value)]
-        )
-    return words
+    return subprocess.run(command, capture_output=True, encoding="utf-8")
 
 
 def test_the_learning_rate_warms_up_peaks_and_ends_at_a_tenth():
@@ -116,7 +66,7 @@ def test_weight_decay_is_for_matrices_and_muon_for_those_inside_the_blocks():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_golden_losses(config, optimizer):
     run = train_gpt2.main(dataclasses.replace(config, optimizer=optimizer))
-    assert values(run, "train") == pytest.approx(GOLDEN[optimizer], abs=2e-3)
+    assert values(run) == pytest.approx(GOLDEN[optimizer], abs=2e-3)
 
 
 def test_four_micro_batches_equal_one_batch(config):
@@ -127,6 +77,7 @@ def test_four_micro_batches_equal_one_batch(config):
     assert values(runs[0], "train") == pytest.approx(values(runs[1], "train"), abs=1e-4)
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize(
     "optimizer, dtype",
     [("adamw", "float32"), ("muon", "bfloat16"), pytest.param("adamw", "float16", marks=pytest.mark.slow)],
@@ -135,8 +86,9 @@ def test_a_resumed_run_ends_bit_identical(config, optimizer, dtype):
     """Across the end of the first epoch (156 sequences, 8 a step), with dropout and accumulation; in float16,
     which a CPU computes slowly, also with the gradient scaler's state."""
     cfg = dataclasses.replace(
-        config, optimizer=optimizer, dtype=dtype, dropout=0.2, val_every=3, checkpoint_every=4, max_steps=24
-    )
+        config, optimizer=optimizer, dtype=dtype, dropout=0.2, val_every=3, val_tokens=200,
+        checkpoint_every=4, max_steps=24,
+    )  # fmt: skip
     whole = train_gpt2.main(cfg)
     part = train_gpt2.main(dataclasses.replace(cfg, run_name="part"))
     for step in (
@@ -153,17 +105,58 @@ def test_a_resumed_run_ends_bit_identical(config, optimizer, dtype):
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (part / "step_000024" / name).read_bytes() == (whole / "step_000024" / name).read_bytes()
     for stream in ("train", "val", "lr", "norm"):
-        assert read(part, stream) == read(whole, stream)
+        assert lines_of(part, stream) == lines_of(whole, stream)
 
 
-def test_evaluation_and_sampling_leave_the_training_trace_unchanged(config):
-    quiet = train_gpt2.main(dataclasses.replace(config, dropout=0.2))
+ITEM = {
+    "ctx": "A man sits on a roof. he", "ctx_a": "A man sits on a roof.", "ctx_b": "he", "label": 1,
+    "activity_label": "Roofing", "endings": ["sings.", "lays a tile.", "is a dog of some size.", "flies."],
+}  # fmt: skip
+
+
+@pytest.fixture
+def items(tmp_path, monkeypatch):
+    """Two items in place of HellaSwag's."""
+    file = tmp_path / "items.jsonl"
+    file.write_text(f"{json.dumps(ITEM)}\n{json.dumps(ITEM)}\n", encoding="utf-8")
+    monkeypatch.setattr(hellaswag.download, "__defaults__", (hellaswag.URL, file, hellaswag.SHA256, 1))
+
+
+@pytest.fixture(scope="module")
+def quiet(data, tmp_path_factory) -> tuple[Config, Path]:
+    """A run with dropout, and none of the periodic jobs but a checkpoint at the end."""
+    cfg = Config(
+        dataset_path=str(data), n_layer=1, n_head=1, n_embd=4, seq_len=32, batch_size=2,
+        total_batch_tokens=128, learning_rate=3e-3, warmup_steps=3, max_steps=10, device="cpu", dropout=0.2,
+        dtype="float32", compile=False, log_dir=str(tmp_path_factory.mktemp("log")), run_name="quiet",
+        val_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=10,
+    )  # fmt: skip
+    return cfg, train_gpt2.main(cfg)
+
+
+@pytest.mark.fault(14)
+@pytest.mark.parametrize(
+    "jobs",
+    [
+        dict(val_every=1),
+        dict(val_every=3, val_tokens=500),
+        dict(hellaswag_every=1),
+        dict(hellaswag_every=4, hellaswag_limit=1),
+        dict(sample_every=1),
+        dict(sample_every=3, sample_prompt=""),
+        dict(checkpoint_every=2),
+        dict(val_every=1, hellaswag_every=2, sample_every=3, checkpoint_every=2),
+    ],
+    ids=str,
+)
+def test_evaluation_and_sampling_leave_the_training_trace_unchanged(quiet, items, jobs, tmp_path):
+    cfg, run = quiet
     busy = train_gpt2.main(
-        dataclasses.replace(
-            config, dropout=0.2, run_name="busy", val_every=1, sample_every=3, checkpoint_every=2
-        )
+        dataclasses.replace(cfg, **{"checkpoint_every": 10, **jobs}, log_dir=str(tmp_path), run_name="busy")
     )
-    assert read(quiet, "train") == read(busy, "train")
+    assert end_of(busy) == end_of(run) and len(lines_of(run)) == 10
+    assert len(lines_of(busy, "val")) == {0: 0, 1: 11, 3: 5}[jobs.get("val_every", 0)]
+    assert len(lines_of(busy, "hella")) == {0: 0, 1: 11, 2: 6, 4: 4}[jobs.get("hellaswag_every", 0)]
 
 
 def test_training_lowers_the_validation_loss(config):
@@ -193,7 +186,7 @@ def test_two_processes_equal_one(config, tmp_path):
     result = cli(*flags(dataclasses.replace(cfg, run_name="two", num_gpus=2)))
     assert result.returncode == 0, result.stderr
     two = tmp_path / "two"
-    assert values(two, "train") == pytest.approx(values(one, "train"), abs=1e-4)
+    assert values(two) == pytest.approx(values(one), abs=1e-4)
     assert values(two, "val") == pytest.approx(values(one, "val"), abs=1e-4)
     ours, theirs = (load_file(run / "step_000010" / "model.safetensors") for run in (one, two))
     for name, tensor in ours.items():
@@ -201,14 +194,14 @@ def test_two_processes_equal_one(config, tmp_path):
     assert result.stdout.count("Done.") == 1  # only rank 0 speaks
 
 
-def test_a_run_goes_on_with_another_number_of_processes_and_another_micro_batch(config, tmp_path):
+@pytest.mark.fault(11)
+def test_a_run_goes_on_with_another_number_of_processes_and_another_micro_batch(config, tmp_path, launch):
     cfg = dataclasses.replace(config, checkpoint_every=5)
     whole = train_gpt2.main(cfg)
     part = train_gpt2.main(dataclasses.replace(cfg, run_name="part", max_steps=10))
     (part / "step_000010").rename(tmp_path / "aside")
-    result = cli("--resume", part, "--num-gpus", 2, "--batch-size", 1)
-    assert result.returncode == 0, result.stderr
-    assert values(part, "train") == pytest.approx(values(whole, "train"), abs=1e-4)
+    launch(None, "--resume", str(part), "--batch-size", "1", world_size=2).finish()
+    assert values(part) == pytest.approx(values(whole), abs=1e-4)
 
 
 def test_the_run_folder_holds_what_the_contract_says(config):
@@ -250,6 +243,7 @@ def test_fine_tuning_starts_where_the_checkpoint_ended(config):
     assert values(tuned, "val")[0] == values(run, "val")[-1]
 
 
+@pytest.mark.fault(13)
 def test_resume_refuses_other_settings_and_other_data_unless_told(config, data, tmp_path):
     cfg = dataclasses.replace(config, checkpoint_every=5, max_steps=5)
     run = train_gpt2.main(cfg)
@@ -262,7 +256,7 @@ def test_resume_refuses_other_settings_and_other_data_unless_told(config, data, 
         )
     args = ["--resume", str(run), "--learning-rate", "0.1", "--override", "--max-steps", "6"]
     train_gpt2.main(train_gpt2.parse_args(args))
-    assert len(values(run, "train")) == 6
+    assert len(values(run)) == 6
 
 
 def test_resume_finds_the_newest_run_a_named_run_or_starts_one(config, tmp_path):
@@ -280,6 +274,23 @@ def test_resume_finds_the_newest_run_a_named_run_or_starts_one(config, tmp_path)
     assert train_gpt2.main(unborn) == train_gpt2.main(unborn)  # it may begin, and begin again
     with pytest.raises(FileNotFoundError, match="no folder"):
         train_gpt2.parse_args(["--resume", str(tmp_path / "nowhere")])
+
+
+ABOVE_0 = [
+    "seq_len", "batch_size", "total_batch_tokens", "learning_rate", "num_gpus", "val_tokens", "cache_gb",
+    "max_bad_steps", "timeout_seconds",
+]  # fmt: skip
+FROM_0 = [
+    "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "max_steps", "warmup_steps",
+    "weight_decay", "grad_clip", "hellaswag_limit", "seed", "checkpoint_minutes", "keep_last", "keep_every",
+]  # fmt: skip
+REAL = ["learning_rate", "cache_gb", "timeout_seconds", "weight_decay", "grad_clip", "checkpoint_minutes"]
+NONSENSE = [
+    *((name, value) for name in ABOVE_0 for value in (0, -1)),
+    *((name, -1) for name in FROM_0),
+    *((name, math.nan) for name in (*REAL, "min_lr_ratio")),
+    ("min_lr_ratio", -0.1), ("weight_decay", math.inf), ("learning_rate", -math.inf),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -300,8 +311,11 @@ def test_resume_finds_the_newest_run_a_named_run_or_starts_one(config, tmp_path)
         ({"run_name": "../away"}, ["'../away'"]),
         ({"device": "tpu"}, ["'tpu'", "cpu"]),
         ({"dataset_path": "nowhere"}, ["nowhere", "python fineweb.py", "train_gpt2.py demo"]),
+        *(({name: value}, [f"--{name.replace('_', '-')} is {value}"]) for name, value in NONSENSE),
+        *(({name: 0}, [f"{name} is 0"]) for name in ("n_layer", "n_head", "n_embd")),
     ],
 )
+@pytest.mark.fault(12)
 def test_bad_values_are_refused_before_the_first_step(config, tmp_path, change, words):
     cfg = dataclasses.replace(config, **change)
     if not words:  # a good neighbour of the bad ones: the same path must also accept
@@ -313,27 +327,32 @@ def test_bad_values_are_refused_before_the_first_step(config, tmp_path, change, 
     assert not list(tmp_path.glob("*/log.txt"))
 
 
-def test_the_command_line(config):
+def test_the_command_line(config, launch):
     demo = train_gpt2.read_flags(["demo", "--max-steps", "7", "--learning_rate=1"])
     assert (demo.max_steps, demo.learning_rate, demo.n_layer) == (7, 1.0, 4)
     assert train_gpt2.read_flags([]) == Config()
-    result = cli("demo", "--bogus", "3")
-    assert result.returncode == 2 and "--bogus" in result.stderr
-    result = cli(*flags(dataclasses.replace(config, batch_size=3)))
-    assert result.returncode == 2 and "nearest" in result.stderr and "Traceback" not in result.stderr
+    wrong = [
+        launch(None, "demo", "--bogus", "3"),
+        launch(dataclasses.replace(config, batch_size=3)),
+        launch(config, "--learning-rate", "nan"),
+    ]
+    assert [training.wait() for training in wrong] == [[2], [2], [2]]
+    for training, words in zip(wrong, ("--bogus", "nearest", "--learning-rate is nan")):
+        assert words in training.printed() and "Traceback" not in training.printed()
 
 
-def test_without_a_compiler_training_goes_on_and_says_so(config):
-    result = cli(*flags(dataclasses.replace(config, compile=True, max_steps=1)), CXX="/nonexistent")
-    assert result.returncode == 0, result.stderr
-    assert "torch.compile does not work here" in result.stdout and "Done." in result.stdout
+@pytest.mark.fault(29)
+def test_without_a_compiler_training_goes_on_and_says_so(config, launch):
+    training = launch(dataclasses.replace(config, compile=True, run_name="compiled"), patches=[hide_compiler])
+    assert "torch.compile does not work here" in training.finish() and "Done." in training.printed()
+    assert values(Path(config.log_dir) / "compiled") == values(train_gpt2.main(config))
 
 
 @pytest.mark.slow
 def test_compiled_training_has_the_losses_of_eager_training(config):
     eager = train_gpt2.main(config)
     compiled = train_gpt2.main(dataclasses.replace(config, compile=True, run_name="compiled"))
-    assert values(compiled, "train") == pytest.approx(values(eager, "train"), abs=1e-3)
+    assert values(compiled) == pytest.approx(values(eager), abs=1e-3)
 
 
 def test_importing_a_script_does_nothing(tmp_path):
@@ -346,19 +365,10 @@ def test_importing_a_script_does_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-ITEM = {
-    "ctx": "A man sits on a roof. he", "ctx_a": "A man sits on a roof.", "ctx_b": "he", "label": 1,
-    "activity_label": "Roofing", "endings": ["sings.", "lays a tile.", "is a dog of some size.", "flies."],
-}  # fmt: skip
-
-
-def test_hellaswag_is_scored_in_the_loop(config, tmp_path, monkeypatch):
-    file = tmp_path / "items.jsonl"
-    file.write_text(f"{json.dumps(ITEM)}\n{json.dumps(ITEM)}\n", encoding="utf-8")
-    monkeypatch.setattr(hellaswag.download, "__defaults__", (hellaswag.URL, file, hellaswag.SHA256, 1))
+def test_hellaswag_is_scored_in_the_loop(config, items):
     run = train_gpt2.main(dataclasses.replace(config, hellaswag_every=2, max_steps=4, checkpoint_every=4))
     model, _ = checkpoint.load_model(str(run), "cpu")
-    assert len(read(run, "hella")) == 3
+    assert len(lines_of(run, "hella")) == 3
     assert values(run, "hella")[-1] == hellaswag.evaluate(model, [ITEM, ITEM])["completion"]["acc_norm"]
 
 
@@ -368,7 +378,7 @@ def test_training_goes_on_without_hellaswag_where_it_cannot_be_had(config, tmp_p
     run = train_gpt2.main(dataclasses.replace(config, hellaswag_every=1, max_steps=1))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "HellaSwag" in line]
     assert line.startswith("HellaSwag is left out") and nowhere[0] in line and "--data" in line
-    assert len(read(run, "train")) == 1 and not read(run, "hella")
+    assert len(lines_of(run)) == 1 and not lines_of(run, "hella")
 
 
 def test_four_samples_begin_with_the_prompt(config, capsys):
@@ -385,6 +395,67 @@ def test_an_interrupted_preparation_of_the_demo_is_made_again(tmp_path):
     assert shards.read_manifest(folder)
 
 
+@pytest.mark.fault(12)
+def test_a_context_longer_than_the_position_table_is_refused_before_the_first_step(config, tmp_path):
+    folder = save_checkpoint(tmp_path / "small", scripted_model([1, 2, 3], block_size=16))
+    cfg = dataclasses.replace(config, n_layer=None, n_head=None, n_embd=None, init_from=str(folder))
+    with pytest.raises(ValueError, match=r"--seq-len 32 is longer than the 16 of .*step_000001"):
+        train_gpt2.main(cfg)
+    assert not list(tmp_path.glob("run*"))
+    train_gpt2.main(dataclasses.replace(cfg, seq_len=16, max_steps=1))
+
+
+@pytest.mark.fault(13)
+@pytest.mark.parametrize("change", ["another token", "another order", "one shard less", "another vocabulary"])
+def test_resume_refuses_data_that_have_changed(config, data, tmp_path, change):
+    ids = np.concatenate([np.load(path) for path in sorted(data.glob("*.npy"))])
+    folder, sizes = tmp_path / "data", dict(shard_tokens=1500, val_tokens=1000)
+    write_shards(folder, ids, **sizes)
+    cfg = dataclasses.replace(config, dataset_path=str(folder), checkpoint_every=1, max_steps=2)
+    run = train_gpt2.main(cfg)
+    shutil.rmtree(run / "step_000002")
+    shutil.rmtree(folder)
+    if change == "another token":
+        ids[3000] = (ids[3000] + 1) % 97
+    elif change == "another order":
+        ids = ids[::-1]
+    elif change == "one shard less":
+        ids = ids[:-1500]
+    else:  # the same text with other ids
+        ids = 50_000 - ids
+    write_shards(folder, np.ascontiguousarray(ids), **sizes)
+    with pytest.raises(ValueError, match=r"step_000001 is of another run: the shards in .* are not those"):
+        train_gpt2.main(train_gpt2.parse_args(["--resume", str(run)]))
+    train_gpt2.main(train_gpt2.parse_args(["--resume", str(run), "--override"]))
+    assert len(values(run)) == 2
+
+
+@pytest.mark.fault(13)
+@pytest.mark.parametrize(
+    "flag, value, old",
+    [
+        ("--seq-len", "16", "32"),
+        ("--n-embd", "8", "4"),
+        ("--dropout", "0.1", "0.2"),
+        ("--total-batch-tokens", "256", "128"),
+        ("--weight-decay", "0.0", "0.1"),
+        ("--grad-clip", "2.0", "1.0"),
+        ("--optimizer", "muon", "'adamw'"),
+        ("--seed", "1", "1337"),
+        ("--dtype", "bfloat16", "'float32'"),
+        ("--min-lr-ratio", "0.5", "0.1"),
+        ("--warmup-steps", "4", "3"),
+    ],
+)
+def test_resume_refuses_other_settings_and_prints_both(quiet, flag, value, old):
+    before = sorted(path.name for path in quiet[1].iterdir()), (quiet[1] / "log.txt").read_bytes()
+    new = repr(value) if value.isalpha() or value == "bfloat16" else value
+    with pytest.raises(ValueError, match=rf"{flag} was {old}, is {new}.*To go on all the same: --override"):
+        train_gpt2.main(train_gpt2.parse_args(["--resume", str(quiet[1]), flag, value]))
+    assert before == (sorted(path.name for path in quiet[1].iterdir()), (quiet[1] / "log.txt").read_bytes())
+
+
+@pytest.mark.fault(12)
 def test_weights_of_another_shape_than_init_from_are_refused(config, tmp_path):
     with pytest.raises(ValueError, match="--init-from brings its own shape"):
         train_gpt2.main(dataclasses.replace(config, init_from="gpt2"))
@@ -395,4 +466,4 @@ def test_two_compiled_processes_have_the_losses_of_one(config, tmp_path):
     one = train_gpt2.main(config)
     result = cli(*flags(dataclasses.replace(config, run_name="two", num_gpus=2, compile=True)), "--compile")
     assert result.returncode == 0, result.stderr
-    assert values(tmp_path / "two", "train") == pytest.approx(values(one, "train"), abs=1e-3)
+    assert values(tmp_path / "two", "train") == pytest.approx(values(one), abs=1e-3)
