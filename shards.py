@@ -543,12 +543,14 @@ class Folder:
         entry["tokens"] = len(open_shard(self.path(entry), entry.get("tokens")))
 
     def fingerprint(self) -> str:
-        """A hash of what the data set is: every shard's name, length and, where it is known, content hash."""
+        """A hash of what the data set is: every shard's name, length and, where they are known, content hash
+        and tokenizer."""
         for entry in self.entries:
             if "tokens" not in entry:
                 self.check(entry)
         facts = [(entry["file"], entry["tokens"], entry.get("sha256")) for entry in self.entries]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        vocabulary = (read_manifest(self.folder) or {}).get("tokenizer")
+        return hashlib.sha256(json.dumps([vocabulary, facts]).encode()).hexdigest()
 
 
 class HubFolder(Folder):

@@ -138,8 +138,7 @@ def test_pruning_that_is_killed_leaves_what_is_to_stay_and_the_run_goes_on(
             shutil.copytree(source, run / name, copy_function=os.link)
         (run / ".tmp_step_000049" / "state.json").unlink()
         (run / "step_000049" / "model.safetensors").unlink()
-        shutil.copytree(every_step / "step_000030", run / ".old_step_000030", copy_function=os.link)
-        (run / ".old_step_000030" / checkpoint.PRUNED).touch()
+        shutil.copytree(every_step / "step_000030", run / ".tmp_step_000030", copy_function=os.link)
 
         # It reads eleven states, then has eight checkpoints to remove, in twelve operations each.
         number = faults.draw(attempt.number).randrange(8, 107)
@@ -184,8 +183,7 @@ def test_what_a_killed_process_left_is_cleaned_and_nothing_whole_is_lost(tmp_pat
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, model, step=step)
     (tmp_path / "step_000003").rename(tmp_path / ".old_step_000003")  # killed before its successor's rename
-    (tmp_path / "step_000001" / checkpoint.PRUNED).touch()
-    (tmp_path / "step_000001").rename(tmp_path / ".old_step_000001")  # killed while it was pruned
+    (tmp_path / "step_000001").rename(tmp_path / ".tmp_step_000001")  # killed while it was pruned
     (tmp_path / ".tmp_step_000004").mkdir()
     checkpoint.clean(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000003"]

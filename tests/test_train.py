@@ -406,7 +406,9 @@ def test_a_context_longer_than_the_position_table_is_refused_before_the_first_st
 
 
 @pytest.mark.fault(13)
-@pytest.mark.parametrize("change", ["another token", "another order", "one shard less", "another vocabulary"])
+@pytest.mark.parametrize(
+    "change", ["another token", "another order", "one shard less", "another vocabulary", "another tokenizer"]
+)
 def test_resume_refuses_data_that_have_changed(config, data, tmp_path, change):
     ids = np.concatenate([np.load(path) for path in sorted(data.glob("*.npy"))])
     folder, sizes = tmp_path / "data", dict(shard_tokens=1500, val_tokens=1000)
@@ -421,9 +423,12 @@ def test_resume_refuses_data_that_have_changed(config, data, tmp_path, change):
         ids = ids[::-1]
     elif change == "one shard less":
         ids = ids[:-1500]
-    else:  # the same text with other ids
+    elif change == "another vocabulary":  # the same text with other ids
         ids = 50_000 - ids
-    write_shards(folder, np.ascontiguousarray(ids), **sizes)
+    manifest = write_shards(folder, np.ascontiguousarray(ids), **sizes)
+    if change == "another tokenizer":
+        manifest["tokenizer"] = {"name": "another"}
+        (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(ValueError, match=r"step_000001 is of another run: the shards in .* are not those"):
         train_gpt2.main(train_gpt2.parse_args(["--resume", str(run)]))
     train_gpt2.main(train_gpt2.parse_args(["--resume", str(run), "--override"]))
