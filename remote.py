@@ -299,8 +299,8 @@ def naming_the_repository(repo: str) -> Iterator[None]:
     """Turns what the Hub's clients raise (their errors have no common base) into an OSError with the name."""
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):  # a page of HTML
+            raise
         reason = reason_of(error)
         raise OSError(f"{repo}: the Hugging Face Hub did not do what was asked ({reason})") from error
