@@ -1,17 +1,25 @@
 """What several test files share: small models with lively weights, checkpoints of them, the scripts run."""
 
+import dataclasses
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed import TCPStore
 
 import checkpoint
 import shards
 import tokenizer
 from model import GPT, GPTConfig
+from train_gpt2 import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 50257
@@ -70,3 +78,136 @@ def run_script(name: str, *args: str, stdin: str = "") -> subprocess.CompletedPr
     command = [sys.executable, str(ROOT / name), *args]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     return subprocess.run(command, input=stdin, capture_output=True, encoding="utf-8", env=env, timeout=120)
+
+
+# -----------------------------------------------------------------------------
+# training in processes of its own
+
+
+def flags(cfg: Config) -> list[str]:
+    """The command line that means cfg."""
+    words = []
+    for field in dataclasses.fields(cfg):
+        value, name = getattr(cfg, field.name), field.name.replace("_", "-")
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def lines_of(run: Path, *streams: str) -> list[str]:
+    """Streams of a run's log (by default the training losses), as they were written."""
+    lines = (run / "log.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.split()[1] in (streams or ("train",))]
+
+
+def values(run: Path, stream: str = "train") -> list[float]:
+    return [float(line.split()[2]) for line in lines_of(run, stream)]
+
+
+def end_of(run: Path) -> tuple[str, bytes, list[str]]:
+    """What two runs with the same end have in common: the last checkpoint's weights, every training loss."""
+    last = checkpoint.steps(run)[-1]
+    return last.name, (last / "model.safetensors").read_bytes(), lines_of(run)
+
+
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["preload"])
+
+
+def run_train_gpt2(words: Sequence[str], output: Path, env: dict[str, str], patches: Sequence[Callable]):
+    """In a process of its own: python train_gpt2.py <words>, with what it prints in a file."""
+    if "train_gpt2" not in sys.modules:
+        raise RuntimeError("the fork server has not imported preload.py: this would take seconds each time")
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    for patch in patches:
+        patch()
+    sys.argv = [str(ROOT / "train_gpt2.py"), *words]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+class Training:
+    """`python train_gpt2.py <words>`, or as many of them as torchrun would start for world_size.
+
+    They are processes like any other, but forked from one that has imported everything, so that they start in
+    a tenth of a second. patches: functions (of a module; or functools.partial of such) which each process calls
+    before it begins.
+    """
+
+    def __init__(
+        self, folder: Path, words: Sequence[str], world_size: int = 1, patches: Sequence[Callable] = ()
+    ):
+        env: list[dict[str, str]] = [{}]
+        if world_size > 1:
+            # As under torchrun, the store outlives the processes; and no port has to be guessed.
+            self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            common = dict(
+                WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.store.port),
+                TORCHELASTIC_USE_AGENT_STORE="True",
+            )  # fmt: skip
+            env = [dict(common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world_size)]
+        self.outputs = [folder / f"rank{rank}.txt" for rank in range(world_size)]
+        self.ranks = [
+            forkserver.Process(target=run_train_gpt2, args=(words, *its, patches), daemon=True)
+            for its in zip(self.outputs, env)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def printed(self, rank: int | None = None) -> str:
+        """What a rank, or all one after another, have printed."""
+        outputs = self.outputs if rank is None else [self.outputs[rank]]
+        return "".join(path.read_text(encoding="utf-8") for path in outputs if path.exists())
+
+    def wait_for(self, what: str | Path, rank: int = 0, timeout: float = 60) -> str:
+        """Waits until these words are printed, or this file is there; returns what is printed."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            is_over = self.ranks[rank].exitcode is not None
+            printed = self.printed(rank)
+            if what.exists() if isinstance(what, Path) else what in printed:
+                return printed
+            if is_over:
+                break
+            time.sleep(0.005)
+        raise AssertionError(f"{what} did not come:\n{self.printed()}")
+
+    def is_running(self) -> bool:
+        return any(process.is_alive() for process in self.ranks)
+
+    def wait(self, timeout: float = 60) -> list[int | None]:
+        """The exit code of each rank, once all have ended. That they do not end in time is an error."""
+        end = time.monotonic() + timeout
+        for rank, process in enumerate(self.ranks):
+            process.join(max(0.0, end - time.monotonic()))
+            if process.is_alive():
+                printed = self.printed()
+                self.kill()
+                raise AssertionError(f"rank {rank} has not ended after {timeout} s:\n{printed}")
+        return [process.exitcode for process in self.ranks]
+
+    def finish(self) -> str:
+        """Waits for the end of a run that is to succeed; returns what was printed."""
+        codes = self.wait()
+        assert not any(codes), f"{codes}:\n{self.printed()}"
+        return self.printed()
+
+    def signal(self, number: int, *ranks: int):
+        """Sends a signal to these ranks, or to all."""
+        for rank in ranks or range(len(self.ranks)):
+            pid = self.ranks[rank].pid
+            if pid and self.ranks[rank].is_alive():
+                os.kill(pid, number)
+
+    def kill(self):
+        """Ends what still runs."""
+        self.signal(signal.SIGKILL)
+        for process in self.ranks:
+            process.join()

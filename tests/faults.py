@@ -1,0 +1,199 @@
+"""What goes wrong in the processes under test: patches for helpers.Training, to be given as functools.partial."""
+
+import errno
+import hashlib
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+import checkpoint
+import remote
+import shards
+from model import GPT
+
+RANK = "RANK"
+
+
+def rank() -> int:
+    return int(os.environ.get(RANK, "0"))
+
+
+def step_now() -> int:
+    """The training step this process is in: train_gpt2.py seeds each with its number."""
+    return (torch.initial_seed() % 2**40) >> 12
+
+
+def before(owner: Any, name: str, do: Callable[..., None]):
+    """Has `do` called with the arguments of owner.name, before each call of it."""
+    real = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        do(*args, **kwargs)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def each_training_forward(do: Callable[[int, int], None]):
+    """Has `do(step, micro_step)` called before each forward pass of training, on this process."""
+    last = [-1, -1]
+
+    def count(model, *args, **kwargs):
+        if model.training:
+            last[:] = [step_now(), last[1] + 1 if last[0] == step_now() else 0]
+            do(*last)
+
+    before(GPT, "forward", count)
+
+
+def wait_to_go_on(folder: Path):
+    """Says that this place is reached, and stays there until the test lets it go on: signals find the process
+    here, however slow the machine is."""
+    (folder / "reached").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.002)
+
+
+def hold_in_step(step: int, folder: Path, on_rank: int = 0):
+    """The process stays in its second micro-step of a step."""
+
+    def hold(at_step: int, micro_step: int):
+        if (at_step, micro_step) == (step, 1) and rank() == on_rank:
+            wait_to_go_on(folder)
+
+    each_training_forward(hold)
+
+
+def hold_in_save(step: int, folder: Path):
+    """The thread that saves stays amid the files of a checkpoint."""
+
+    def hold(path: Path):
+        if path.name == "model.safetensors" and path.parent.name == f".tmp_step_{step:06d}":
+            wait_to_go_on(folder)
+
+    before(remote, "flush", hold)
+
+
+def poison(kind: str, on_rank: int, *steps: int):
+    """On one rank, the first micro-step of these steps gives a loss or gradients that are not finite."""
+    forward = GPT.forward
+    done = set()
+
+    def poisoned(self, *args, **kwargs):
+        loss = forward(self, *args, **kwargs)
+        if not self.training or rank() != on_rank or step_now() not in steps or step_now() in done:
+            return loss
+        done.add(step_now())
+        if kind == "gradient":
+            loss.register_hook(lambda grad: grad * float("nan"))
+            return loss
+        return loss * float({"overflow": "1e36"}.get(kind, kind))
+
+    GPT.forward = poisoned
+
+
+def note_weights(folder: Path):
+    """Writes down a hash of the weights at the beginning of each step, a file a rank."""
+
+    def watch(self, *args, **kwargs):
+        if self.training and step_now() not in seen:
+            seen.add(step_now())
+            digest = hashlib.sha256()
+            for p in self.parameters():
+                digest.update(p.detach().numpy().tobytes())
+            with open(folder / f"weights{rank()}.txt", "a", encoding="utf-8") as f:
+                f.write(f"{step_now()} {digest.hexdigest()}\n")
+
+    seen = set()
+    before(GPT, "forward", watch)
+
+
+def note_sequences(file: Path):
+    """Writes down each sequence that is trained on: its step and its tokens."""
+
+    def watch(self, x, y=None):
+        if self.training:
+            with open(file, "a", encoding="utf-8") as f:
+                f.writelines(f"{step_now()} {row}\n" for row in torch.cat([x, y[:, -1:]], 1).tolist())
+
+    before(GPT, "forward", watch)
+
+
+def limit_files(size: int, at_save: int):
+    """From a save on, no file may be longer than this: as on a disk that is full, writing fails."""
+    saves = iter(range(10**6))
+
+    def limit(*args, **kwargs):
+        if next(saves) == at_save:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    before(checkpoint, "save", limit)
+
+
+def fail_in_save(place: str, at_step: int):
+    """A save fails at a place, with the error that is likely there."""
+    temporary = f".tmp_step_{at_step:06d}"
+
+    def fail(path, *args, **kwargs):
+        if temporary in str(path):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+
+    if place == "save_file":
+
+        def fail_safetensors(tensors, path, **kwargs):
+            if temporary in str(path):
+                raise SafetensorError("Error while serializing: I/O error")
+
+        before(checkpoint, place, fail_safetensors)
+    elif place == "flush":
+        before(remote, place, fail)
+    elif place == "hash_file":
+        before(remote, place, fail)
+    else:  # mkdir, write_text, rename
+        before(Path, place, fail)
+
+
+def die_in_file_operation(number: int, word: str):
+    """SIGKILL just before the so-many-th operation on a file or folder whose path has this word in it, or which
+    removes one (of these only the name is given)."""
+    left = [number]
+
+    def count(event: str, args: tuple):
+        if event in ("os.remove", "os.rmdir") or (
+            event in ("open", "os.rename", "os.mkdir") and word in str(args[:2])
+        ):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+def batches_of(data: Path, seq_len: int, seed: int, sequences: int, steps: range) -> list[str]:
+    """What `note_sequences` is to write, from the reader alone, in sorted order."""
+    reader = shards.ShardReader(shards.Folder(data), "train", seq_len, seed)
+    lines = []
+    for step in steps:
+        x, y = reader.batch(step, 0, sequences, sequences)
+        lines += [f"{step} {row}" for row in torch.cat([x, y[:, -1:]], 1).tolist()]
+    return sorted(lines)
+
+
+def draw(number: int) -> random.Random:
+    """Random numbers of a try, the same in every test run."""
+    return random.Random(number)
+
+
+def prune(run: Path, keep_last: int, keep_every: int, patch: Callable[[], None]):
+    """checkpoint.prune in a process of its own."""
+    patch()
+    checkpoint.prune(run, keep_last, keep_every)

@@ -1,0 +1,10 @@
+"""What the processes of `helpers.Training` have in memory from the start: the process that they are forked from
+imports this file once, instead of each of them for seconds."""
+
+import pytest  # noqa: F401 (the test run's own main module is imported in each)
+import torch._dynamo  # noqa: F401
+
+import tokenizer
+import train_gpt2  # noqa: F401
+
+tokenizer.hf_files()  # it remembers
