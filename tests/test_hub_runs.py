@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import hold_in_step
+from faults import each_training_forward, hold_in_save, hold_in_step
 from helpers import Training, end_of, flags, lines_of, values
 from hub_server import COMMIT, TOKEN, HubServer
-from test_remote import Client
+from test_remote import Client, wait_until
 
 import checkpoint
 import remote
@@ -311,6 +312,47 @@ def test_of_the_checkpoints_that_wait_only_the_newest_is_sent_and_none_is_remove
     training.finish()
     assert steps_on(hub) == [1, 12]
     assert end_of(run) == end_of(whole())
+
+
+def let_upload_end(step: int):
+    """In a step, a patch: training goes on when no upload is on its way."""
+
+    def wait(at_step: int, micro_step: int):
+        if (at_step, micro_step) == (step, 2):
+            while any(isinstance(thread, checkpoint.Upload) for thread in threading.enumerate()):
+                time.sleep(0.01)
+
+    each_training_forward(wait)
+
+
+def test_what_is_sent_next_is_not_removed_by_a_save_that_had_begun_before(start, config, hub, tmp_path):
+    """While step 3 is written, the upload of step 1 ends and that of step 2, which waited for it, begins."""
+    hub.fault("hold", "^lfs/", method="PUT")
+    in_save, in_step, run = gate(tmp_path / "save"), gate(tmp_path / "step"), tmp_path / "log" / "run"
+    cfg = dataclasses.replace(config, checkpoint_every=1, keep_last=1, max_steps=4)
+    patches = (
+        partial(hold_in_save, 3, in_save),
+        partial(hold_in_step, 3, in_step),
+        partial(let_upload_end, 3),
+    )
+    training = start(cfg, patches=patches)
+    training.wait_for(in_save / "reached")
+    training.wait_for(in_step / "reached")
+    assert hub.held.wait(30)
+    hub.let_go()
+    wait_until(lambda: steps_on(hub) == [1])
+    hub.held.clear()
+    hub.released.clear()
+    hub.fault("hold", "^lfs/", method="PUT")
+    (in_step / "go").touch()
+    assert hub.held.wait(30), training.printed()
+    (in_save / "go").touch()
+    training.wait_for("saved step_000003")  # and old ones are removed
+    assert (run / "step_000002").exists()
+    hub.let_go()
+    printed = training.finish()
+    assert "is not on the Hub" not in printed
+    assert steps_on(hub) == [1, 2, 4]
 
 
 def test_a_signal_does_not_wait_for_an_upload(start, config, hub, whole, tmp_path, tally):
