@@ -37,10 +37,13 @@ def see_hub(environment: dict[str, str], patience: float, picture: bool):
     found, which saves a second each upload."""
     os.environ.update(environment)
     remote.PATIENCE = patience
-    sleep = time.sleep
-    time.sleep = lambda seconds: sleep(seconds / 10)
+    time.sleep = partial(sleep_a_tenth, time.sleep)
     if not picture:
         checkpoint.ROOT = Path("/nowhere")  # where push looks for it
+
+
+def sleep_a_tenth(sleep: Callable[[float], None], seconds: float):
+    sleep(seconds / 10)
 
 
 @pytest.fixture
