@@ -190,7 +190,9 @@ class HubServer:
     def answer(self, request: BaseHTTPRequestHandler):
         body = self.read_body(request)
         self.requests.append((request.command, request.path, request.headers.get("Range")))
-        headers = [f"{name}: {value}" for name, value in request.headers.items() if name != "Authorization"]
+        headers = [
+            f"{name}: {value}" for name, value in request.headers.items() if name.lower() != "authorization"
+        ]
         self.heard.append("\n".join([request.path, *headers, body.decode(errors="replace")]))
         url = urlsplit(request.path)
         path = unquote(url.path).strip("/")
