@@ -453,6 +453,20 @@ def test_links_in_place_of_what_saving_makes_are_not_followed(name, run, outside
     assert listing(outside) == before
 
 
+@pytest.mark.fault(25)
+@pytest.mark.parametrize("there", [True, False], ids=["to a file", "to nothing yet"])
+@pytest.mark.parametrize("name", ["config.json", "log.txt", "loss.png"])
+def test_links_in_place_of_a_runs_other_files_are_not_followed(name, there, run, outside):
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(outside / ("precious.txt" if there else "new.txt"))
+    before = listing(outside)
+    with contextlib.suppress(ValueError, OSError):
+        words = ["--resume", str(run / "step_000002"), "--val-every", "4", "--val-tokens", "100"]
+        train_gpt2.main(train_gpt2.parse_args(words))
+    assert listing(outside) == before
+    assert (outside / "precious.txt").read_text(encoding="utf-8") == "precious"
+
+
 EVIL_PATHS = ["../../precious.txt", "../precious.txt", "/etc/passwd", "a/b", "..", ".", "", "a\0b"]
 
 
