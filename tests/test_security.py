@@ -615,7 +615,7 @@ def test_secrets_are_not_in_a_runs_output_its_files_or_on_the_hub(launch, config
             elif where in ("", "commit", "lfs", "objects/batch", "preupload"):
                 assert code == 0 and ("is not on the Hub; to send it" in printed) == (where != "")
             else:
-                assert code == 2 and "Traceback" not in printed, printed
+                assert code == 2 and "Traceback" not in printed and "me/toy" in printed, printed
             assert code == 2 or (folder / "log" / "run" / "log.txt").exists()
             assert_secret(printed, folder, hub, token)
 
