@@ -3,7 +3,8 @@ write, and to see a bad network.
 
     with HubServer({"datasets/org/name": {"README.md": b"..."}}) as hub:
         subprocess.run([...], env={**os.environ, **hub.environment(tmp_path)})
-        hub.fault("truncate", "train_000001", times=1)      # or a status, "html", "wrong", "stall"
+        hub.fault("truncate", "train_000001", times=1)      # or a status, "html", "wrong", "stall", "drop"
+        hub.fault("hold", "lfs/", method="PUT")             # sets hub.held; answered after hub.let_go()
         with hub.cut():                                     # no network meanwhile
             ...
 
@@ -82,7 +83,9 @@ class HubServer:
         self.uploads: dict[str, bytes] = {}  # large files by their SHA-256
         self.read_only: set[str] = set()  # repositories that TOKEN may not write to
         self.requests: list[tuple[str, str, str | None]] = []  # method, path with query, Range header
+        self.heard: list[str] = []  # all else that clients said: headers without the token's, and bodies
         self.faults: list[Fault] = []
+        self.held, self.released = threading.Event(), threading.Event()
         self.sent = 0  # bytes of bodies
         self.bytes_a_second = 0.0  # for each connection; 0 for no limit
         self.is_down = False
@@ -152,8 +155,13 @@ class HubServer:
 
     def fault(self, kind: str | int, where: str, times: int = 1, method: str = "GET"):
         """The next `times` requests of `method` for a path in which the pattern `where` is found go wrong: an
-        error status; "html" with status 200; "truncate" or "stall" after half of the body; "wrong" bytes."""
+        error status; "html" with status 200; "truncate" or "stall" after half of the body; "wrong" bytes;
+        "drop": the connection breaks before the answer; "hold": the answer comes once the test lets it go."""
         self.faults += [Fault(kind, where, method)] * times
+
+    def let_go(self):
+        """Answers what is held."""
+        self.released.set()
 
     def next_fault(self, method: str, path: str) -> str | int:
         for fault in self.faults:
@@ -181,13 +189,20 @@ class HubServer:
 
     def answer(self, request: BaseHTTPRequestHandler):
         body = self.read_body(request)
-        if self.is_down:
-            request.close_connection = True
-            return None
         self.requests.append((request.command, request.path, request.headers.get("Range")))
+        headers = [
+            f"{name}: {value}" for name, value in request.headers.items() if name.lower() != "authorization"
+        ]
+        self.heard.append("\n".join([request.path, *headers, body.decode(errors="replace")]))
         url = urlsplit(request.path)
         path = unquote(url.path).strip("/")
         fault = self.next_fault(request.command, path)
+        if fault == "hold":
+            self.held.set()
+            self.released.wait(60)
+        if self.is_down or fault == "drop":
+            request.close_connection = True
+            return None
         if isinstance(fault, int):
             return self.send(request, fault, b'{"error": "injected"}')
         if fault == "html":

@@ -1,0 +1,528 @@
+"""Runs and the Hugging Face Hub: what is refused before the first step, uploads that are disturbed, runs that
+go on from there. Row 27 of FAULTS.md, through the real huggingface_hub against hub_server.py."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import each_training_forward, hold_in_save, hold_in_step
+from helpers import Training, end_of, flags, lines_of, values
+from hub_server import COMMIT, TOKEN, HubServer
+from test_remote import Client, wait_until
+
+import checkpoint
+import remote
+from train_gpt2 import Config
+
+pytestmark = pytest.mark.fault(27)
+REPO = "me/toy"
+
+
+def see_hub(environment: dict[str, str], patience: float, picture: bool):
+    """A patch for helpers.Training: what the shell's variables would be. Pauses take a fiftieth of their time
+    (huggingface_hub's own, before it hands an error on, are up to 23 s); without `picture`, plot.py is not
+    found, which saves a second each upload."""
+    os.environ.update(environment)
+    remote.PATIENCE = patience
+    time.sleep = partial(sleep_less, time.sleep)
+    if not picture:
+        checkpoint.ROOT = Path("/nowhere")  # where push looks for it
+
+
+def sleep_less(sleep: Callable[[float], None], seconds: float):
+    sleep(seconds / 50)
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer({}) as server:
+        yield server
+        server.let_go()
+
+
+@pytest.fixture(scope="module")
+def toy(data, tmp_path_factory) -> Config:
+    """A run of twelve steps and three checkpoints that takes half a second."""
+    return Config(
+        dataset_path=str(data), n_layer=1, n_head=1, n_embd=4, seq_len=16, batch_size=1,
+        total_batch_tokens=64, learning_rate=3e-3, warmup_steps=3, max_steps=12, device="cpu",
+        dtype="float32", compile=False, log_dir=str(tmp_path_factory.mktemp("log")), run_name="whole",
+        dropout=0.1, val_every=0, val_tokens=500, hellaswag_every=0, sample_every=0, checkpoint_every=4,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(toy, tmp_path_factory) -> Callable[..., Path]:
+    """`whole(world_size)` is an undisturbed run that knows of no Hub."""
+
+    @functools.cache
+    def whole(world_size: int = 1) -> Path:
+        cfg = dataclasses.replace(toy, log_dir=str(tmp_path_factory.mktemp("log")))
+        Training(Path(cfg.log_dir), flags(cfg), world_size).finish()
+        return Path(cfg.log_dir) / "whole"
+
+    return whole
+
+
+@pytest.fixture
+def config(toy, tmp_path) -> Config:
+    return dataclasses.replace(toy, log_dir=str(tmp_path / "log"), run_name="run", hub_repo=REPO)
+
+
+@pytest.fixture
+def start(launch, hub, tmp_path) -> Callable[..., Training]:
+    """`start(cfg, "--resume", token=...)`: train_gpt2.py on a machine that sees `hub` as the Hub."""
+
+    def start(
+        cfg: Config | None, *words: str, token: str = TOKEN, patience: float = 600, picture: bool = False,
+        patches: tuple = (), environment: dict[str, str] | None = None, **options,
+    ) -> Training:  # fmt: skip
+        env = hub.environment(tmp_path / "home", token) | (environment or {})
+        return launch(cfg, *words, patches=[partial(see_hub, env, patience, picture), *patches], **options)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def shared_hub() -> Iterator[HubServer]:
+    with HubServer({}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(shared_hub, tmp_path_factory) -> Iterator[Client]:
+    """A process that pulls checkpoints, for the tests that need no training."""
+    client = Client(shared_hub, tmp_path_factory.mktemp("home"))
+    yield client
+    client.close()
+
+
+PULL = "import checkpoint; result = str(checkpoint.pull(location, Path(log), name))"
+
+
+@pytest.fixture
+def repo(request) -> str:
+    """A name of the test's own."""
+    return f"org/{abs(hash(request.node.nodeid)):x}"
+
+
+def gate(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def on_the_hub(run: Path, step: int) -> dict[str, bytes]:
+    """What a run's upload of a checkpoint puts into the repository, but for the picture and the card."""
+    return bytes_in(run / f"step_{step:06d}") | {"log.txt": (run / "log.txt").read_bytes()}
+
+
+def listing(folder: Path) -> dict[str, int]:
+    """Every path below a folder and when it was last changed."""
+    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def written_out(files: dict[str, bytes], folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def steps_on(hub: HubServer) -> list[int]:
+    """The step of each commit of the repository, of which every one holds a checkpoint, whole."""
+    first, *later = hub.commits[REPO].values()
+    assert first == {}
+    found = []
+    for files in later:
+        state = json.loads(files["state.json"])
+        for name, digest in state["files"].items():
+            assert hashlib.sha256(files[name]).hexdigest() == digest
+        found.append(state["step"])
+    return found
+
+
+def resealed(folder: Path, **changes: Any):
+    """Changes a checkpoint's state as someone would who knows how."""
+    body = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    body = {**body, **changes}
+    del body["sha256"]
+    body["sha256"] = checkpoint.sha256_json(body)
+    (folder / "state.json").write_text(json.dumps(body), encoding="utf-8")
+
+
+# -----------------------------------------------------------------------------
+# before the first step
+
+
+REFUSALS = {
+    "no login": ("hf auth login", dict(token="")),
+    "wrong token": ("Invalid user token", dict(token="hf_WrongToken")),
+    "no permission": ("403", {}),
+    "another's": ("403", {}),
+    "offline": ("Offline", dict(environment={"HF_HUB_OFFLINE": "1"})),
+    "no name": ("does not name a model", {}),
+}
+
+
+def test_a_repository_that_cannot_be_written_is_refused_before_the_first_step(
+    start, config, hub, tmp_path, tally
+):
+    hub.commit("me/another", {"README.md": b"theirs"})
+    hub.read_only |= {"me/another", "me/no"}
+    names = {"no permission": "me/no", "another's": "me/another", "no name": "../../evil"}
+    begun = {}
+    for case, (_, options) in REFUSALS.items():
+        cfg = dataclasses.replace(config, run_name=case.replace(" ", "-").replace("'", ""))
+        cfg = dataclasses.replace(cfg, hub_repo=names.get(case, REPO))
+        begun[case] = start(cfg, **options), cfg.hub_repo
+    for attempt in tally(len(REFUSALS), len(REFUSALS)):
+        case, (said, _) = list(REFUSALS.items())[attempt.number]
+        training, name = begun[case]
+        assert training.wait() == [2], training.printed()
+        assert name in training.printed() and said in training.printed(), training.printed()
+        assert "Traceback" not in training.printed()
+    assert not (tmp_path / "log").exists()
+    assert hub.repos == {"me/another": {"README.md": b"theirs"}}
+
+
+# -----------------------------------------------------------------------------
+# uploads
+
+
+def test_a_run_puts_its_checkpoints_its_log_and_its_card_on_the_hub(start, config, hub, whole, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    printed = start(dataclasses.replace(config, val_every=4, checkpoint_every=12), picture=True).finish()
+    run = tmp_path / "log" / "run"
+    assert f"step_000012 is on the Hub: {REPO}" in printed and "is not on the Hub" not in printed
+    assert end_of(run) == end_of(whole())
+    assert steps_on(hub) == [12]
+    files = hub.repos[REPO]
+    extra = {"log.txt", "loss.png", "README.md"}
+    assert {name: data for name, data in files.items() if name not in extra} == bytes_in(run / "step_000012")
+    folder = written_out(files, tmp_path / "step_000012")
+    checkpoint.verify(folder)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder)
+    ours = checkpoint.load(run / "step_000012").model
+    assert theirs.transformer.wte.weight.equal(ours.wte.weight[: ours.config.vocab_size])
+    assert files["log.txt"] == (run / "log.txt").read_bytes()
+    assert files["loss.png"].startswith(b"\x89PNG")
+    card = files["README.md"].decode()
+    found = re.search(r"\| validation loss \| ([\d.]+) nats a token", card)
+    assert found and float(found[1]) == pytest.approx(values(run, "val")[-1], abs=1e-4)
+    assert "| step | 12 of 12; 768 tokens seen |" in card
+    assert f"--resume hf://{REPO}" in card and f'model="{REPO}"' in card
+
+
+DISTURBANCES = [  # what happens to the first request of a kind, once; or for a time
+    ("drop", "^lfs/", "PUT"),
+    "cut",
+    (500, "/commit/", "POST"),
+    (500, "^lfs/", "PUT"),
+    (429, "^lfs/", "PUT"),
+    ("drop", "/commit/", "POST"),
+    ("html", "/commit/", "POST"),
+    (503, "/preupload/", "POST"),
+    ("html", "/preupload/", "POST"),
+    (500, "objects/batch", "POST"),
+    ("drop", "objects/batch", "POST"),
+]
+
+
+def test_an_upload_that_is_disturbed_is_tried_again_and_training_goes_on(
+    start, config, hub, whole, tmp_path, tally
+):
+    for attempt in tally(2, len(DISTURBANCES)):
+        hub.commits.pop(REPO, None)
+        hub.repos.pop(REPO, None)
+        hub.uploads.clear()
+        hub.faults.clear()
+        cfg = dataclasses.replace(config, run_name=f"run{attempt.number}")
+        kind = DISTURBANCES[attempt.number]
+        if kind == "cut":
+            place = gate(tmp_path / f"gate{attempt.number}")
+            training = start(cfg, patches=(partial(hold_in_step, 8, place),))
+            training.wait_for(place / "reached")  # step 8's checkpoint is being saved or sent
+            with hub.cut():
+                (place / "go").touch()
+                training.wait_for("trying again")
+        else:
+            hub.fault(kind[0], kind[1], method=kind[2])
+            training = start(cfg)
+        printed = training.finish()
+        assert not hub.faults and f"step_000012 is on the Hub: {REPO}" in printed, printed
+        assert "is not on the Hub" not in printed
+        assert steps_on(hub)[-1] == 12
+        assert end_of(tmp_path / "log" / cfg.run_name) == end_of(whole())
+
+
+def test_what_never_arrived_is_named_at_the_end_and_sent_by_a_resume(
+    start, config, hub, whole, tmp_path, tally
+):
+    kinds = ["cut", 403, 500, "drop"]
+    for attempt in tally(1, len(kinds)):
+        kind = kinds[attempt.number]
+        cfg = dataclasses.replace(config, run_name=f"run{attempt.number}", checkpoint_every=12)
+        run, place = tmp_path / "log" / cfg.run_name, gate(tmp_path / f"gate{attempt.number}")
+        training = start(cfg, patience=2, patches=(partial(hold_in_step, 2, place),))
+        training.wait_for(place / "reached")
+        with hub.cut() if kind == "cut" else contextlib.nullcontext():
+            if kind != "cut":
+                hub.fault(kind, "/commit/", times=1000, method="POST")
+            (place / "go").touch()
+            printed = training.finish()
+        assert re.search(r"step_000012 is not on the Hub yet: .*could not be sent to", printed), printed
+        assert re.search(rf"step_000012 is not on the Hub; to send it: --resume {run}\n", printed), printed
+        assert ("trying again" in printed) == (kind != 403)
+        assert end_of(run) == end_of(whole())
+        assert set(hub.repos[REPO]) == set() or steps_on(hub)
+        hub.faults.clear()
+        before = len(hub.commits[REPO])
+        printed = start(None, "--resume", str(run)).finish()
+        assert f"step_000012 is on the Hub: {REPO}" in printed
+        assert "is not on the Hub" not in printed
+        assert len(hub.commits[REPO]) == before + 1 and steps_on(hub)[-1] == 12
+        assert end_of(run) == end_of(whole())
+
+
+def test_of_the_checkpoints_that_wait_only_the_newest_is_sent_and_none_is_removed_meanwhile(
+    start, config, hub, whole, tmp_path
+):
+    hub.fault("hold", "^lfs/", method="PUT")
+    training = start(dataclasses.replace(config, checkpoint_every=1, keep_last=1))
+    training.wait_for("waiting for step_000001 to reach me/toy")
+    run = tmp_path / "log" / "run"
+    assert {1, 12} <= {checkpoint.verify(folder)["step"] for folder in checkpoint.steps(run)}
+    assert len(checkpoint.steps(run)) <= 3
+    hub.let_go()
+    training.finish()
+    assert steps_on(hub) == [1, 12]
+    assert end_of(run) == end_of(whole())
+
+
+def let_upload_end(step: int):
+    """In a step, a patch: training goes on when no upload is on its way."""
+
+    def wait(at_step: int, micro_step: int):
+        if (at_step, micro_step) == (step, 2):
+            while any(isinstance(thread, checkpoint.Upload) for thread in threading.enumerate()):
+                time.sleep(0.01)
+
+    each_training_forward(wait)
+
+
+def test_what_is_sent_next_is_not_removed_by_a_save_that_had_begun_before(start, config, hub, tmp_path):
+    """While step 3 is written, the upload of step 1 ends and that of step 2, which waited for it, begins."""
+    hub.fault("hold", "^lfs/", method="PUT")
+    in_save, in_step, run = gate(tmp_path / "save"), gate(tmp_path / "step"), tmp_path / "log" / "run"
+    cfg = dataclasses.replace(config, checkpoint_every=1, keep_last=1, max_steps=4)
+    patches = (
+        partial(hold_in_save, 3, in_save),
+        partial(hold_in_step, 3, in_step),
+        partial(let_upload_end, 3),
+    )
+    training = start(cfg, patches=patches)
+    training.wait_for(in_save / "reached")
+    training.wait_for(in_step / "reached")
+    assert hub.held.wait(30)
+    hub.let_go()
+    wait_until(lambda: steps_on(hub) == [1])
+    hub.held.clear()
+    hub.released.clear()
+    hub.fault("hold", "^lfs/", method="PUT")
+    (in_step / "go").touch()
+    assert hub.held.wait(30), training.printed()
+    (in_save / "go").touch()
+    training.wait_for("saved step_000003")  # and old ones are removed
+    assert (run / "step_000002").exists()
+    hub.let_go()
+    printed = training.finish()
+    assert "is not on the Hub" not in printed
+    assert steps_on(hub) == [1, 2, 4]
+
+
+def test_a_signal_does_not_wait_for_an_upload(start, config, hub, whole, tmp_path, tally):
+    places = [("^lfs/", "PUT"), ("/commit/", "POST"), ("/preupload/", "POST")]
+    for attempt in tally(1, len(places)):
+        cfg = dataclasses.replace(config, run_name=f"run{attempt.number}")
+        run, place = tmp_path / "log" / cfg.run_name, gate(tmp_path / f"gate{attempt.number}")
+        hub.fault("hold", places[attempt.number][0], method=places[attempt.number][1])
+        training = start(cfg, patches=(partial(hold_in_step, 6, place),))
+        assert hub.held.wait(30), training.printed()
+        training.wait_for(place / "reached")
+        training.signal(signal.SIGTERM)
+        (place / "go").touch()
+        begin = time.monotonic()
+        assert training.wait(timeout=30) == [143], training.printed()
+        assert time.monotonic() - begin < 20  # the server would hold it for a minute
+        assert f"step_000007 is not on the Hub; to send it: --resume {run}" in training.printed()
+        hub.let_go()
+        printed = start(None, "--resume", str(run)).finish()
+        assert "resumed at step 7" in printed and f"step_000012 is on the Hub: {REPO}" in printed
+        assert steps_on(hub)[-1] == 12
+        assert end_of(run) == end_of(whole())
+        hub.held.clear()
+        hub.released.clear()
+
+
+# -----------------------------------------------------------------------------
+# going on from the Hub
+
+
+def log_of(run: Path) -> list[str]:
+    """The whole log but for the speed."""
+    return lines_of(run, "train", "val", "lr", "norm")
+
+
+def test_a_run_goes_on_from_the_hub_in_an_empty_folder_to_the_same_end(
+    start, config, hub, whole, tmp_path, tally
+):
+    worlds = [(1, 8), (2, 8), (1, 4), (1, 12), (2, 4)]  # processes that pull at the same time, step
+    for attempt in tally(2, len(worlds)):
+        world_size, step = worlds[attempt.number]
+        undisturbed, log_dir = whole(world_size), tmp_path / f"log{attempt.number}"
+        hub.commit(REPO, on_the_hub(undisturbed, step))
+        hub.requests.clear()
+        words = ["--resume", f"hf://{REPO}", "--log-dir", str(log_dir), "--checkpoint-every", "4"]
+        printed = start(None, *words, token="", world_size=world_size).finish()
+        assert f"resumed at step {step}" in printed
+        assert end_of(log_dir / "whole") == end_of(undisturbed)
+        assert log_of(log_dir / "whole") == log_of(undisturbed)
+        fetched = [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
+        names = [path.rpartition("/")[2] for path in fetched]
+        assert names.count("model.safetensors") == names.count("optimizer.safetensors") == 1
+        assert [path.name for path in log_dir.iterdir() if path.name not in ("whole", ".hub")] == []
+
+
+def test_a_run_goes_on_from_an_older_commit_and_under_another_name(start, hub, whole, tmp_path):
+    undisturbed = whole()
+    for step in (4, 8):
+        hub.commit(REPO, on_the_hub(undisturbed, step))
+    words = ["--log-dir", str(tmp_path), "--run-name", "mine", "--hub-repo", "me/other"]
+    printed = start(None, "--resume", f"hf://{REPO}@{COMMIT}", *words).finish()
+    assert "resumed at step 4" in printed
+    assert end_of(tmp_path / "mine") == end_of(undisturbed)
+    assert json.loads(hub.repos["me/other"]["state.json"])["step"] == 12
+    assert json.loads(hub.repos[REPO]["state.json"])["step"] == 8
+
+
+def without(files: dict[str, bytes], name: str) -> dict[str, bytes]:
+    return {other: data for other, data in files.items() if other != name}
+
+
+def flipped(files: dict[str, bytes], name: str) -> dict[str, bytes]:
+    data = bytearray(files[name])
+    data[len(data) // 2] ^= 4
+    return {**files, name: bytes(data)}
+
+
+def test_a_damaged_repository_is_refused_by_name_and_nothing_is_left(
+    client, shared_hub, repo, whole, tmp_path, tally
+):
+    files = on_the_hub(whole(), 8)
+    names = [
+        "model.safetensors", "tokenizer.json", "config.json", "optimizer.safetensors",
+        "generation_config.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    kinds = [
+        ("state.json", without(files, "state.json"), "holds no training state"),
+        ("state.json", flipped(files, "state.json"), "damaged"),
+        *(
+            kind
+            for name in names
+            for kind in (
+                (name, without(files, name), f"is not whole: {name} is missing"),
+                (name, flipped(files, name), f"{name} is damaged"),
+            )
+        ),
+    ]
+    for attempt in tally(5, len(kinds)):
+        name, damaged, said = kinds[attempt.number]
+        shared_hub.commit(repo, damaged)
+        log = tmp_path / f"log{attempt.number}"
+        answer = client.refusal(PULL, "ValueError", location=f"hf://{repo}", log=log, name="")
+        assert said in answer["message"] and name in answer["message"], answer
+        assert not log.exists() or [path.name for path in log.iterdir()] == [".hub"]
+        # Once it is mended, it is taken.
+        if attempt.number in (0, 3):
+            shared_hub.commit(repo, files)
+            folder = client(PULL, location=f"hf://{repo}", log=log, name="")
+            assert bytes_in(Path(folder)) == without(files, "log.txt")
+
+
+def test_wrong_bytes_on_the_way_are_fetched_again_or_refused(
+    client, shared_hub, repo, whole, tmp_path, tally
+):
+    files = on_the_hub(whole(), 8)
+    shared_hub.commit(repo, files)
+    kinds = ["wrong", "truncate", 500, "html", "stall"]
+    for attempt in tally(2, len(kinds)):
+        for name in ("model.safetensors", "state.json"):
+            log = tmp_path / f"log{attempt.number}{name}"
+            where = dict(location=f"hf://{repo}", log=log, name="")
+            if kinds[attempt.number] != "stall":  # which would take a minute
+                shared_hub.fault(kinds[attempt.number], name, times=1000)
+                answer = client.refusal(PULL, **where)
+                assert f"{repo}@{COMMIT}/{name} could not be had" in answer["message"], answer
+                assert not (log / "whole").exists()
+                shared_hub.faults.clear()
+            shared_hub.fault(kinds[attempt.number], name)
+            assert bytes_in(Path(client(PULL, **where))) == without(files, "log.txt")
+            assert not shared_hub.faults
+
+
+def test_a_folder_in_use_is_not_touched(client, shared_hub, repo, whole, tmp_path):
+    shared_hub.commit(repo, on_the_hub(whole(), 8))
+    shutil.copytree(whole(), tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole" / "step_000008")
+    lock = checkpoint.lock(tmp_path / "whole")
+    before = listing(tmp_path / "whole")
+    where = dict(location=f"hf://{repo}", log=tmp_path, name="")
+    answer = client.refusal(PULL, "ValueError", **where)
+    assert f"{tmp_path / 'whole'} is in use by another process" in answer["message"]
+    assert listing(tmp_path / "whole") == before
+    checkpoint.unlock(lock)
+    assert client(PULL, **where) == str(tmp_path / "whole" / "step_000008")
+
+
+def test_a_checkpoint_that_is_here_already_is_used_if_it_is_the_same_and_replaced_if_not(
+    client, shared_hub, repo, whole, tmp_path
+):
+    files = on_the_hub(whole(), 8)
+    shared_hub.commit(repo, files)
+    shutil.copytree(whole(), tmp_path / "whole")
+    here, where = tmp_path / "whole" / "step_000008", dict(location=f"hf://{repo}", log=tmp_path, name="")
+    before = listing(tmp_path / "whole")
+    shared_hub.requests.clear()
+    assert client(PULL, **where) == str(here)
+    assert listing(tmp_path / "whole") == before and shared_hub.downloads() == {"state.json"}
+    for change in ("a bit", "a file", "another run's"):
+        if change == "a bit":
+            (here / "model.safetensors").write_bytes(flipped(files, "model.safetensors")["model.safetensors"])
+        elif change == "a file":
+            (here / "optimizer.safetensors").unlink()
+        else:
+            resealed(here, best_val_loss=1.0)
+            checkpoint.verify(here)
+        assert client(PULL, **where) == str(here)
+        assert bytes_in(here) == without(files, "log.txt")
+        checkpoint.verify(here)
+        left = sorted(path.name for path in (tmp_path / "whole").iterdir())
+        assert left == ["config.json", "log.txt", "step_000004", "step_000008", "step_000012"]
