@@ -138,6 +138,19 @@ def clean(run: Path):
         left.unlink()
 
 
+def abandon(run: Path, step: int) -> list[Path]:
+    """Moves checkpoints that are newer than the step a run goes on from into run/abandoned: they are damaged,
+    or of a history that will not come about. Returns where they are."""
+    moved = []
+    for folder in steps(run):
+        if int(folder.name.removeprefix("step_")) > step:
+            (run / "abandoned").mkdir(exist_ok=True)
+            moved.append(run / "abandoned" / folder.name)
+            shutil.rmtree(moved[-1], ignore_errors=True)
+            folder.rename(moved[-1])
+    return moved
+
+
 def prune(run: Path, keep_last: int, keep_every: int, in_use: Path | None = None):
     """Removes a run's checkpoints but for the newest `keep_last` (0: all), those of steps that `keep_every`
     divides (0: none), the one with the lowest validation loss, and the one in use."""
@@ -178,7 +191,7 @@ class Saver:
     def __init__(self, run: Path, keep_last: int, keep_every: int, hub_repo: str = ""):
         self.run, self.keep_last, self.keep_every, self.hub_repo = run, keep_last, keep_every, hub_repo
         self.thread = ThreadPoolExecutor(max_workers=1)
-        self.writing: Future[tuple[Path, float]] | None = None
+        self.writing: Future[tuple[Path, str]] | None = None
         self.upload: Upload | None = None
         self.unsent: Path | None = None  # the newest checkpoint, while the Hub has not got it
 
@@ -187,11 +200,17 @@ class Saver:
         in_use = self.upload.folder if self.upload else None
         self.writing = self.thread.submit(self._save, in_use, step, *what)
 
-    def _save(self, in_use: Path | None, step: int, *what: Any) -> tuple[Path, float]:
+    def _save(self, in_use: Path | None, step: int, *what: Any) -> tuple[Path, str]:
         begin = time.perf_counter()
         folder = save(self.run, step, *what)
-        prune(self.run, self.keep_last, self.keep_every, in_use)
-        return folder, time.perf_counter() - begin
+        return folder, f"saved {folder.name} in {time.perf_counter() - begin:.1f} s{self._prune(in_use)}"
+
+    def _prune(self, in_use: Path | None = None) -> str:
+        try:
+            prune(self.run, self.keep_last, self.keep_every, in_use)
+        except OSError as error:  # no reason to stop training
+            return f"; an old checkpoint could not be removed: {error}"
+        return ""
 
     def poll(self, wait: bool = False) -> list[str]:
         """What to say of what has been written and sent since the last call; `wait`s for the writing. Raises
@@ -199,8 +218,8 @@ class Saver:
         said = []
         if self.writing and (wait or self.writing.done()):
             writing, self.writing = self.writing, None
-            folder, seconds = writing.result()
-            said.append(f"saved {folder.name} in {seconds:.1f} s")
+            folder, text = writing.result()
+            said.append(text)
             self.send(folder)
         if self.upload and not self.upload.is_alive():
             sent, self.upload = self.upload, None
@@ -227,6 +246,7 @@ class Saver:
             yield f"waiting for {self.upload.folder.name} to reach {self.hub_repo}"
             self.upload.join()
             yield from self.poll()
+        self._prune()  # what was in use before
         if self.unsent:
             yield f"{self.unsent.name} is not on the Hub; to send it: --resume {self.run}"
 
@@ -258,7 +278,8 @@ def lock(run: Path) -> FileLock:
 
 
 def unlock(taken: FileLock):
-    Path(taken.lock_file).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # Windows keeps a file that is open
+        Path(taken.lock_file).unlink()
     taken.release()
 
 
@@ -299,7 +320,7 @@ def model_card(repo: str, state: dict[str, Any], has_picture: bool) -> str:
         *(["![training and validation loss](loss.png)", ""] if has_picture else []),
         "| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items()), "",
         "```python", "from transformers import pipeline", "",
-        f'pipeline("text-generation", model="{repo}")("{run["sample_prompt"]}")', "```", "",
+        f'pipeline("text-generation", model="{repo}")({json.dumps(run["sample_prompt"])})', "```", "",
         "With its optimizer and the state of its training, it goes on exactly where it was:", "",
         "```sh", f"python train_gpt2.py --resume hf://{repo}", "```", "",
     ])  # fmt: skip
@@ -320,11 +341,12 @@ def pull(location: str, log_root: Path, run_name: str = "") -> Path:
     with FileLock(incoming.with_suffix(".lock")):
         remote.fetch(files[STATE], incoming)
         state = verify_state(incoming)
-        run = run_folder(log_root, run_name or state["config"]["run_name"])
+        run = run_folder(log_root, run_name or state.get("config", {}).get("run_name", ""))
         final = run / f"step_{state['step']:06d}"
         with contextlib.suppress(ValueError):
-            if verify(final) == state:
-                return final  # another process has fetched it, or it was made here
+            if verify(final) == state:  # another process has fetched it, or it was made here
+                shutil.rmtree(incoming)
+                return final
         for name in state["files"]:
             if name not in files:
                 raise ValueError(f"{location} is not whole: {name} is missing")
@@ -389,7 +411,11 @@ def verify_state(folder: Path) -> dict[str, Any]:
 def load(folder: Path, dropout: float = 0.0) -> Checkpoint:
     """Verifies and reads a checkpoint. Raises ValueError if it is not whole."""
     state = verify(folder)
-    return Checkpoint(GPT.from_pretrained(folder, dropout), load_file(folder / OPTIMIZER), state)
+    try:
+        optimizer = load_file(folder / OPTIMIZER)
+    except SafetensorError as error:  # its hash is right: it was made like this
+        raise ValueError(f"{folder / OPTIMIZER} is not a safetensors file: {error}") from error
+    return Checkpoint(GPT.from_pretrained(folder, dropout), optimizer, state)
 
 
 def steps(run: Path) -> list[Path]:
@@ -483,7 +509,7 @@ def load_model(name: str, device: str = "auto", dropout: float = 0.0) -> tuple[G
         path = found
     elif path.is_dir() and ((path / STATE).is_file() or STEP_NAME.fullmatch(path.name)):
         verify(path)
-    elif path.is_dir() and not (path / "config.json").is_file():
+    elif path.is_dir() and ((path / "log.txt").is_file() or not (path / "config.json").is_file()):
         raise FileNotFoundError(f"{path} is neither a model directory nor a run with checkpoints in it")
     elif (
         not path.is_dir()

@@ -152,7 +152,7 @@ def is_final(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in THE_DISK:
         return True
     status = getattr(getattr(error, "response", None), "status_code", 0)
-    if 400 <= status < 500 and status not in (408, 429):
+    if 400 <= status < 500 and status not in (408, 409, 412, 429):  # too late, another commit, too often
         return True
     return error.__cause__ is not None and is_final(error.__cause__)
 
@@ -259,13 +259,13 @@ def read_start(file: HubFile, count: int) -> bytes:
 
 
 def check_push(repo: str, repo_type: str = "dataset"):
-    """Makes the repository if needed. Raises OSError if we are not logged in or may not write to it,
+    """Makes the repository if needed. Raises OSError if we are not logged in with a right to write to it,
     ValueError for what is no name of a repository."""
     from huggingface_hub import HfApi
 
     if parse_hub(repo, repo_type) != (repo, None):
         raise ValueError(f"{repo!r} is no repository to write to; give org/name")
-    with naming_the_repository(repo):
+    with naming_the_repository(f"{repo} (it takes `hf auth login`, or HF_TOKEN, with a right to write)"):
         HfApi().whoami()
         HfApi().create_repo(repo, repo_type=repo_type, exist_ok=True)  # silent if it is another's
         HfApi().auth_check(repo, repo_type=repo_type, write=True)

@@ -477,6 +477,8 @@ def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
     else:
         try:
             ids = np.lib.format.open_memmap(path, mode="r")  # np.load would also open archives and pickles
+        except FileNotFoundError:
+            raise
         except Exception as error:  # NumPy's header parser raises SyntaxError, TokenError, OverflowError, ...
             raise ValueError(f"{path} is not a whole .npy file of numbers: {error}") from error
         if ids.ndim != 1 or ids.dtype != np.uint16:

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -46,6 +47,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 from torch.nn.parallel import DistributedDataParallel
@@ -159,7 +161,7 @@ class Config:
     spike_zscore: float = 6.0
     """A training loss so many standard deviations above the mean of the last 128 is logged as a spike; 0 for
     none."""
-    skip_spikes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    skip_spikes: bool = False
     """Leave the weights as they are at a spike."""
 
 
@@ -194,8 +196,12 @@ FREE_TO_CHANGE = {
     "keep_last", "keep_every", "max_bad_steps", "timeout_seconds", "hub_repo",
 }  # fmt: skip
 
+# What --override cannot change: the saved tensors would not fit.
+SHAPE = {"model_size", "n_layer", "n_head", "n_embd", "optimizer"}
+
 NOT_SETTINGS = {"resume", "override", "run_name", "log_dir", "num_gpus"}  # where and how it was started
 
+STOP_SIGNALS = [getattr(signal, s) for s in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, s)]
 SPIKE_WINDOW = 128  # steps, as OLMo 2 has it (OLMo team, 2025, arXiv:2501.00656)
 
 # Peak dense bf16 (T4, V100: fp16) FLOP/s, from NVIDIA's data sheets, for MFU; longer names first.
@@ -230,10 +236,16 @@ def parse_args(argv: list[str]) -> Config:
     found = find_checkpoint(cfg) if cfg.resume else None
     if found is None:
         return cfg
-    saved = checkpoint.verify_state(found)["config"]
+    saved = checkpoint.verify_state(found).get("config", {})
     if unknown := saved.keys() - {field.name for field in dataclasses.fields(Config)}:
         raise ValueError(f"{found} has settings that are not known here: {', '.join(sorted(unknown))}")
-    cfg = read_flags(argv, Config(**saved))
+    if cfg.resume.startswith(remote.PREFIXES["model"]):  # which may be another's: where to write, we say
+        saved |= {"hub_repo": ""}
+    return at_checkpoint(read_flags(argv, Config(**saved)), found)
+
+
+def at_checkpoint(cfg: Config, found: Path) -> Config:
+    """The configuration that goes on from this checkpoint, in its run."""
     return dataclasses.replace(
         cfg, resume=str(found), run_name=found.parent.name, log_dir=str(found.parent.parent)
     )
@@ -250,7 +262,11 @@ def find_checkpoint(cfg: Config) -> Path | None:
             raise FileNotFoundError(
                 f"--resume {cfg.resume!r} is no folder; give a run (log/<run>) or a checkpoint in it"
             )
-        if (run / checkpoint.STATE).is_file():
+        is_checkpoint = (run / checkpoint.STATE).is_file()
+        name = (run.parent if is_checkpoint else run).resolve().name
+        if cfg.run_name not in ("", name):
+            raise ValueError(f"--run-name is {cfg.run_name!r}, but --resume {run} is of the run {name!r}")
+        if is_checkpoint:
             return run.resolve()
     else:
         named = cfg.run_name and checkpoint.run_folder(log_root, cfg.run_name)
@@ -313,6 +329,8 @@ def check_same(cfg: Config, data: str, world_size: int, state: dict) -> list[str
         raise ValueError(f"--max-steps is {cfg.max_steps}; {cfg.resume} already is at step {state['step']}")
     if data != state["data"]:
         changed.append(f"the shards in {cfg.dataset_path} are not those of the checkpoint")
+    if misfits := [changes[name] for name in SHAPE & was.keys()]:
+        raise ValueError(f"{cfg.resume} has another shape: {'; '.join(misfits)}; start a new run for that")
     if changed and not cfg.override:
         raise ValueError(
             f"{cfg.resume} is of another run: {'; '.join(changed)}. To go on all the same: --override"
@@ -347,11 +365,21 @@ class Process:
         """Which processes do not count any more. Takes some seconds."""
         if not self.store:
             return "there is no other"
-        names = [f"seconds of rank {rank}" for rank in range(self.world_size)]
-        before = [self.store.add(name, 0) for name in names]
-        time.sleep(2.5)
-        silent = [rank for rank, name in enumerate(names) if self.store.add(name, 0) == before[rank]]
-        return f"no sign of life from rank {', '.join(map(str, silent))}" if silent else "all ranks are alive"
+        names, before, after = [f"seconds of rank {rank}" for rank in range(self.world_size)], [], []
+
+        def look(store: Store):
+            with contextlib.suppress(RuntimeError):
+                before.extend(store.add(name, 0) for name in names)
+                time.sleep(2.5)
+                after.extend(store.add(name, 0) for name in names)
+
+        looking = threading.Thread(target=look, args=(self.store,), daemon=True)
+        looking.start()
+        looking.join(4.0)
+        if len(after) < len(names):
+            return "no sign of life from torchrun, or from rank 0 where there is none"
+        silent = [str(rank) for rank in range(self.world_size) if before[rank] == after[rank]]
+        return f"no sign of life from rank {', '.join(silent)}" if silent else "all ranks are alive"
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over all processes."""
@@ -378,10 +406,8 @@ class Signals:
     def __init__(self):
         self.caught, self.when = 0, 0.0
         self.before: dict[int, Any] = {}
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
-                number = getattr(signal, name)
-                self.before[number] = signal.signal(number, self.remember)
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.remember) for number in STOP_SIGNALS}
 
     def restore(self):
         """Leaves signals as they were: a notebook goes on after its run."""
@@ -571,6 +597,25 @@ def find_data(cfg: Config, process: Process) -> shards.Folder:
     return shards.Folder(data)
 
 
+def check_hub(cfg: Config):
+    """Raises OSError or ValueError where checkpoints could not be sent to --hub-repo, or would replace those
+    of another run. A run that goes on does so without the Hub, too."""
+    is_new = cfg.resume in ("", "newest")
+    try:
+        remote.check_push(cfg.hub_repo, "model")
+        _, files = remote.list_hub(cfg.hub_repo, None, [checkpoint.STATE], "model")
+    except OSError as error:
+        if is_new or remote.is_final(error):
+            raise
+        print(f"note   checkpoints wait for the Hub: {error}", flush=True)
+        return
+    if files and is_new:
+        raise ValueError(
+            f"--hub-repo {cfg.hub_repo} holds a checkpoint: go on with it (--resume hf://{cfg.hub_repo}) or "
+            "choose another"
+        )
+
+
 def find_hellaswag(cfg: Config, process: Process) -> tuple[list[dict], str]:
     """The HellaSwag items for the loop, or none and why; rank 0 downloads them."""
     problem = ""
@@ -640,13 +685,15 @@ def finish(cfg: Config, run: Path, last_checkpoint: Path | None):
         model, python = shown(last_checkpoint), shown(Path(sys.executable))
         python = "python" if Path(python).is_absolute() else python  # or .venv/bin/python, if not activated
         print("What next:")
-        print(f'  {python} generate.py --model {model} --prompt "{cfg.sample_prompt}"')
+        print(f"  {python} generate.py --model {model} --prompt {shlex.quote(cfg.sample_prompt)}")
         print(f"  {python} hellaswag.py --model {model} --limit 1000")
         print(f"  {python} plot.py {here} --out loss.png")
 
 
 def main(cfg: Config) -> Path:
     """Trains as cfg says; returns the run's folder."""
+    if cfg.resume and (found := find_checkpoint(cfg)):
+        cfg = at_checkpoint(cfg, found)
     process = start_process(cfg)
     with contextlib.ExitStack() as at_end:
         try:
@@ -669,7 +716,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
 
     check(cfg, world_size)
     if cfg.hub_repo and rank == 0:
-        remote.check_push(cfg.hub_repo, "model")
+        check_hub(cfg)
 
     # ---- data
     data = find_data(cfg, process)
@@ -682,6 +729,12 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     # ---- model, optimizers and, where a run goes on, their state
     saved = checkpoint.load(Path(cfg.resume), cfg.dropout) if cfg.resume not in ("", "newest") else None
     resumed = saved.state if saved else {}
+    digest = checkpoint.sha256_json(resumed)
+    if process.sum(digest != process.agree(digest))[0]:
+        place = cfg.resume if resumed else "a new run"
+        raise ValueError(
+            f"the processes do not begin alike: this one with {place}; all must see one --log-dir"
+        )
     changes = check_same(cfg, data_fingerprint, world_size, resumed) if resumed else []
     raw_model = (saved.model if saved else build_model(cfg)).to(device)
     config = raw_model.config
@@ -699,7 +752,9 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
 
     # ---- header
     manifest = shards.read_manifest(data.folder) or {}
-    trained_on = f"{manifest.get('source', data.name)} ({train_data.num_tokens:,} tokens)"
+    source = manifest.get("source", data.name)
+    source = source if ":" in source else Path(source).name  # of a local file, where it was is not for all
+    trained_on = f"{source} ({train_data.num_tokens:,} tokens)"
     entropy = val_data.unigram_entropy(cfg.val_tokens) if val_data else math.nan
     epochs = cfg.max_steps * sequences / train_data.num_windows
     description = (
@@ -719,6 +774,9 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     say(f"run    {shown(run)}" + (f", resumed at step {resumed['step']}" if resumed else ""))
     for change in changes:
         say(f"note   {change}")
+    if resumed and rank == 0:
+        for folder in checkpoint.abandon(run, resumed["step"]):
+            say(f"note   a newer checkpoint is now {shown(folder)}")
 
     # ---- what wraps the model; evaluation and checkpoints use raw_model
     model: torch.nn.Module = raw_model
@@ -738,7 +796,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
 
     # ---- the loop: max_steps + 1 times, the last only evaluates and saves
     first_step, last_checkpoint = resumed.get("step", 0), Path(cfg.resume) if resumed else None
-    best_val_loss, bad_steps = resumed.get("best_val_loss", math.inf), resumed.get("bad_steps", 0)
+    best_val_loss, bad_steps = resumed.get("best_val_loss"), resumed.get("bad_steps", 0)
     recent_losses = deque(resumed.get("recent_losses", []), maxlen=SPIKE_WINDOW)
     signals, saver = Signals(), checkpoint.Saver(run, cfg.keep_last, cfg.keep_every, cfg.hub_repo)
     at_end.callback(signals.restore)
@@ -760,7 +818,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         if val_data and due.get("val"):
             with autocast:
                 val_loss = validation_loss(raw_model, val_data, cfg, process)
-            best_val_loss = min(best_val_loss, val_loss)
+            best_val_loss = min(val_loss, val_loss if best_val_loss is None else best_val_loss)
             log.write(step, val=val_loss)
             say(f"step {step:>6} | validation loss {val_loss:.4f} (unigram entropy {entropy:.2f})")
         if hellaswag_items and due.get("hellaswag"):
@@ -827,9 +885,9 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
         is_old = cfg.checkpoint_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint_minutes
-        caught = signals.caught or (signal.SIGTERM if process.is_orphan.is_set() else 0)
-        loss_sum, signaled, numbers, old = process.sum(
-            train_loss.item(), bool(caught), caught, bool(is_old and rank == 0)
+        caught = [signals.caught == number for number in STOP_SIGNALS]
+        loss_sum, old, orphans, *signaled = process.sum(
+            train_loss.item(), bool(is_old and rank == 0), process.is_orphan.is_set(), *caught
         )  # .item() waits for the device
         loss_value, overdue = loss_sum / world_size, bool(old)
         is_finite = math.isfinite(loss_value) and bool(norm.isfinite())  # both are the same on all processes
@@ -848,7 +906,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         toks = cfg.total_batch_tokens / seconds
         mfu = f" | mfu {toks * config.flops_per_token(cfg.seq_len) / peak_flops:5.1%}" if peak_flops else ""
         log.write(step, train=loss_value, lr=lr, norm=norm.item(), toks=toks)
-        overflow = scaler.is_enabled() and math.isfinite(loss_value)
+        overflow = scaler.is_enabled() and math.isfinite(loss_value) and scaler.get_scale() >= 1
         bad_steps = 0 if is_finite or overflow else bad_steps + 1
         if not is_finite:
             log.write(step, skip=1)
@@ -863,10 +921,13 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             stop_code = 3
             say(f"stopping: {bad_steps} steps in a row were not finite; try a lower --learning-rate, or "
                 "--dtype float32")  # fmt: skip
-        if signaled:
-            stop_code = 128 + round(numbers / signaled)
-            is_orphan, name = process.is_orphan.is_set(), signal.Signals(stop_code - 128).name
-            say("stopping: torchrun is gone" if is_orphan else f"stopping: {name} was received")
+        if orphans:
+            stop_code = 128 + signal.SIGTERM
+            say("stopping: torchrun is gone")
+        for number, count in zip(STOP_SIGNALS, signaled):
+            if count:
+                stop_code = 128 + number
+                say(f"stopping: {signal.Signals(number).name} was received")
         for news in saver.poll():
             say(f"step {step:>6} | {news}")
         say(
@@ -883,10 +944,11 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         # it holds the interpreter's lock, for which one of them may be waiting (a hang seen with torch 2.13).
         del model
         dist.destroy_process_group()
-    for news in saver.finish(wait=not stop_code):
-        say(news)
-    if rank == 0 and not stop_code:
-        finish(cfg, run, last_checkpoint)
+    if rank == 0:
+        for news in saver.finish(wait=not stop_code):
+            say(news)
+        if not stop_code:
+            finish(cfg, run, last_checkpoint)
     if stop_code:
         say(f"Stopped at step {step}. To go on: --resume {shown(run)}")
         sys.exit(stop_code)
@@ -903,7 +965,8 @@ def jobs_due(step: int, cfg: Config) -> dict[str, bool]:
         "val": due(cfg.val_every),
         "hellaswag": due(cfg.hellaswag_every),
         "sample": due(cfg.sample_every),
-        "checkpoint": due(cfg.checkpoint_every) and step > 0,
+        "checkpoint": step > 0
+        and (due(cfg.checkpoint_every) or (cfg.checkpoint_minutes > 0 and step == cfg.max_steps)),
     }
 
 
@@ -958,7 +1021,10 @@ if __name__ == "__main__":
             main(cfg)
     except ChildFailedError as error:  # the processes have said why
         sys.exit(max(1, error.get_first_failure()[1].exitcode))
+    except SignalException as error:  # it has been passed on to the processes, and they have stopped
+        sys.exit(128 + error.sigval)
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train_gpt2.py: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
+            machine = f" (rank {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
+            print(f"train_gpt2.py{machine}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,8 +8,9 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,13 +61,7 @@ FAULTS = {
 }
 
 
-@dataclass
-class Count:
-    tried: int = 0
-    survived: int = 0
-
-
-counts: dict[int, Count] = {}  # by fault
+counts: dict[int, list[int]] = {}  # by fault: tried, survived
 
 
 @dataclass
@@ -82,9 +77,9 @@ class Tally:
     """`for attempt in tally(default=2, full=200)`: tries of a fault, 200 in the campaign. One whose loop body
     raises nothing is survived."""
 
-    rows: list[int]
     is_campaign: bool
-    own: Count = field(default_factory=Count)
+    tried: int = 0
+    survived: int = 0
 
     def __call__(self, default: int, full: int) -> Iterator[Attempt]:
         wanted, done = full if self.is_campaign else default, 0
@@ -92,15 +87,11 @@ class Tally:
             if done >= wanted:
                 return
             attempt = Attempt(number)
-            self.add(tried=1)
+            self.tried += 1
             yield attempt
-            self.add(tried=attempt.count - 1, survived=attempt.count)
+            self.tried += attempt.count - 1
+            self.survived += attempt.count
             done += attempt.count
-
-    def add(self, tried: int = 0, survived: int = 0):
-        for count in (self.own, *(counts.setdefault(row, Count()) for row in self.rows)):
-            count.tried += tried
-            count.survived += survived
 
 
 def is_campaign(config: pytest.Config) -> bool:
@@ -116,7 +107,7 @@ TALLY = pytest.StashKey[Tally]()
 
 @pytest.fixture
 def tally(request) -> Tally:
-    request.node.stash[TALLY] = Tally(rows_of(request.node), is_campaign(request.config))
+    request.node.stash[TALLY] = Tally(is_campaign(request.config))
     return request.node.stash[TALLY]
 
 
@@ -131,14 +122,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """Counts the tests that are one try, and failures outside of the tries."""
+    """Writes into a test's report how many tries it made of which faults, and how many were survived: a test
+    without `tally` is one try, as is a failure outside of the tries."""
     report = yield
-    tally = item.stash.get(TALLY, None)
-    if tally is None and (call.when == "call" or report.failed):
-        Tally(rows_of(item), True).add(tried=not report.skipped, survived=report.passed)
-    elif tally and report.failed and tally.own.tried == tally.own.survived:
-        tally.add(tried=1)
+    if report.when == "call" or report.failed:
+        tally = item.stash.get(TALLY, Tally(True))
+        lost = report.failed and tally.tried == tally.survived
+        single = not tally.tried and report.passed
+        tries = [tally.tried + lost + single, tally.survived + single]
+        report.user_properties.append(("tries", [rows_of(item), tries]))
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport):
+    """Adds them up, in the process that the workers of xdist report to."""
+    value: Any
+    for name, value in report.user_properties:
+        if name == "tries" and (report.when == "call" or report.failed):
+            rows, tries = value
+            for row in rows:
+                counts[row] = [a + b for a, b in zip(counts.get(row, [0, 0]), tries)]
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config):
@@ -147,10 +150,9 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config):
     terminalreporter.section("the fault campaign")
     terminalreporter.write_line(f"{'#':>2}  {'fault':<60}  {'tries':>6}  {'survived':>8}  {'%':>6}")
     for row, title in FAULTS.items():
-        count, line = counts.get(row, Count()), f"{row:>2}  {title:<60}  "
-        if count.tried:
-            share = f"{100 * count.survived / count.tried:.1f}"
-            line += f"{count.tried:>6}  {count.survived:>8}  {share:>6}"
+        (tried, survived), line = counts.get(row, [0, 0]), f"{row:>2}  {title:<60}  "
+        if tried:
+            line += f"{tried:>6}  {survived:>8}  {100 * survived / tried:>6.1f}"
         else:
             line += "not run: needs a GPU" if row == 28 else "not run"
         terminalreporter.write_line(line)

@@ -184,6 +184,12 @@ def batches_of(data: Path, seq_len: int, seed: int, sequences: int, steps: range
     return sorted(lines)
 
 
+def find_the_oldest_on_rank_1():
+    """As if this process saw another disk."""
+    if rank() == 1:
+        checkpoint.newest_valid = lambda run: (checkpoint.steps(run)[0], [])
+
+
 def draw(number: int) -> random.Random:
     """Random numbers of a try, the same in every test run."""
     return random.Random(number)

@@ -210,6 +210,27 @@ def test_a_damaged_checkpoint_is_passed_over_and_it_is_said(launch, config, whol
     assert end_of(run) == end_of(whole()) and steps_of(run) == [4, 8, 12]
 
 
+@pytest.mark.fault(4)
+def test_a_damaged_checkpoint_does_not_count_as_one_of_those_to_keep(launch, config, whole, tmp_path):
+    run = links(whole(), tmp_path / "run", 4, 8, 12)
+    (run / "step_000012" / "model.safetensors").unlink()
+    printed = launch(config, "--resume", "--max-steps", "10", "--keep-last", "1").finish()
+    assert steps_of(run) == [10]
+    assert f"a newer checkpoint is now {run / 'abandoned' / 'step_000012'}" in printed
+    assert sorted(path.name for path in (run / "abandoned").iterdir()) == ["step_000012"]
+
+
+@pytest.mark.fault(2)
+def test_an_old_checkpoint_that_cannot_be_removed_is_no_reason_to_stop(config, tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise OSError("Device or resource busy")
+
+    monkeypatch.setattr(checkpoint, "prune", fail)
+    run = train_gpt2.main(dataclasses.replace(config, keep_last=1))
+    assert steps_of(run) == [4, 8, 12]
+    assert "an old checkpoint could not be removed: Device or resource busy" in capsys.readouterr().out
+
+
 # -----------------------------------------------------------------------------
 # 3, 6: saving fails
 
@@ -344,6 +365,49 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_it_goes_on_to_the_same_end
             assert saved == [7] if place == "step" else set(saved[:-1]) in ({8, 16}, {8, 16, 24})
         launch(cfg, "--resume", world_size=world_size).finish()
         assert end_of(run) == end_of(whole(world_size, **changes))
+
+
+@pytest.mark.fault(7)
+def test_two_ranks_with_different_signals_stop_with_one_code(launch, config, whole, tmp_path):
+    hold = partial(faults.hold_in_step, 6, tmp_path)
+    training = launch(config, world_size=2, patches=[hold])
+    training.wait_for(tmp_path / "reached")
+    training.signal(signal.SIGINT, 0)
+    training.signal(signal.SIGUSR1, 1)
+    (tmp_path / "go").touch()
+    codes = training.wait()
+    assert codes[0] == codes[1] and codes[0] in (128 + signal.SIGINT, 128 + signal.SIGUSR1)
+    launch(config, "--resume", world_size=2).finish()
+    assert end_of(tmp_path / "run") == end_of(whole(2))
+
+
+@pytest.mark.fault(7)
+@pytest.mark.slow
+def test_a_signal_to_the_command_that_started_several_processes_has_its_code(config, tmp_path):
+    words = flags(dataclasses.replace(config, max_steps=10_000, checkpoint_every=0, num_gpus=2))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_gpt2.py"), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", bufsize=1,
+    )  # fmt: skip
+    read_until(process, "step      5 | loss")
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=90)[0]
+    assert process.returncode == 143 and "Traceback" not in printed, printed
+    assert len(steps_of(tmp_path / "run")) == 1
+
+
+@pytest.mark.fault(8)
+@pytest.mark.slow
+def test_processes_whose_torchrun_was_killed_save_and_stop(config, tmp_path):
+    process = start_torchrun(dataclasses.replace(config, max_steps=10_000, checkpoint_every=0))
+    read_until(process, "step      5 | loss")
+    workers = workers_of(process)
+    process.kill()
+    printed = process.communicate(timeout=60)[0]  # its end is that of the last process that writes there
+    assert "stopping: torchrun is gone" in printed
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    (step,) = steps_of(tmp_path / "run")
+    assert len(lines_of(tmp_path / "run")) == step
 
 
 @pytest.mark.fault(7)
@@ -513,6 +577,15 @@ def test_another_number_of_processes_and_another_micro_batch_take_the_same_seque
             assert values(run) == pytest.approx(losses, abs=1e-4)
 
 
+@pytest.mark.fault(11)
+def test_ranks_that_found_different_checkpoints_do_not_go_on(launch, config, whole, tmp_path):
+    run = links(whole(2), tmp_path / "run", 4, 8)
+    training = launch(config, "--resume", world_size=2, patches=[faults.find_the_oldest_on_rank_1])
+    assert training.wait() == [2, 2]
+    assert "the processes do not begin alike: this one with" in training.printed(0)
+    assert steps_of(run) == [4, 8]
+
+
 # -----------------------------------------------------------------------------
 # 21, 23: losses and gradients that are not finite
 
@@ -563,6 +636,14 @@ def test_an_overflow_in_float16_halves_the_scale_also_across_a_resume(launch, co
         assert lines_of(run, "skip") == lines_of(undisturbed, "skip") == [f"{overflow} skip 1"]
 
 
+@pytest.mark.fault(21, 23)
+def test_gradients_that_stay_nan_in_float16_stop_the_run_once_the_scale_is_used_up(launch, config, tmp_path):
+    cfg = dataclasses.replace(config, dtype="float16", max_steps=60, checkpoint_every=0, max_bad_steps=3)
+    training = launch(cfg, patches=[partial(faults.poison, "gradient", 0, *range(60))])
+    assert training.wait() == [3], training.printed()
+    assert steps_of(tmp_path / "run")[-1] < 30  # the scale begins at 2**16
+
+
 # -----------------------------------------------------------------------------
 # 30: two runs in one folder
 
@@ -598,3 +679,5 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_is_unharmed(
 def test_checkpoints_by_the_clock(config):
     run = train_gpt2.main(dataclasses.replace(config, checkpoint_every=0, checkpoint_minutes=1e-6))
     assert len(checkpoint.steps(run)) >= 11
+    hourly = dataclasses.replace(config, checkpoint_every=0, checkpoint_minutes=60, max_steps=3, run_name="h")
+    assert steps_of(train_gpt2.main(hourly)) == [3]  # the end is saved anyhow

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from faults import each_training_forward, hold_in_save, hold_in_step
-from helpers import Training, end_of, flags, lines_of, values
+from helpers import Training, end_of, flags, lines_of, resealed, values
 from hub_server import COMMIT, TOKEN, HubServer
 from test_remote import Client, wait_until
 
@@ -156,15 +156,6 @@ def steps_on(hub: HubServer) -> list[int]:
             assert hashlib.sha256(files[name]).hexdigest() == digest
         found.append(state["step"])
     return found
-
-
-def resealed(folder: Path, **changes: Any):
-    """Changes a checkpoint's state as someone would who knows how."""
-    body = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    body = {**body, **changes}
-    del body["sha256"]
-    body["sha256"] = checkpoint.sha256_json(body)
-    (folder / "state.json").write_text(json.dumps(body), encoding="utf-8")
 
 
 # -----------------------------------------------------------------------------
@@ -329,7 +320,8 @@ def let_upload_end(step: int):
 
 
 def test_what_is_sent_next_is_not_removed_by_a_save_that_had_begun_before(start, config, hub, tmp_path):
-    """While step 3 is written, the upload of step 1 ends and that of step 2, which waited for it, begins."""
+    """While step 3 is written, the upload of step 1 ends. Step 2, which waited for it, is not sent then: it
+    will be removed, and step 3 be there."""
     hub.fault("hold", "^lfs/", method="PUT")
     in_save, in_step, run = gate(tmp_path / "save"), gate(tmp_path / "step"), tmp_path / "log" / "run"
     cfg = dataclasses.replace(config, checkpoint_every=1, keep_last=1, max_steps=4)
@@ -344,18 +336,36 @@ def test_what_is_sent_next_is_not_removed_by_a_save_that_had_begun_before(start,
     assert hub.held.wait(30)
     hub.let_go()
     wait_until(lambda: steps_on(hub) == [1])
-    hub.held.clear()
-    hub.released.clear()
-    hub.fault("hold", "^lfs/", method="PUT")
     (in_step / "go").touch()
-    assert hub.held.wait(30), training.printed()
+    training.wait_for("step_000001 is on the Hub")
     (in_save / "go").touch()
     training.wait_for("saved step_000003")  # and old ones are removed
-    assert (run / "step_000002").exists()
-    hub.let_go()
+    assert not (run / "step_000002").exists()
     printed = training.finish()
     assert "is not on the Hub" not in printed
-    assert steps_on(hub) == [1, 2, 4]
+    assert 2 not in steps_on(hub) and steps_on(hub)[-1] == 4
+
+
+def test_a_run_goes_on_while_there_is_no_hub_but_does_not_begin(start, config, hub, whole, tmp_path):
+    start(dataclasses.replace(config, max_steps=8)).finish()
+    with hub.cut():
+        printed = start(config, "--resume", patience=2).finish()
+        assert "note   checkpoints wait for the Hub: me/toy" in printed
+        assert "step_000012 is not on the Hub; to send it: --resume" in printed
+        training = start(dataclasses.replace(config, run_name="new"), patience=2)
+        assert training.wait() == [2] and not (tmp_path / "log" / "new").exists()
+    assert end_of(tmp_path / "log" / "run")[1] != end_of(whole())[1]  # its schedule was another
+    assert steps_on(hub)[-1] == 8
+
+
+def test_a_new_run_does_not_replace_another_on_the_hub(start, config, hub):
+    start(config).finish()
+    before = steps_on(hub)
+    for words in ([], ["--resume"]):
+        training = start(dataclasses.replace(config, run_name="new"), *words)
+        assert training.wait() == [2]
+        assert "me/toy holds a checkpoint: go on with it (--resume hf://me/toy)" in training.printed()
+    assert steps_on(hub) == before
 
 
 def test_a_signal_does_not_wait_for_an_upload(start, config, hub, whole, tmp_path, tally):

@@ -440,12 +440,10 @@ def test_resume_refuses_data_that_have_changed(config, data, tmp_path, change):
     "flag, value, old",
     [
         ("--seq-len", "16", "32"),
-        ("--n-embd", "8", "4"),
         ("--dropout", "0.1", "0.2"),
         ("--total-batch-tokens", "256", "128"),
         ("--weight-decay", "0.0", "0.1"),
         ("--grad-clip", "2.0", "1.0"),
-        ("--optimizer", "muon", "'adamw'"),
         ("--seed", "1", "1337"),
         ("--dtype", "bfloat16", "'float32'"),
         ("--min-lr-ratio", "0.5", "0.1"),
@@ -458,6 +456,34 @@ def test_resume_refuses_other_settings_and_prints_both(quiet, flag, value, old):
     with pytest.raises(ValueError, match=rf"{flag} was {old}, is {new}.*To go on all the same: --override"):
         train_gpt2.main(train_gpt2.parse_args(["--resume", str(quiet[1]), flag, value]))
     assert before == (sorted(path.name for path in quiet[1].iterdir()), (quiet[1] / "log.txt").read_bytes())
+
+
+@pytest.mark.fault(13)
+@pytest.mark.parametrize("words", [("--n-embd", "8"), ("--optimizer", "muon"), ("--model-size", "350M")])
+def test_a_change_that_the_checkpoint_cannot_fit_is_refused_even_with_override(quiet, words):
+    with pytest.raises(ValueError, match=rf"has another shape: {words[0]} was .*start a new run"):
+        train_gpt2.main(train_gpt2.parse_args(["--resume", str(quiet[1]), *words, "--override"]))
+
+
+def test_a_run_is_resumed_under_its_own_name_only(quiet):
+    with pytest.raises(ValueError, match=r"--run-name is 'other', but .* is of the run 'quiet'"):
+        train_gpt2.parse_args(["--resume", str(quiet[1]), "--run-name", "other"])
+
+
+def test_a_flag_of_the_first_command_may_be_repeated_at_resume(config):
+    run = train_gpt2.main(dataclasses.replace(config, skip_spikes=True, checkpoint_every=10))
+    assert train_gpt2.parse_args(["--resume", str(run), "--skip-spikes"]).skip_spikes
+
+
+def test_a_configuration_built_in_python_resumes_as_the_command_line_does(config):
+    cfg = dataclasses.replace(config, checkpoint_every=5)
+    train_gpt2.main(cfg)
+    for resume in ("newest", str(Path(cfg.log_dir) / "run")):
+        before = lines_of(Path(cfg.log_dir) / "run")
+        max_steps = len(before) + 2
+        run = train_gpt2.main(dataclasses.replace(cfg, resume=resume, max_steps=max_steps))
+        after = lines_of(run)
+        assert after[: len(before)] == before and len(after) == max_steps
 
 
 @pytest.mark.fault(12)
