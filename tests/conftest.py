@@ -4,6 +4,8 @@ A test of a fault in FAULTS.md says which: `@pytest.mark.fault(7)`. The campaign
 counts and ends with a table; the default run has the same tests at a few tries each.
 """
 
+import dataclasses
+import functools
 import itertools
 import os
 import sys
@@ -183,6 +185,31 @@ def config(data, tmp_path) -> Config:
         dtype="float32", compile=False, log_dir=str(tmp_path), run_name="run",
         val_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=0,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def toy(data, tmp_path_factory) -> Config:
+    """A run of twelve steps that takes half a second, with dropout and accumulation, in float32."""
+    return Config(
+        dataset_path=str(data), n_layer=1, n_head=1, n_embd=4, seq_len=16, batch_size=1,
+        total_batch_tokens=64, learning_rate=3e-3, warmup_steps=3, max_steps=12, device="cpu",
+        dtype="float32", compile=False, log_dir=str(tmp_path_factory.mktemp("log")), run_name="whole",
+        dropout=0.1, val_every=0, val_tokens=500, hellaswag_every=0, sample_every=0, checkpoint_every=4,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def whole(toy, tmp_path_factory) -> Callable[..., Path]:
+    """`whole(world_size, change=...)` is an undisturbed run, made once."""
+
+    @functools.cache
+    def whole(world_size: int = 1, patches: tuple = (), **changes) -> Path:
+        log_dir = tmp_path_factory.mktemp("log")
+        cfg = dataclasses.replace(toy, log_dir=str(log_dir), **changes)
+        Training(log_dir, flags(cfg), world_size, patches).finish()
+        return log_dir / "whole"
+
+    return whole
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ those of FAULTS.md; what is done to the processes is in faults.py.
 
 import dataclasses
 import errno
-import functools
 import os
 import re
 import shutil
@@ -14,29 +13,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import faults
 import pytest
 import torch
-from helpers import ROOT, Training, end_of, flags, forkserver, lines_of, random_model, save_checkpoint, values
+from helpers import ROOT, end_of, flags, forkserver, lines_of, random_model, save_checkpoint, values
 
 import checkpoint
 import train_gpt2
 from train_gpt2 import Config
-
-
-@pytest.fixture(scope="module")
-def toy(data, tmp_path_factory) -> Config:
-    """A run of twelve steps that takes half a second, with dropout and accumulation, in float32."""
-    return Config(
-        dataset_path=str(data), n_layer=1, n_head=1, n_embd=4, seq_len=16, batch_size=1,
-        total_batch_tokens=64, learning_rate=3e-3, warmup_steps=3, max_steps=12, device="cpu",
-        dtype="float32", compile=False, log_dir=str(tmp_path_factory.mktemp("log")), run_name="whole",
-        dropout=0.1, val_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=4,
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -44,21 +31,7 @@ def config(toy, tmp_path) -> Config:
     return dataclasses.replace(toy, log_dir=str(tmp_path), run_name="run")
 
 
-@pytest.fixture(scope="module")
-def whole(toy, tmp_path_factory) -> Callable[..., Path]:
-    """`whole(world_size, change=...)` is an undisturbed run."""
-
-    @functools.cache
-    def whole(world_size: int = 1, patches: tuple = (), **changes) -> Path:
-        log_dir = tmp_path_factory.mktemp("log")
-        cfg = dataclasses.replace(toy, log_dir=str(log_dir), **changes)
-        Training(log_dir, flags(cfg), world_size, patches).finish()
-        return log_dir / "whole"
-
-    return whole
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def every_step(whole) -> Path:
     """A run of fifty steps and as many checkpoints. An epoch ends within step 38, a shard every 12 steps."""
     return whole(max_steps=50, total_batch_tokens=128, batch_size=2, checkpoint_every=1)

@@ -3,7 +3,6 @@ go on from there. Row 27 of FAULTS.md, through the real huggingface_hub against 
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 from faults import each_training_forward, hold_in_save, hold_in_step
-from helpers import Training, end_of, flags, lines_of, resealed, values
+from helpers import Training, end_of, lines_of, resealed, values
 from hub_server import COMMIT, TOKEN, HubServer
 from test_remote import Client, wait_until
 
@@ -51,30 +50,6 @@ def hub() -> Iterator[HubServer]:
     with HubServer({}) as server:
         yield server
         server.let_go()
-
-
-@pytest.fixture(scope="module")
-def toy(data, tmp_path_factory) -> Config:
-    """A run of twelve steps and three checkpoints that takes half a second."""
-    return Config(
-        dataset_path=str(data), n_layer=1, n_head=1, n_embd=4, seq_len=16, batch_size=1,
-        total_batch_tokens=64, learning_rate=3e-3, warmup_steps=3, max_steps=12, device="cpu",
-        dtype="float32", compile=False, log_dir=str(tmp_path_factory.mktemp("log")), run_name="whole",
-        dropout=0.1, val_every=0, val_tokens=500, hellaswag_every=0, sample_every=0, checkpoint_every=4,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def whole(toy, tmp_path_factory) -> Callable[..., Path]:
-    """`whole(world_size)` is an undisturbed run that knows of no Hub."""
-
-    @functools.cache
-    def whole(world_size: int = 1) -> Path:
-        cfg = dataclasses.replace(toy, log_dir=str(tmp_path_factory.mktemp("log")))
-        Training(Path(cfg.log_dir), flags(cfg), world_size).finish()
-        return Path(cfg.log_dir) / "whole"
-
-    return whole
 
 
 @pytest.fixture

@@ -39,14 +39,9 @@ from train_gpt2 import Config
 
 
 @pytest.fixture(scope="module")
-def toy(data, tmp_path_factory) -> Config:
-    """A run of four steps and two checkpoints."""
-    return Config(
-        dataset_path=str(data), n_layer=1, n_head=1, n_embd=4, seq_len=16, batch_size=1,
-        total_batch_tokens=32, learning_rate=1e-3, warmup_steps=3, max_steps=4, device="cpu",
-        dtype="float32", compile=False, log_dir=str(tmp_path_factory.mktemp("log")), run_name="whole",
-        val_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=2,
-    )  # fmt: skip
+def toy(toy) -> Config:
+    """Four steps and two checkpoints of it."""
+    return dataclasses.replace(toy, total_batch_tokens=32, max_steps=4, checkpoint_every=2, dropout=0.0)
 
 
 @pytest.fixture(scope="module")
