@@ -178,6 +178,13 @@ class HubServer:
             if asked == method and "/resolve/" in path
         }
 
+    def forget(self, repo: str):
+        """Removes a repository, and all that is to go wrong."""
+        self.commits.pop(repo, None)
+        self.repos.pop(repo, None)
+        self.uploads.clear()
+        self.faults.clear()
+
     def commit(self, repo: str, files: dict[str, bytes]) -> str:
         """Makes `files` the newest commit, of a new repository the first; the older ones stay."""
         commits = self.commits.setdefault(repo, {})

@@ -216,10 +216,7 @@ def test_an_upload_that_is_disturbed_is_tried_again_and_training_goes_on(
     start, config, hub, whole, tmp_path, tally
 ):
     for attempt in tally(2, len(DISTURBANCES)):
-        hub.commits.pop(REPO, None)
-        hub.repos.pop(REPO, None)
-        hub.uploads.clear()
-        hub.faults.clear()
+        hub.forget(REPO)
         cfg = dataclasses.replace(config, run_name=f"run{attempt.number}")
         kind = DISTURBANCES[attempt.number]
         if kind == "cut":
@@ -245,6 +242,7 @@ def test_what_never_arrived_is_named_at_the_end_and_sent_by_a_resume(
     kinds = ["cut", 403, 500, "drop"]
     for attempt in tally(1, len(kinds)):
         kind = kinds[attempt.number]
+        hub.forget(REPO)
         cfg = dataclasses.replace(config, run_name=f"run{attempt.number}", checkpoint_every=12)
         run, place = tmp_path / "log" / cfg.run_name, gate(tmp_path / f"gate{attempt.number}")
         training = start(cfg, patience=2, patches=(partial(hold_in_step, 2, place),))
@@ -346,6 +344,7 @@ def test_a_new_run_does_not_replace_another_on_the_hub(start, config, hub):
 def test_a_signal_does_not_wait_for_an_upload(start, config, hub, whole, tmp_path, tally):
     places = [("^lfs/", "PUT"), ("/commit/", "POST"), ("/preupload/", "POST")]
     for attempt in tally(1, len(places)):
+        hub.forget(REPO)
         cfg = dataclasses.replace(config, run_name=f"run{attempt.number}")
         run, place = tmp_path / "log" / cfg.run_name, gate(tmp_path / f"gate{attempt.number}")
         hub.fault("hold", places[attempt.number][0], method=places[attempt.number][1])
