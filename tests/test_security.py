@@ -39,9 +39,10 @@ from train_gpt2 import Config
 
 
 @pytest.fixture(scope="module")
-def toy(toy) -> Config:
+def toy(toy, tmp_path_factory) -> Config:
     """Four steps and two checkpoints of it."""
-    return dataclasses.replace(toy, total_batch_tokens=32, max_steps=4, checkpoint_every=2, dropout=0.0)
+    changes = dict(total_batch_tokens=32, max_steps=4, checkpoint_every=2, dropout=0.0)
+    return dataclasses.replace(toy, log_dir=str(tmp_path_factory.mktemp("log")), **changes)
 
 
 @pytest.fixture(scope="module")
