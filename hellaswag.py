@@ -16,13 +16,16 @@ GPT-2 124M reaches 28.59 / 29.55 and 28.92 / 31.14 (acc / acc_norm, percent), XL
 repository, into data/hellaswag/, and are checked against their SHA-256.
 """
 
+import itertools
 import json
 import math
 import re
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -55,6 +58,8 @@ class Config:
     """Score only the first so many items; 0 for all."""
     batch_size: int = 64
     """Rows (context and one ending) at a time."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Precision of the network's matrix products, auto for the fastest; logits are float32 in any case."""
     json: str = ""
     """Also write the figures to this file."""
     download: bool = False
@@ -114,32 +119,49 @@ def clean(text: str) -> str:
 def score(model: GPT, rows: list[Row], batch_size: int, progress: tqdm | None = None) -> list[float]:
     """The log-probability of each row's ending after its context, in nats, computed from float32 logits.
 
-    Rows of like length go together, so that little is padded. A row longer than the model's context loses its
-    beginning. The network runs under whatever autocast is on; the logits do not.
+    A context is read once, whatever the number of its endings: contexts of equal length together, then their
+    endings, those of like length together, on top of the contexts' keys and values. A row longer than the
+    model's context loses its beginning. The network runs under whatever autocast is on; the logits do not.
     """
     device, longest = model.wte.weight.device, model.config.block_size + 1
+    cut = []  # context and ending of each row; the first token of all has nothing that it could follow from
+    for context, ending in rows:
+        ids = (context + ending)[-longest:]
+        start = max(1, len(ids) - len(ending))
+        cut.append((tuple(ids[:start]), ids[start:]))
     scores = [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]), reverse=True)
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
-        ids = [(rows[i][0] + rows[i][1])[-longest:] for i in batch]
-        width = max(map(len, ids))
-        tokens = torch.tensor(
-            [row + [0] * (width - len(row)) for row in ids]
-        )  # (B, T + 1), padded on the right
-        is_ending = torch.zeros(
-            len(batch), width - 1, dtype=torch.bool
-        )  # positions whose target is in the ending
-        for row, i, mask in zip(ids, batch, is_ending):
-            mask[max(0, len(row) - 1 - len(rows[i][1])) : len(row) - 1] = True
-        tokens, is_ending = tokens.to(device), is_ending.to(device)
-        x = model.hidden(tokens[:, :-1])[is_ending]  # (endings' tokens, C)
-        losses = model.token_losses(x, tokens[:, 1:][is_ending])
-        for i, part in zip(batch, losses.split(is_ending.sum(dim=1).tolist())):
-            scores[i] = -part.sum().item()
-        if progress is not None:
-            progress.update(len(batch))
+    order = sorted(range(len(rows)), key=lambda i: (len(cut[i][0]), cut[i][0]))
+    for _, same_length in itertools.groupby(order, key=lambda i: len(cut[i][0])):
+        for group in batched(same_length, 4 * batch_size):
+            contexts = {context: n for n, context in enumerate(dict.fromkeys(cut[i][0] for i in group))}
+            cache = model.new_cache(len(cut[group[0]][0]))
+            last = model.hidden(torch.tensor(list(contexts), device=device), cache)[:, -1]  # (contexts, C)
+            for batch in batched(sorted(group, key=lambda i: len(cut[i][1])), batch_size):
+                endings = [cut[i][1] for i in batch]
+                width = max(map(len, endings))
+                tokens = torch.tensor([ending + [-1] * (width - len(ending)) for ending in endings]).to(
+                    device
+                )
+                which = torch.tensor([contexts[cut[i][0]] for i in batch], device=device)
+                x = last[which][:, None]  # (B, 1, C): what the first token of an ending follows from
+                if width > 1:
+                    more = [layer.select(which, width - 1) for layer in cache]
+                    x = torch.cat(
+                        [x, model.hidden(tokens[:, :-1].clamp(min=0), more)], dim=1
+                    )  # (B, width, C)
+                losses = model.token_losses(x[tokens >= 0], tokens[tokens >= 0])
+                for i, part in zip(batch, losses.split([len(ending) for ending in endings])):
+                    scores[i] = -part.sum().item()
+                if progress is not None:
+                    progress.update(len(batch))
     return scores
+
+
+def batched(items: Iterable[int], size: int) -> Iterator[list[int]]:
+    """itertools.batched of Python 3.12, as lists."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch
 
 
 def evaluate(
@@ -188,17 +210,20 @@ def standard_error(accuracy: float, n: int) -> float:
 
 
 def main(cfg: Config) -> dict:
-    from checkpoint import load_model
+    from checkpoint import load_model, pick_dtype
 
     if cfg.download:
         print(download())
         return {}
     model, source = load_model(cfg.model, cfg.device)
+    device = model.wte.weight.device
+    dtype, _ = pick_dtype(cfg.dtype, device)
     items = load_items(cfg.data, cfg.limit)
     begin = time.perf_counter()
-    result = {"model": source, **evaluate(model, items, cfg.batch_size)}
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        result = {"model": source, **evaluate(model, items, cfg.batch_size)}
     seconds = time.perf_counter() - begin
-    print(f"HellaSwag, {result['n']:,} items, {source}, {seconds:.0f} s")
+    print(f"HellaSwag, {result['n']:,} items, {source}, {str(dtype)[6:]}, {seconds:.0f} s")
     for protocol in PROTOCOLS:
         s = {key: 100 * value for key, value in result[protocol].items()}
         print(

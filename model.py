@@ -89,22 +89,29 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values that one attention layer has computed so far; grows up to `block_size` tokens."""
+    """Keys and values that one attention layer has computed so far, with room for `size` tokens."""
 
-    def __init__(self, block_size: int):
-        self.block_size, self.length = block_size, 0
-        self.kv: torch.Tensor | None = None  # (2, B, nh, block_size, hs), made by the first append
+    def __init__(self, size: int):
+        self.size, self.length = size, 0
+        self.kv: torch.Tensor | None = None  # (2, B, nh, size, hs), made by the first append
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds k and v (B, nh, T, hs); returns all keys and values so far, each (B, nh, S, hs)."""
         B, nh, T, hs = k.shape
         if self.kv is None:
-            self.kv = k.new_empty(2, B, nh, self.block_size, hs)
+            self.kv = k.new_empty(2, B, nh, self.size, hs)
         end = self.length + T
         self.kv[0, :, :, self.length : end] = k
         self.kv[1, :, :, self.length : end] = v
         self.length = end
         return self.kv[0, :, :, :end], self.kv[1, :, :, :end]
+
+    def select(self, rows: torch.Tensor, room: int) -> "KVCache":
+        """A cache that goes on from these rows (N,) of this one, with room for so many tokens more."""
+        assert self.kv is not None
+        selected = KVCache(self.length + room)
+        selected.append(*(part[rows, :, : self.length] for part in self.kv))
+        return selected
 
 
 class CausalSelfAttention(nn.Module):
@@ -247,9 +254,9 @@ class GPT(nn.Module):
         args = (x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
         return LinearCrossEntropy.apply(*args, torch.is_grad_enabled())  # type: ignore[return-value]
 
-    def new_cache(self) -> list[KVCache]:
-        """An empty cache, one part a layer."""
-        return [KVCache(self.config.block_size) for _ in range(self.config.n_layer)]
+    def new_cache(self, size: int | None = None) -> list[KVCache]:
+        """An empty cache, one part a layer, with room for `size` tokens (by default block_size)."""
+        return [KVCache(size or self.config.block_size) for _ in range(self.config.n_layer)]
 
     @torch.no_grad()
     def stream(

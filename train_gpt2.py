@@ -707,8 +707,9 @@ def main(cfg: Config) -> Path:
 def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     """The whole of a run, from the data to the last checkpoint; what is to be given back, however it ends, it
     leaves to at_end."""
-    torch.set_float32_matmul_precision("high")  # TF32 on the GPUs that have it
     rank, world_size, device = process.rank, process.world_size, process.device
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
 
     def say(text: str):
         if rank == 0:
