@@ -141,7 +141,10 @@ def decode_bytes(ids) -> bytes:
 def encode_corpus(documents: "list[str] | pa.Array", continues: bool = False) -> np.ndarray:
     """Many documents at once, a list or an Arrow array of strings: their ids as one uint16 stream (N,), each
     document after a 50256; not the first, if it `continues` a document of which the ids are already known.
-    All cores work on it (or RAYON_NUM_THREADS); their number does not change the result."""
+    All cores work on it (or RAYON_NUM_THREADS); their number does not change the result. The ids are those of
+    `encode`, but for texts with one of the 4,657 letters that Unicode 17 (2025) added, which tiktoken 0.14
+    does not know yet: around these the two may cut differently.
+    """
     import pyarrow as pa
 
     if not len(documents):

@@ -351,6 +351,7 @@ class Process:
     device: torch.device
     store: Store | None = None  # torchrun's: what the processes tell each other outside of training
     is_orphan: threading.Event = field(default_factory=threading.Event)  # set when torchrun is gone
+    is_over: threading.Event = field(default_factory=threading.Event)  # set at the end
 
     def beat(self):
         """Counts the seconds that this process is alive, where the others can see it, until the store is
@@ -358,7 +359,8 @@ class Process:
         with contextlib.suppress(RuntimeError):
             while self.store:
                 self.store.add(f"seconds of rank {self.rank}", 1)
-                time.sleep(1)
+                if self.is_over.wait(1):
+                    return
         self.is_orphan.set()
 
     def silent(self) -> str:
@@ -696,6 +698,7 @@ def main(cfg: Config) -> Path:
         cfg = at_checkpoint(cfg, found)
     process = start_process(cfg)
     with contextlib.ExitStack() as at_end:
+        at_end.callback(process.is_over.set)
         try:
             return train(cfg, process, at_end)
         except RuntimeError:  # where one process is lost, the others fail in what they do together

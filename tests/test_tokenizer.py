@@ -17,12 +17,15 @@ END = tokenizer.END_OF_TEXT_STRING
 PIECES = ["'s", "'ll", "'RE", "don't", " ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u2003", "\x1c", "\x85", "0"]
 PIECES += ["12345", "½", "٣", "the", " The", "naïve", "日本語", "🙂", "e\u0301", "!!!", " ...", "_", "\0"]
 PIECES += [END, " " + END]
+# Which characters are letters is for Unicode to say. Here Python knows fewer than both tokenizers, who do not
+# agree on those of Unicode 17.
+assigned = st.characters(exclude_categories=["Cs", "Cn"])
 texts = st.one_of(
-    st.text(),
+    st.text(assigned),
     st.text(alphabet=st.characters(codec="ascii")),
-    st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3))).map("".join),
+    st.lists(st.one_of(st.sampled_from(PIECES), st.text(assigned, max_size=3))).map("".join),
 )
-with_surrogates = st.text(alphabet=st.one_of(st.characters(), st.characters(categories=["Cs"])))
+with_surrogates = st.text(alphabet=st.one_of(assigned, st.characters(categories=["Cs"])))
 AWKWARD = ["", "\0", "a\0b\n\0", "\ufeffx", "\uffff", " ", "\n\n  x", "x" * 3000, "e" + "\u0301" * 300]
 AWKWARD += [END, END * 2]
 
@@ -74,6 +77,11 @@ def test_own_merge_tiktoken_and_gigatoken_give_the_same_ids(reference, text):
     assert tokenizer.encode_from_scratch(text) == expected
     assert tokenizer.encode(text) == expected
     assert from_corpus(text) == expected
+
+
+@pytest.mark.parametrize("text", ["\U000323b0's", "\u088f1\ua7cea"])
+def test_letters_of_unicode_17_may_be_cut_otherwise_but_nothing_is_lost(text):
+    assert tokenizer.decode(from_corpus(text)) == tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize("text", AWKWARD)
