@@ -43,10 +43,6 @@ STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 STEP_NAME = re.compile(r"step_(\d{6,})")
 ROOT = Path(__file__).resolve().parent
 LOG_ROOT = ROOT / "log"
-# Allowing bfloat16 in float32 products makes torch leave these to oneDNN, which without AMX computes them in
-# float32 all the same: on an AMD twice as fast as MKL (two cores of a Turin: 0.37 against 0.18 TFLOP/s, both
-# with errors of 2e-6).
-ONEDNN_IS_EXACT = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 @dataclass(frozen=True)
@@ -469,7 +465,14 @@ def pick_device(name: str) -> torch.device:
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take no buffer from outside the heap
-    if device.type == "cpu" and ONEDNN_IS_EXACT:
+    if (
+        device.type == "cpu"
+        and torch.cpu._is_avx512_bf16_supported()
+        and not torch.cpu._is_amx_tile_supported()
+    ):
+        # Allowing bfloat16 in float32 products makes torch leave these to oneDNN, which without AMX computes
+        # them in float32 all the same: on an AMD twice as fast as MKL (two cores of a Turin: 0.37 against
+        # 0.18 TFLOP/s, both with errors of 2e-6).
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
     return device
 

@@ -449,9 +449,7 @@ def start_process(cfg: Config) -> Process:
         dist.init_process_group("nccl", device_id=device, **options)
     else:
         dist.init_process_group("gloo", **options)
-    process = Process(rank, world_size, device, store)
-    threading.Thread(target=process.beat, daemon=True).start()
-    return process
+    return Process(rank, world_size, device, store)
 
 
 def compiled(
@@ -698,7 +696,12 @@ def main(cfg: Config) -> Path:
         cfg = at_checkpoint(cfg, found)
     process = start_process(cfg)
     with contextlib.ExitStack() as at_end:
-        at_end.callback(process.is_over.set)
+        if process.store:
+            beating = threading.Thread(target=process.beat, daemon=True)
+            beating.start()
+            # Python must not end while the thread is within the store: that would abort the process.
+            at_end.callback(beating.join, 2.0)
+            at_end.callback(process.is_over.set)  # callbacks are called last to first
         try:
             return train(cfg, process, at_end)
         except RuntimeError:  # where one process is lost, the others fail in what they do together

@@ -431,6 +431,14 @@ def test_the_newest_run_is_the_one_with_the_youngest_checkpoint(tmp_path):
         checkpoint.newest_run(tmp_path / "without")
 
 
+def test_float32_products_stay_float32_whatever_computes_them():
+    checkpoint.pick_device("cpu")
+    draw = torch.Generator().manual_seed(0)
+    x, w = torch.randn(64, 768, generator=draw), torch.randn(3072, 768, generator=draw)
+    exact = x.double() @ w.double().t()
+    assert (torch.nn.functional.linear(x, w) - exact).abs().max() < 1e-3  # in bfloat16 it would be 0.3
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", ""])
 def test_a_device_that_is_not_there_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"--device '{name}'.*cpu, cuda"):
