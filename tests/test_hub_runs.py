@@ -348,7 +348,8 @@ def test_a_signal_does_not_wait_for_an_upload(start, config, hub, whole, tmp_pat
         cfg = dataclasses.replace(config, run_name=f"run{attempt.number}")
         run, place = tmp_path / "log" / cfg.run_name, gate(tmp_path / f"gate{attempt.number}")
         hub.fault("hold", places[attempt.number][0], method=places[attempt.number][1])
-        training = start(cfg, patches=(partial(hold_in_step, 6, place),))
+        # Step 8 waits for the checkpoint of step 4 to be written, so that its upload has begun in step 9.
+        training = start(cfg, patches=(partial(hold_in_step, 9, place),))
         assert hub.held.wait(30), training.printed()
         training.wait_for(place / "reached")
         training.signal(signal.SIGTERM)
@@ -356,10 +357,10 @@ def test_a_signal_does_not_wait_for_an_upload(start, config, hub, whole, tmp_pat
         begin = time.monotonic()
         assert training.wait(timeout=30) == [143], training.printed()
         assert time.monotonic() - begin < 20  # the server would hold it for a minute
-        assert f"step_000007 is not on the Hub; to send it: --resume {run}" in training.printed()
+        assert f"step_000010 is not on the Hub; to send it: --resume {run}" in training.printed()
         hub.let_go()
         printed = start(None, "--resume", str(run)).finish()
-        assert "resumed at step 7" in printed and f"step_000012 is on the Hub: {REPO}" in printed
+        assert "resumed at step 10" in printed and f"step_000012 is on the Hub: {REPO}" in printed
         assert steps_on(hub)[-1] == 12
         assert end_of(run) == end_of(whole())
         hub.held.clear()
