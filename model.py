@@ -95,22 +95,20 @@ class KVCache:
         self.size, self.length = size, 0
         self.kv: torch.Tensor | None = None  # (2, B, nh, size, hs), made by the first append
 
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds k and v (B, nh, T, hs); returns all keys and values so far, each (B, nh, S, hs)."""
-        B, nh, T, hs = k.shape
+    def append(self, kv: torch.Tensor) -> torch.Tensor:
+        """Adds keys and values (2, B, nh, T, hs); returns all so far (2, B, nh, S, hs)."""
+        _, B, nh, T, hs = kv.shape
         if self.kv is None:
-            self.kv = k.new_empty(2, B, nh, self.size, hs)
-        end = self.length + T
-        self.kv[0, :, :, self.length : end] = k
-        self.kv[1, :, :, self.length : end] = v
-        self.length = end
-        return self.kv[0, :, :, :end], self.kv[1, :, :, :end]
+            self.kv = kv.new_empty(2, B, nh, self.size, hs)
+        start, self.length = self.length, self.length + T
+        self.kv[..., start : self.length, :] = kv
+        return self.kv[..., : self.length, :]
 
     def select(self, rows: torch.Tensor, room: int) -> "KVCache":
         """A cache that goes on from these rows (N,) of this one, with room for so many tokens more."""
         assert self.kv is not None
         selected = KVCache(self.length + room)
-        selected.append(*(part[rows, :, : self.length] for part in self.kv))
+        selected.append(self.kv[:, rows, :, : self.length])
         return selected
 
 
@@ -125,11 +123,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # each (B, nh, T, hs)
         mask = None
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, nh, S, hs)
+            k, v = cache.append(qkv[1:])  # (B, nh, S, hs)
             if 1 < T < cache.length:  # several new tokens on top of old ones
                 mask = torch.ones(T, cache.length, dtype=torch.bool, device=x.device).tril(cache.length - T)
         y = F.scaled_dot_product_attention(
@@ -226,19 +224,20 @@ class GPT(nn.Module):
         return self.transformer["ln_f"](x)
 
     def lm_head(self, x: torch.Tensor) -> torch.Tensor:
-        """Vectors (..., C) to logits (..., V) in float32; the weight is the token embedding's."""
-        return F.linear(x, self.wte.weight.to(x.dtype))[..., : self.config.vocab_size].float()
+        """Vectors (..., C) to logits (..., V) in float32, under autocast too: GPT-2's logits lie near -100,
+        where bfloat16 knows halves only. The weight is the token embedding's."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.wte.weight.float())[..., : self.config.vocab_size]
 
     def token_losses(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """-log p of each target (N,), in nats, from float32 logits of x (N, C); float64 on the CPU.
 
         A thousand rows at a time: their logits take 200 MB. For evaluation; training has `forward`.
         """
-        with torch.autocast(x.device.type, enabled=False):
-            parts = [
-                F.cross_entropy(self.lm_head(x_c.float()), targets_c, reduction="none").cpu()
-                for x_c, targets_c in zip(x.split(1000), targets.split(1000))
-            ]
+        parts = [
+            F.cross_entropy(self.lm_head(x_c), targets_c, reduction="none").cpu()
+            for x_c, targets_c in zip(x.split(1000), targets.split(1000))
+        ]
         return torch.cat(parts).double()
 
     def forward(
@@ -362,12 +361,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = (x_c @ w.t()).float()  # (N/8, Vp)
             logits[:, vocab_size:] = -math.inf
             logp = logits.log_softmax(dim=-1)
+            del logits  # half of the memory of the step's peak
             nll -= logp.gather(1, targets_c[:, None]).sum()
             if dw is not None:
                 # Not yet divided by N: in float16 that would underflow. The backward pass divides at the end.
-                dlogits = (
-                    logp.exp_().scatter_add_(1, targets_c[:, None], -torch.ones_like(logp[:, :1])).to(x.dtype)
-                )
+                dlogits = logp.exp_().scatter_add_(1, targets_c[:, None], -torch.ones_like(logp[:, :1]))
+                dlogits = dlogits.to(x.dtype)
                 dx.append(dlogits @ w)
                 dw += dlogits.t() @ x_c
         if dw is not None:

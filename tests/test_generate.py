@@ -15,6 +15,7 @@ from generate import Config
 
 MIXED = " naïve 日本語 🙂 end"  # its characters span tokens
 PROMPT = "The sun is"
+lm_head = generate.GPT.lm_head
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,37 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(folder):
     same, other = (continuation(folder, PROMPT, max_tokens=20, seed=seed) for seed in (7, 8))
     assert out == PROMPT + same + "\n"
     assert same != other
+
+
+def generated(capsys, folder: Path, **options) -> str:
+    generate.main(Config(model=str(folder), device="cpu", **options))
+    return capsys.readouterr().out
+
+
+def test_a_compiled_model_makes_the_same_text_and_compiles_no_more_than_thrice(folder, capsys):
+    options = dict(prompt=PROMPT, temperature=0, max_tokens=30)
+    torch._dynamo.utils.counters.clear()
+    assert generated(capsys, folder, compile=True, **options) == generated(capsys, folder, **options)
+    # the prompt, one token, and one token on top of any number
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+def test_in_bfloat16_the_layers_are_cast_and_the_logits_are_not(folder, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(generate.GPT, "lm_head", lambda self, x: seen.append(self) or lm_head(self, x))
+    text = generated(capsys, folder, dtype="bfloat16", temperature=0, max_tokens=5, prompt=PROMPT)
+    assert text.startswith(PROMPT) and len(text) > len(PROMPT) + 5
+    dtypes = {name: p.dtype for name, p in seen[0].named_parameters()}
+    assert dtypes["transformer.h.0.mlp.c_fc.weight"] == torch.bfloat16
+    assert dtypes["transformer.wte.weight"] == dtypes["transformer.h.0.ln_1.weight"] == torch.float32
+    plain, _ = generate.load_model(str(folder), "cpu")
+    ids = torch.tensor([tokenizer.encode(text)])
+    with torch.autocast("cpu", torch.bfloat16):
+        exact = plain.lm_head(seen[0].hidden(ids))
+        torch.testing.assert_close(
+            exact, plain(ids), rtol=0, atol=1e-6
+        )  # what autocast computes with float32 weights
+    assert exact.dtype == torch.float32 and not torch.equal(exact, exact.bfloat16().float())
 
 
 def test_several_samples_are_parted_by_an_empty_line_and_written_as_json(folder, tmp_path, capsys):
