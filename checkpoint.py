@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import importlib
 import json
 import platform
 import re
@@ -52,6 +53,40 @@ class Checkpoint:
     model: GPT
     optimizer: dict[str, torch.Tensor]
     state: dict[str, Any]
+
+
+def gather_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> tuple[dict, dict]:
+    """Copies, on the CPU, of the weights and of the optimizers' tensors by name. All ranks take part."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    weights: Any
+    optimizer: Any
+    whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whatever wraps or shards it
+    weights, optimizer = dcp.get_state_dict(model, optimizers, options=whole)
+    rows = model.config.vocab_size  # the padding of the vocabulary stays out of checkpoints
+    tensors = {
+        f"{name}/{key}": value[:rows] if "wte" in name and value.dim() == 2 else value
+        for name, values in optimizer.get("state", {}).items()  # only rank 0 is given them
+        for key, value in values.items()
+    }
+    # What was on the CPU already is not a copy yet, and training goes on while it is written.
+    copies = [{name: t.clone() for name, t in group.items()} for group in (weights, tensors)]
+    return copies[0], copies[1]
+
+
+def load_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]):
+    """Puts the tensors of `gather_state` back; all else about the optimizers comes from the flags."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    state_dict: Any = dcp.get_optimizer_state_dict(model, optimizers)
+    padding = (0, 0, 0, model.config.padded_vocab_size - model.config.vocab_size)
+    for name, values in state_dict["state"].items():
+        for key in values:
+            saved = tensors[f"{name}/{key}"]
+            is_padded = "wte" in name and saved.dim() == 2
+            values[key] = torch.nn.functional.pad(saved, padding) if is_padded else saved
+    whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    dcp.set_optimizer_state_dict(model, optimizers, state_dict, options=whole)
 
 
 def save(
@@ -194,6 +229,8 @@ class Saver:
         self.writing: Future[tuple[Path, str]] | None = None
         self.upload: Upload | None = None
         self.unsent: Path | None = None  # the newest checkpoint, while the Hub has not got it
+        # Half a second now, or the first checkpoint would pause training for it.
+        importlib.import_module("torch.distributed.checkpoint.state_dict")
 
     def begin(self, step: int, *what: Any):
         """Starts to write what `save` takes; its tensors must be copies."""

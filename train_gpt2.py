@@ -41,15 +41,6 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    get_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -94,8 +85,12 @@ class Config:
     """Tokens an optimizer step; gradients are accumulated until they are reached."""
     learning_rate: float = 6e-4
     """Peak learning rate."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up a cosine, or (warm-up, stable, decay) the peak and then a straight line down."""
+    decay_ratio: float = 0.4
+    """Of a wsd schedule, the share of max_steps that the line takes."""
     min_lr_ratio: float = 0.1
-    """The cosine ends at this fraction of the peak."""
+    """The schedule ends at this fraction of the peak."""
     max_steps: int = 19_073
     """Optimizer steps."""
     warmup_steps: int = 715
@@ -211,10 +206,6 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
-# For torch.distributed.checkpoint: whole tensors, on the CPU, whatever wraps or shards the model.
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
 # -----------------------------------------------------------------------------
 # configuration
 
@@ -300,8 +291,9 @@ def check(cfg: Config, world_size: int):
     for name in not_negative:
         if not 0 <= getattr(cfg, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be 0 or more")
-    if not 0 <= cfg.min_lr_ratio <= 1:
-        raise ValueError(f"--min-lr-ratio is {cfg.min_lr_ratio}; it must be in [0, 1]")
+    for name in ("min_lr_ratio", "decay_ratio"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be in [0, 1]")
     micro_step = cfg.batch_size * cfg.seq_len * world_size
     if cfg.total_batch_tokens % micro_step:
         below = cfg.total_batch_tokens // micro_step * micro_step
@@ -503,13 +495,16 @@ def make_optimizers(cfg: Config, model: GPT) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate(step: int, cfg: Config) -> float:
-    """Linear warm-up to the peak, then a cosine down to min_lr_ratio of it at max_steps (GPT-3, appendix
-    B)."""
+    """Linear warm-up to the peak, then a cosine down to min_lr_ratio of it at max_steps (GPT-3, appendix B),
+    or the peak until a line leads there (warm-up, stable, decay: Hu et al., 2024, arXiv:2404.06395)."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
-    progress = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return cfg.learning_rate * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * cosine)
+    if cfg.schedule == "cosine":
+        progress = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
+        height = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        height = min(1.0, max(0, cfg.max_steps - step) / max(1.0, cfg.decay_ratio * cfg.max_steps))
+    return cfg.learning_rate * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * height)
 
 
 # -----------------------------------------------------------------------------
@@ -750,7 +745,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizers = make_optimizers(cfg, raw_model)
     if saved:
-        load_optimizers(raw_model, optimizers, saved.optimizer)
+        checkpoint.load_optimizers(raw_model, optimizers, saved.optimizer)
         if scaler.is_enabled() and resumed["scaler"]:
             scaler.load_state_dict(resumed["scaler"])
         saved = None  # its tensors have been copied
@@ -857,7 +852,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
                 "recent_losses": list(recent_losses),
                 "versions": {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")},
             }
-            weights, optimizer_state = gather_state(raw_model, optimizers)
+            weights, optimizer_state = checkpoint.gather_state(raw_model, optimizers)
             if rank == 0:
                 saver.begin(step, config, weights, optimizer_state, state, tokenizer.hf_files())
             last_checkpoint, saved_at = run / f"step_{step:06d}", time.monotonic()
@@ -977,34 +972,6 @@ def jobs_due(step: int, cfg: Config) -> dict[str, bool]:
     }
 
 
-def gather_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> tuple[dict, dict]:
-    """Copies, on the CPU, of the weights and of the optimizers' tensors by name. All ranks take part."""
-    weights: Any
-    optimizer: Any
-    weights, optimizer = get_state_dict(model, optimizers, options=WHOLE)
-    rows = model.config.vocab_size  # the padding of the vocabulary stays out of checkpoints
-    tensors = {
-        f"{name}/{key}": value[:rows] if "wte" in name and value.dim() == 2 else value
-        for name, values in optimizer.get("state", {}).items()  # only rank 0 is given them
-        for key, value in values.items()
-    }
-    # What was on the CPU already is not a copy yet, and training goes on while it is written.
-    copies = [{name: t.clone() for name, t in group.items()} for group in (weights, tensors)]
-    return copies[0], copies[1]
-
-
-def load_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]):
-    """Puts the tensors of `gather_state` back; all else about the optimizers comes from the flags."""
-    state_dict: Any = get_optimizer_state_dict(model, optimizers)
-    padding = (0, 0, 0, model.config.padded_vocab_size - model.config.vocab_size)
-    for name, values in state_dict["state"].items():
-        for key in values:
-            saved = tensors[f"{name}/{key}"]
-            is_padded = "wte" in name and saved.dim() == 2
-            values[key] = torch.nn.functional.pad(saved, padding) if is_padded else saved
-    set_optimizer_state_dict(model, optimizers, state_dict, options=WHOLE)
-
-
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """What PEAK_FLOPS says of the device; 0 where it says nothing, or for float32."""
     if device.type != "cuda" or dtype == torch.float32:
@@ -1018,18 +985,28 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}h{minutes % 60:02d}m" if hours else f"{minutes}m{int(seconds % 60):02d}s"
 
 
+def torchrun(processes: int, argv: list[str]):
+    """This script in so many processes; exits as they do."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run.main(["--standalone", f"--nproc-per-node={processes}", __file__, *argv])
+    except ChildFailedError as error:  # the processes have said why
+        sys.exit(max(1, error.get_first_failure()[1].exitcode))
+    except SignalException as error:  # it has been passed on to the processes, and they have stopped
+        sys.exit(128 + error.sigval)
+
+
 if __name__ == "__main__":
     try:
         cfg = parse_args(sys.argv[1:])
         if cfg.num_gpus > 1 and "RANK" not in os.environ:
             check(cfg, cfg.num_gpus)
-            torchrun(["--standalone", f"--nproc-per-node={cfg.num_gpus}", __file__, *sys.argv[1:]])
+            torchrun(cfg.num_gpus, sys.argv[1:])
         else:
             main(cfg)
-    except ChildFailedError as error:  # the processes have said why
-        sys.exit(max(1, error.get_first_failure()[1].exitcode))
-    except SignalException as error:  # it has been passed on to the processes, and they have stopped
-        sys.exit(128 + error.sigval)
     except (ValueError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
             machine = f" (rank {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""

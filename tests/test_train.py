@@ -43,6 +43,18 @@ def test_the_learning_rate_warms_up_peaks_and_ends_at_a_tenth():
     assert rate[-1] == pytest.approx(6e-5)
 
 
+def test_a_wsd_schedule_stays_at_its_peak_and_then_falls_in_a_line():
+    cfg = Config(
+        schedule="wsd", decay_ratio=0.4, min_lr_ratio=0.1, learning_rate=1.0, warmup_steps=10, max_steps=100
+    )
+    rate = [train_gpt2.learning_rate(step, cfg) for step in range(cfg.max_steps + 1)]
+    assert rate[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert rate[10:61] == [1.0] * 51
+    assert rate[80] == pytest.approx(0.55) and rate[100] == pytest.approx(0.1)
+    steepness = {round(a - b, 9) for a, b in zip(rate[60:], rate[61:])}
+    assert steepness == {0.0225}
+
+
 def test_weight_decay_is_for_matrices_and_muon_for_those_inside_the_blocks():
     model = GPT(GPTConfig(block_size=8, n_layer=2, n_head=2, n_embd=16))
     names = {p: name for name, p in model.named_parameters()}
