@@ -3,17 +3,22 @@
     python bench.py                                   # everything, GPT-2 124M, on the device that is there
     python bench.py --jobs train --batch-size 64      # one job
     python bench.py --model-size 124M --seq-len 1024 --compile --json bench.json
+    python bench.py --plan --model-size 350M          # memory and hours of training, by arithmetic; no device
 
     train      tokens/s of forward, backward and AdamW      beside transformers' GPT-2
+    memory     GB at the peak of that step                  the same, each in a process of its own
     hellaswag  items/s, contexts read once for 4 endings    beside build-nanogpt's loop: one item a time, four
                                                             padded rows, all logits
-    generate   tokens/s of one sequence, key/value cache    beside transformers' generate with its cache
+    generate   tokens/s of one sequence and of 64           beside transformers' generate with its cache
     load       seconds from a checkpoint to a model         beside transformers' from_pretrained
     read       batches/s of 64 x 1,024 tokens from shards   beside nanoGPT's get_batch
     tokenize   MB/s of text, parquet to shards on disk      beside build-nanogpt's method, tiktoken's batches,
                                                             gigatoken alone, and reading the parquet alone
 
 Ours and the baseline take turns, and each figure is a median, so that a noisy neighbour disturbs both alike.
+The last column is ours as a share of what this machine could do if nothing but the matrix products cost time
+(train, hellaswag: their measured speed on large matrices) or nothing but reading the weights (generate: the
+measured speed of a product with one row).
 """
 
 import gc
@@ -39,24 +44,27 @@ import tyro
 import checkpoint
 import documents
 import fineweb
+import generate
 import hellaswag
 import shards
 import tokenizer
 from model import GPT, GPTConfig, config_to_hf, to_hf
 
-Job = Literal["train", "hellaswag", "generate", "load", "read", "tokenize"]
+Job = Literal["train", "memory", "hellaswag", "generate", "load", "read", "tokenize"]
 
 
 @dataclass(frozen=True)
 class Config:
-    jobs: tuple[Job, ...] = ("train", "hellaswag", "generate", "load", "read", "tokenize")
+    jobs: tuple[Job, ...] = ("train", "memory", "hellaswag", "generate", "load", "read", "tokenize")
     """What to measure."""
+    plan: bool = False
+    """Measure nothing; print what training would take."""
     model_size: str = "124M"
     """124M, 350M, 774M or 1558M."""
     seq_len: int = 1024
-    """Tokens of context in `train`."""
+    """Tokens of context in `train` and `memory`."""
     batch_size: int = 4
-    """Sequences a step in `train`."""
+    """Sequences a step in `train` and `memory`."""
     items: int = 64
     """Items in `hellaswag`."""
     max_tokens: int = 64
@@ -68,9 +76,9 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the matrix products in `train` and `hellaswag`; `generate` runs in float32."""
+    """Precision of the matrix products; `generate` is measured in float32, too."""
     compile: bool = False
-    """torch.compile both sides of `train`."""
+    """torch.compile both sides of `train`, and ours of `generate`."""
     json: str = ""
     """Also write the table to this file."""
 
@@ -82,6 +90,8 @@ class Result:
     ours: float
     baseline: float
     higher_is_better: bool = True
+    share: float | None = None
+    """Of what the machine could do."""
 
     @property
     def ratio(self) -> float:
@@ -95,6 +105,7 @@ class Bench:
         self.cfg = cfg
         self.device = checkpoint.pick_device(cfg.device)
         self.dtype, self.why = checkpoint.pick_dtype(cfg.dtype, self.device)
+        self.config = GPTConfig.named(cfg.model_size, block_size=max(1024, cfg.seq_len))
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -103,13 +114,12 @@ class Bench:
         """The same random network twice: ours, and transformers' GPT2LMHeadModel."""
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        config = GPTConfig.named(self.cfg.model_size, block_size=max(1024, self.cfg.seq_len))
         torch.manual_seed(0)
-        ours = GPT(config)
+        ours = GPT(self.config)
         names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "embd_pdrop", "attn_pdrop")
-        hf_config = config_to_hf(config)
+        hf_config = config_to_hf(self.config)
         theirs = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, **{name: hf_config[name] for name in names}))
-        theirs.load_state_dict(to_hf(ours.state_dict(), config), strict=False)  # lm_head is tied
+        theirs.load_state_dict(to_hf(ours.state_dict(), self.config), strict=False)  # lm_head is tied
         return ours.to(self.device), theirs.to(self.device)  # type: ignore[arg-type]
 
     def seconds(self, *sides: Callable[[], Any]) -> list[float]:
@@ -143,33 +153,62 @@ class Bench:
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
+    def flops_per_second(self) -> float:
+        """Of a large matrix product: 4,096 tokens through a layer of 768 by 3,072, or larger on a GPU."""
+        scale = 1 if self.device.type == "cpu" else 4
+        a, b = (
+            torch.randn(shape, dtype=self.dtype, device=self.device)
+            for shape in ((4096 * scale, 768 * scale), (768 * scale, 3072 * scale))
+        )
+        count = 10
+        (seconds,) = self.seconds(lambda: [a @ b for _ in range(count)])
+        return 2 * a.numel() * b.size(1) * count / seconds
+
+    def bytes_per_second(self, dtype: torch.dtype) -> float:
+        """Of reading 500 MB of weights for a product with one row."""
+        weight = torch.ones(250_000_000 // 768 // dtype.itemsize, 768, dtype=dtype, device=self.device)
+        x = torch.ones(1, 768, dtype=dtype, device=self.device)
+        (seconds,) = self.seconds(lambda: [F.linear(x, weight) for _ in range(2)])
+        return 2 * weight.nbytes / seconds
+
+    def stepper(self, model: GPT | Any) -> Callable[[], None]:
+        """Forward, backward and AdamW, once."""
+        cfg = self.cfg
+        idx = torch.randint(50257, (cfg.batch_size, cfg.seq_len), device=self.device)
+        fast = torch.compile(model) if cfg.compile else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def step():
+            with self.autocast():
+                if isinstance(model, GPT):
+                    loss = fast(idx, idx)
+                else:
+                    loss = F.cross_entropy(fast(idx).logits.flatten(0, 1).float(), idx.flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
     def train(self) -> Result:
         cfg = self.cfg
         ours, theirs = self.models()
-        idx = torch.randint(50257, (cfg.batch_size, cfg.seq_len), device=self.device)
-        fast_ours, fast_theirs = (torch.compile(m) if cfg.compile else m for m in (ours, theirs))
-
-        def stepper(model, loss_of: Callable[[], torch.Tensor]) -> Callable[[], None]:
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-            def step():
-                with self.autocast():
-                    loss = loss_of()
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-            return step
-
-        def their_loss() -> torch.Tensor:
-            logits = fast_theirs(idx).logits
-            return F.cross_entropy(logits.flatten(0, 1).float(), idx.flatten())
-
-        their_step = self.as_shipped(stepper(theirs, their_loss))
-        times = self.seconds(stepper(ours, lambda: fast_ours(idx, idx)), their_step)
+        times = self.seconds(self.stepper(ours), self.as_shipped(self.stepper(theirs)))
         tokens = cfg.batch_size * cfg.seq_len
+        speed = tokens / times[0]
+        share = speed * self.config.flops_per_token(cfg.seq_len) / self.flops_per_second()
         return Result(
-            f"train B={cfg.batch_size} T={cfg.seq_len}", "tok/s", tokens / times[0], tokens / times[1]
+            f"train B={cfg.batch_size} T={cfg.seq_len}", "tok/s", speed, tokens / times[1], share=share
+        )
+
+    def memory(self) -> Result:
+        """The first two steps: the second has the optimizer's state from the beginning."""
+        if self.device.type != "cuda" and not Path("/proc/self/status").exists():
+            raise ValueError("--jobs memory needs CUDA or Linux; leave it out")
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            ours, theirs = pool.map(peak_memory, [(self.cfg, True), (self.cfg, False)], chunksize=1)
+        return Result(
+            f"memory B={self.cfg.batch_size} T={self.cfg.seq_len}", "GB", ours, theirs, higher_is_better=False
         )
 
     def hellaswag(self) -> Result:
@@ -198,24 +237,52 @@ class Bench:
         rows = [row for item in items for row in item]
         with self.autocast():
             times = self.seconds(lambda: hellaswag.score(ours, rows, 64), self.as_shipped(one_item_at_a_time))
-        return Result(
-            f"hellaswag {len(items)} items", "items/s", len(items) / times[0], len(items) / times[1]
-        )
+        speed = len(items) / times[0]
+        flops = 0.0
+        for rows in items:
+            logits = sum(len(ending) for _, ending in rows)
+            tokens = len(rows[0][0]) + logits - len(rows)  # the last of an ending is not read
+            flops += 2 * (
+                self.config.num_params * tokens
+                + self.config.vocab_size * self.config.n_embd * (logits - tokens)
+            )
+        share = speed * flops / len(items) / self.flops_per_second()
+        return Result(f"hellaswag {len(items)} items", "items/s", speed, len(items) / times[1], share=share)
 
-    def generate(self) -> Result:
+    def generate(self) -> list[Result]:
+        return [
+            self.generate_rows(rows, dtype)
+            for dtype in dict.fromkeys([torch.float32, self.dtype])
+            for rows in (1, 64)
+        ]
+
+    def generate_rows(self, rows: int, dtype: torch.dtype) -> Result:
         ours, theirs = self.models()
         ours.eval()
-        theirs.eval()
+        theirs.eval().to(dtype)
+        generate.halve(ours, dtype)
+        if self.cfg.compile:
+            ours.hidden = torch.compile(ours.hidden)
         count = self.cfg.max_tokens
-        prompt = torch.tensor([tokenizer.encode("Hello, I'm a language model,")], device=self.device)
+        prompt = torch.tensor([tokenizer.encode("Hello, I'm a language model,")] * rows, device=self.device)
         options = dict(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=50256)
-        times = self.seconds(
-            lambda: ours.generate(prompt, count, temperature=0.0, stop_token=None),
-            self.as_shipped(
-                lambda: theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-            ),
-        )
-        return Result(f"generate {count} tokens", "tok/s", count / times[0], count / times[1])
+
+        def our_side():
+            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                ours.generate(prompt, count, temperature=0.0, stop_token=None)
+
+        def their_side():
+            theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+
+        times = self.seconds(our_side, self.as_shipped(their_side))
+        share = None
+        if rows == 1:
+            linear = [part for part in ours.modules() if isinstance(part, torch.nn.Linear)]
+            read = sum(part.weight.nbytes for part in linear) / self.bytes_per_second(dtype)
+            read += ours.wte.weight.nbytes / self.bytes_per_second(torch.float32)
+            share = read * count / times[0]
+        speed, baseline = (rows * count / seconds for seconds in times)
+        return Result(f"generate {rows} x {count}, {str(dtype)[6:]}", "tok/s", speed, baseline, share=share)
 
     def load(self) -> Result:
         from transformers import AutoModelForCausalLM
@@ -307,6 +374,54 @@ class Bench:
         ]
 
 
+def peak_memory(which: tuple[Config, bool]) -> float:
+    """In a process of its own: the GB that two steps of our model, or of transformers', have had at once."""
+    cfg, is_ours = which
+    bench = Bench(cfg)
+    model = bench.models()[0 if is_ours else 1]
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step = bench.stepper(model) if is_ours else bench.as_shipped(bench.stepper(model))
+    step()
+    step()
+    if bench.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    # Not getrusage: there a process begins with the peak of the one that started it.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+
+
+def plan(cfg: Config):
+    """Prints the memory of training by batch size, and hours by GPU, from the shapes alone."""
+    from train_gpt2 import PEAK_FLOPS, PRESETS
+
+    config = GPTConfig.named(cfg.model_size, block_size=max(1024, cfg.seq_len))
+    flops, recipe = config.flops_per_token(cfg.seq_len), PRESETS["gpt2"]
+    tokens = recipe.max_steps * recipe.total_batch_tokens
+    print(f"GPT-2 {cfg.model_size}: {config.num_params:,} parameters, {flops / 1e9:.2f} GFLOP a token at "
+          f"T={cfg.seq_len} (forward and backward)")  # fmt: skip
+    print("memory of a step in bfloat16, GB, about:")
+    for batch_size in (1, 4, 16, 64):
+        print(f"  B={batch_size:<3} {step_bytes(config, batch_size, cfg.seq_len) / 1e9:8.1f}")
+    print(f"hours for {tokens / 1e9:.1f} billion tokens on one GPU, if it reaches 40% of its peak:")
+    for name, peak in PEAK_FLOPS.items():
+        print(f"  {name:10} {tokens * flops / (0.4 * peak) / 3600:8.1f}")
+
+
+def step_bytes(config: GPTConfig, batch_size: int, seq_len: int) -> float:
+    """Memory of a training step in bfloat16 at its peak. That is when the loss has just been computed
+    (weights in float32 and bfloat16, AdamW's two moments, what the backward pass will need, the loss's chunk)
+    or, of a small batch, when all gradients are there."""
+    C, L, N = config.n_embd, config.n_layer, batch_size * seq_len
+    # A layer keeps, in bytes a channel: the residual stream twice (float32), both LayerNorms' outputs, q, k,
+    # v, the attention's output, and the MLP's inside before and after GELU, four times as wide.
+    layer = 2 * 4 + 2 * 2 + 3 * 2 + 2 + 2 * 4 * 2
+    vocab = config.padded_vocab_size
+    at_loss = N * C * (L * layer + 4) + N / 8 * vocab * (4 + 2) + vocab * C * (4 + 2)
+    return config.num_params * (4 + 2 + 4 + 4) + max(at_loss, config.num_params * 4)
+
+
 def tokenize_document(text: str) -> np.ndarray:
     """What build-nanogpt's fineweb.py does in each process of its pool."""
     ids = np.array([tokenizer.END_OF_TEXT, *tokenizer.tiktoken_encoding().encode_ordinary(text)])
@@ -317,6 +432,9 @@ def tokenize_document(text: str) -> np.ndarray:
 def main(cfg: Config) -> list[Result]:
     if cfg.repeats < 1 or cfg.items < 1 or cfg.batch_size < 1 or cfg.max_tokens < 1:
         raise ValueError("--repeats, --items, --batch-size and --max-tokens must be at least 1")
+    if cfg.plan:
+        plan(cfg)
+        return []
     bench = Bench(cfg)
     name = (
         torch.cuda.get_device_name()
@@ -325,17 +443,18 @@ def main(cfg: Config) -> list[Result]:
     )
     machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     precision = f"{str(bench.dtype).removeprefix('torch.')} ({bench.why})"
-    print(f"{machine}; GPT-2 {cfg.model_size}; train in {precision}{', compiled' if cfg.compile else ''}")
-    print(f"{'work':30} {'ours':>12} {'baseline':>12}  {'':8} ratio")
+    print(f"{machine}; GPT-2 {cfg.model_size}; {precision}{', compiled' if cfg.compile else ''}")
+    print(f"{'work':30} {'ours':>12} {'baseline':>12}  {'':9} {'ratio':>7}  of the limit")
     results = []
     for job in cfg.jobs:
         found = getattr(bench, job)()
         for result in found if isinstance(found, list) else [found]:
             results.append(result)
-            digits = 2 if result.unit == "s" else 1
+            digits = 2 if result.unit in ("s", "GB") else 1
+            share = "" if result.share is None else f"{result.share:6.0%}"
             print(
                 f"{result.job:30} {result.ours:12,.{digits}f} {result.baseline:12,.{digits}f}  "
-                f"{result.unit:8} {result.ratio:.2f} x",
+                f"{result.unit:9} {result.ratio:5.2f} x  {share}",
                 flush=True,
             )
     if cfg.json:

@@ -1,15 +1,21 @@
-"""bench.py measures every job on a small model, and writes what it prints."""
+"""bench.py measures every job on a small model, and writes what it prints; its plan is what a step takes."""
 
 import json
 
 import pytest
+import torch
 
 import bench
-from model import SIZES
+import checkpoint
+from model import GPT, SIZES, GPTConfig
 
 
-def test_every_job_runs_and_is_written_down(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def small(monkeypatch):
     monkeypatch.setitem(SIZES, "124M", dict(n_layer=1, n_head=2, n_embd=16))
+
+
+def test_every_job_runs_and_is_written_down(small, tmp_path, capsys):
     out = tmp_path / "bench.json"
     cfg = bench.Config(
         jobs=("train", "hellaswag", "generate", "load", "read"), batch_size=1, seq_len=16, items=1,
@@ -18,20 +24,90 @@ def test_every_job_runs_and_is_written_down(monkeypatch, tmp_path, capsys):
     results = bench.main(cfg)
     printed = capsys.readouterr().out
     rows = json.loads(out.read_text())["results"]
-    assert [row["job"].split()[0] for row in rows] == list(cfg.jobs)
+    assert list(dict.fromkeys(row["job"].split()[0] for row in rows)) == list(cfg.jobs)
     for result, row in zip(results, rows):
         assert result.job in printed and result.ours > 0 and result.baseline > 0
         better = result.ours > result.baseline
         assert row["ratio"] == result.ratio and (result.ratio > 1) == (better == result.higher_is_better)
+        assert row["share"] == result.share
+    assert [result.job for result in results if result.share] == [
+        "train B=1 T=16", "hellaswag 1 items", "generate 1 x 2, float32",
+    ]  # fmt: skip
+    assert all(0 < result.share < 1.5 for result in results if result.share)
 
 
-def test_both_models_of_the_bench_are_the_same_network(monkeypatch):
-    import torch
+def test_generation_is_measured_in_float32_and_in_the_fast_precision(small):
+    cfg = bench.Config(jobs=("generate",), max_tokens=2, repeats=1, device="cpu", dtype="bfloat16")
+    assert [result.job for result in bench.main(cfg)] == [
+        "generate 1 x 2, float32", "generate 64 x 2, float32",
+        "generate 1 x 2, bfloat16", "generate 64 x 2, bfloat16",
+    ]  # fmt: skip
 
-    monkeypatch.setitem(SIZES, "124M", dict(n_layer=1, n_head=2, n_embd=16))
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_step_and_not_of_the_process_that_measures():
+    ballast = torch.ones(2_000_000_000 // 4)  # 2 GB that the two processes do not have
+    cfg = bench.Config(jobs=("memory",), seq_len=64, batch_size=1, device="cpu", dtype="float32")
+    (result,) = bench.main(cfg)
+    assert ballast.nbytes == 2e9
+    # Weights, gradients and AdamW's two moments of 124M are 2.0 GB, and torch and transformers some tenths.
+    assert 2.0 < result.ours < 3.5 and 2.0 < result.baseline < 3.5
+    assert not result.higher_is_better
+
+
+def test_both_models_of_the_bench_are_the_same_network(small):
     ours, theirs = bench.Bench(bench.Config(device="cpu", dtype="float32")).models()
     idx = torch.arange(10)[None]
     torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+def test_nothing_of_a_baseline_is_left_with_our_setting_of_float32_products():
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    runner = bench.Bench(bench.Config(device="cpu", dtype="float32"))
+    before, seen = matmul.fp32_precision, []
+    runner.as_shipped(lambda: seen.append(matmul.fp32_precision))()
+    assert seen == ["ieee"] and matmul.fp32_precision == before
+
+
+def test_the_plan_needs_no_device(monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "pick_device", lambda name: pytest.fail("no device is needed"))
+    assert bench.main(bench.Config(plan=True, model_size="350M")) == []
+    printed = capsys.readouterr().out
+    assert "354,823,168 parameters" in printed
+    hours = float(printed.partition("  H100  ")[2].split()[0])
+    tokens, flops = 19_073 * 524_288, GPTConfig.named("350M").flops_per_token(1024)
+    assert hours == pytest.approx(tokens * flops / (0.4 * 989e12) / 3600, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "shape", [dict(n_layer=2, n_head=4, n_embd=128), dict(n_layer=5, n_head=2, n_embd=64)]
+)
+def test_the_memory_of_the_plan_is_what_a_step_keeps_for_its_backward_pass(shape):
+    config = GPTConfig(block_size=128, **shape)
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def planned(batch_size: int) -> float:
+        return bench.step_bytes(config, batch_size, 128)
+
+    model = GPT(config)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = []
+    for batch_size in (16, 32):
+        kept.clear()
+        idx = torch.randint(50257, (batch_size, 128))
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            model(idx, idx)
+        saved.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
+    chunk = 16 * 128 / 8 * config.padded_vocab_size * (4 + 2)  # of the loss: not kept
+    assert planned(32) - planned(16) - chunk == pytest.approx(saved[1] - saved[0], rel=0.1)
 
 
 def test_nonsense_is_refused():
