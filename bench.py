@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +48,7 @@ import generate
 import hellaswag
 import shards
 import tokenizer
-from model import GPT, GPTConfig, config_to_hf, to_hf
+from model import GPT, SIZES, GPTConfig, config_to_hf, to_hf
 
 Job = Literal["train", "memory", "hellaswag", "generate", "load", "read", "tokenize"]
 
@@ -393,33 +393,37 @@ def peak_memory(which: tuple[Config, bool]) -> float:
 
 
 def plan(cfg: Config):
-    """Prints the memory of training by batch size, and hours by GPU, from the shapes alone."""
-    from train_gpt2 import PEAK_FLOPS, PRESETS
+    """Prints the memory of training by batch size, hours by GPU, and what fits which GPU, from the shapes
+    alone."""
+    from train_gpt2 import HEADROOM, PEAK_FLOPS, PLANNED_MFU, PRESETS, largest_batch, step_bytes
 
     config = GPTConfig.named(cfg.model_size, block_size=max(1024, cfg.seq_len))
-    flops, recipe = config.flops_per_token(cfg.seq_len), PRESETS["gpt2"]
+    flops, recipe = config.flops_per_token(cfg.seq_len), replace(PRESETS["gpt2"], seq_len=cfg.seq_len)
     tokens = recipe.max_steps * recipe.total_batch_tokens
+
+    def need(config: GPTConfig, batch_size: int) -> float:
+        return sum(step_bytes(recipe, config, batch_size).values())
+
+    def fitting(config: GPTConfig, memory: float) -> int:
+        return largest_batch(recipe, 1, lambda n: need(config, n) <= memory * (1 - HEADROOM["cuda"]))
+
     print(f"GPT-2 {cfg.model_size}: {config.num_params:,} parameters, {flops / 1e9:.2f} GFLOP a token at "
           f"T={cfg.seq_len} (forward and backward)")  # fmt: skip
     print("memory of a step in bfloat16, GB, about:")
     for batch_size in (1, 4, 16, 64):
-        print(f"  B={batch_size:<3} {step_bytes(config, batch_size, cfg.seq_len) / 1e9:8.1f}")
-    print(f"hours for {tokens / 1e9:.1f} billion tokens on one GPU, if it reaches 40% of its peak:")
+        print(f"  B={batch_size:<3} {need(config, batch_size) / 1e9:8.1f}")
+    print(f"hours for {tokens / 1e9:.1f} billion tokens on one GPU, at {PLANNED_MFU:.0%} of its peak:")
     for name, peak in PEAK_FLOPS.items():
-        print(f"  {name:10} {tokens * flops / (0.4 * peak) / 3600:8.1f}")
-
-
-def step_bytes(config: GPTConfig, batch_size: int, seq_len: int) -> float:
-    """Memory of a training step in bfloat16 at its peak. That is when the loss has just been computed
-    (weights in float32 and bfloat16, AdamW's two moments, what the backward pass will need, the loss's chunk)
-    or, of a small batch, when all gradients are there."""
-    C, L, N = config.n_embd, config.n_layer, batch_size * seq_len
-    # A layer keeps, in bytes a channel: the residual stream twice (float32), both LayerNorms' outputs, q, k,
-    # v, the attention's output, and the MLP's inside before and after GELU, four times as wide.
-    layer = 2 * 4 + 2 * 2 + 3 * 2 + 2 + 2 * 4 * 2
-    vocab = config.padded_vocab_size
-    at_loss = N * C * (L * layer + 4) + N / 8 * vocab * (4 + 2) + vocab * C * (4 + 2)
-    return config.num_params * (4 + 2 + 4 + 4) + max(at_loss, config.num_params * 4)
+        print(f"  {name:10} {tokens * flops / (PLANNED_MFU * peak) / 3600:8.1f}")
+    print(f"the largest --batch-size in {1 - HEADROOM['cuda']:.0%} of a GPU's memory (T={cfg.seq_len}, "
+          "AdamW, bfloat16, not compiled):\n")  # fmt: skip
+    memories = (8, 12, 16, 24, 40, 80, 141)  # GB
+    print("| | " + " | ".join(f"{memory} GB" for memory in memories) + " |")
+    print("|---|" + "---|" * len(memories))
+    for size in SIZES:
+        config = GPTConfig.named(size, block_size=max(1024, cfg.seq_len))
+        rows = [fitting(config, 1e9 * memory) for memory in memories]
+        print(f"| {size} | " + " | ".join(str(n or "-") for n in rows) + " |")
 
 
 def tokenize_document(text: str) -> np.ndarray:

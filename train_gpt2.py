@@ -31,7 +31,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -79,8 +79,9 @@ class Config:
     """Start from these weights (a checkpoint, a size name or a Hub id) instead of random ones:
     fine-tuning."""
     # optimization
-    batch_size: int = 16
-    """Sequences a process and micro-step, B; as large as memory allows."""
+    batch_size: int | Literal["auto"] = 16
+    """Sequences a process and micro-step, B; auto: the most that fit the memory, which changes the speed
+    only."""
     total_batch_tokens: int = 524_288
     """Tokens an optimizer step; gradients are accumulated until they are reached."""
     learning_rate: float = 6e-4
@@ -126,6 +127,15 @@ class Config:
     is)."""
     override: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """With --resume: accept settings or data that differ from those of the checkpoint."""
+    max_hours: float = 0.0
+    """When it has run for so long, end the step, save and stop (exit code 4); a --resume has as long again; 0
+    for no limit."""
+    eval_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only evaluate the model of --resume or --init-from; write nothing."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only check settings, data and machine, and print what the run would take; write nothing."""
+    dollars_per_gpu_hour: float = 0.0
+    """Price from which --dry-run computes the cost; 0 for none."""
     # periodic jobs: every so many steps and at the end; 0 for never
     val_every: int = 250
     """Validation loss."""
@@ -188,13 +198,17 @@ FREE_TO_CHANGE = {
     "batch_size", "max_steps", "device", "compile", "num_gpus", "dataset_path", "cache_gb", "init_from",
     "run_name", "log_dir", "resume", "override", "val_every", "val_tokens", "hellaswag_every",
     "hellaswag_limit", "sample_every", "sample_prompt", "checkpoint_every", "checkpoint_minutes",
-    "keep_last", "keep_every", "max_bad_steps", "timeout_seconds", "hub_repo",
+    "keep_last", "keep_every", "max_bad_steps", "timeout_seconds", "hub_repo", "max_hours", "eval_only",
+    "dry_run", "dollars_per_gpu_hour",
 }  # fmt: skip
 
 # What --override cannot change: the saved tensors would not fit.
 SHAPE = {"model_size", "n_layer", "n_head", "n_embd", "optimizer"}
 
-NOT_SETTINGS = {"resume", "override", "run_name", "log_dir", "num_gpus"}  # where and how it was started
+# Where and how it was started.
+NOT_SETTINGS = {
+    "resume", "override", "run_name", "log_dir", "num_gpus", "eval_only", "dry_run", "dollars_per_gpu_hour",
+}  # fmt: skip
 
 STOP_SIGNALS = [getattr(signal, s) for s in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, s)]
 SPIKE_WINDOW = 128  # steps, as OLMo 2 has it (OLMo team, 2025, arXiv:2501.00656)
@@ -204,6 +218,9 @@ PEAK_FLOPS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
     "A10G": 70e12, "A10": 125e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
 }  # fmt: skip
+PLANNED_MFU = 0.4  # share of the peak that --dry-run counts on
+# The share of free memory that --batch-size auto leaves alone: on CUDA it has tried, elsewhere it computes.
+HEADROOM = {"cuda": 0.1, "cpu": 0.2, "mps": 0.2}
 
 
 # -----------------------------------------------------------------------------
@@ -281,9 +298,12 @@ def check(cfg: Config, world_size: int):
     not_negative = (
         "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "checkpoint_minutes", "keep_last",
         "keep_every", "max_steps", "warmup_steps", "weight_decay", "grad_clip", "hellaswag_limit", "seed",
-        "spike_zscore",
+        "spike_zscore", "max_hours", "dollars_per_gpu_hour",
     )  # fmt: skip
+    rows = 1 if cfg.batch_size == "auto" else cfg.batch_size
     for name in positive:
+        if name == "batch_size" and cfg.batch_size == "auto":
+            continue
         if not getattr(cfg, name) > 0 or math.isinf(getattr(cfg, name)):
             raise ValueError(
                 f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be a number above 0"
@@ -294,13 +314,22 @@ def check(cfg: Config, world_size: int):
     for name in ("min_lr_ratio", "decay_ratio"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be in [0, 1]")
-    micro_step = cfg.batch_size * cfg.seq_len * world_size
+    if cfg.eval_only and cfg.resume in ("", "newest") and not cfg.init_from:
+        raise ValueError(
+            "--eval-only needs a model: give --resume (a run, a checkpoint; if alone, the newest run) "
+            "or --init-from (a checkpoint, a size name or a Hub id)"
+        )
+    if cfg.eval_only and not (cfg.val_every or cfg.hellaswag_every or cfg.sample_every):
+        raise ValueError(
+            "--eval-only has nothing to do: --val-every, --hellaswag-every and --sample-every are 0; set one"
+        )
+    micro_step = rows * cfg.seq_len * world_size
     if cfg.total_batch_tokens % micro_step:
         below = cfg.total_batch_tokens // micro_step * micro_step
         near = " or ".join(f"{n}" for n in (below, below + micro_step) if n)
         raise ValueError(
             f"--total-batch-tokens {cfg.total_batch_tokens} is no multiple of the {micro_step} tokens of a "
-            f"micro-step (--batch-size {cfg.batch_size} x --seq-len {cfg.seq_len} x {world_size} processes); "
+            f"micro-step (--batch-size {rows} x --seq-len {cfg.seq_len} x {world_size} processes); "
             f"the nearest that are: {near}; or change --batch-size"
         )
 
@@ -508,6 +537,172 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 
 # -----------------------------------------------------------------------------
+# memory
+
+
+def step_bytes(
+    cfg: Config,
+    config: GPTConfig,
+    batch_size: int,
+    world_size: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    device_type: str = "cuda",
+) -> dict[str, float]:
+    """Memory of a training step on one of world_size processes, by part and without torch.compile, at its
+    peak: when the loss has just been computed or, of a small batch, when all gradients are there."""
+    C, L, T, P = config.n_embd, config.n_layer, cfg.seq_len, config.num_params
+    N, embedding, matrices = batch_size * T, config.padded_vocab_size * C, 12 * L * C * C
+    on_cpu, is_cast, width = device_type == "cpu", dtype.itemsize < 4, dtype.itemsize
+    # A layer keeps, in bytes a channel: the residual stream twice (float32), both LayerNorms' outputs, q, k,
+    # v, the attention's output, and the MLP's inside before and after GELU, four times as wide.
+    layer = 2 * 4 + 2 * width + 3 * width + width + 2 * 4 * width
+    if config.dropout and on_cpu:  # two masks; and attention keeps T x T numbers three times, all in float32
+        layer += 2 * width + 3 * 4 * config.n_head * T / C + 6 * is_cast
+    elif config.dropout:  # two masks of bytes
+        layer += 2
+    # LinearCrossEntropy has the embedding's copy, if it is cast, and its gradient; then either a chunk's
+    # logits and what is left of the chunk before, or the chunk's share of the gradient (a CPU casts it, too).
+    chunk, kept = N / 8 * config.padded_vocab_size, embedding * (4 + width * is_cast)
+    at_logits = kept + chunk * (14 if is_cast else 12)
+    at_gradient = kept + chunk * (4 + width * is_cast) + embedding * (width + 4 * (is_cast and on_cpu))
+    always = {
+        "weights": 4 * P,
+        "optimizer": 8 * P - 4 * matrices * (cfg.optimizer == "muon"),
+        "exchange": 4 * P * (world_size > 1),  # DistributedDataParallel's buckets
+    }
+    accumulates = cfg.total_batch_tokens > N * world_size  # on gradients of an earlier micro-step
+    at_loss = always | {
+        "weights": 4 * P + width * matrices * is_cast,
+        "gradients": 4 * P * accumulates,
+        "activations": N * C * (L * layer + 4),
+        "loss": max(at_logits, at_gradient),
+    }
+    at_end = always | {"gradients": 4 * (P + embedding)}  # the embedding's comes in two parts
+    parts = max(at_loss, at_end, key=lambda parts: sum(parts.values()))
+    if on_cpu:  # holes in a heap that is never trimmed (pick_device), and torch's kernels: as measured
+        parts |= {"rest": 0.1 * sum(parts.values()) + 0.1e9}
+    return {name: float(size) for name, size in parts.items() if size}
+
+
+def saving_bytes(config: GPTConfig) -> int:
+    """Main memory for copies while a checkpoint is written: weights and optimizer, and the weights once more
+    in Hugging Face's layout."""
+    return (4 + 8 + 4) * config.num_params
+
+
+def largest_batch(cfg: Config, world_size: int, fits: Callable[[int], bool]) -> int:
+    """The largest batch_size that divides a process's share of a step and that fits; 0 if none does."""
+    share = cfg.total_batch_tokens // (cfg.seq_len * world_size)
+    return next((n for n in range(share, 0, -1) if share % n == 0 and fits(n)), 0)
+
+
+def choose_batch_size(
+    cfg: Config, model: GPT, dtype: torch.dtype, process: Process, world_size: int
+) -> tuple[int, str]:
+    """What --batch-size auto means, the same on all processes, and why. On CUDA steps are tried; elsewhere,
+    and for a model without memory, step_bytes decides. Raises ValueError where not even one sequence fits."""
+    device, config = process.device, model.config
+    is_tried = device.type == "cuda" and not model.wte.weight.is_meta
+    if is_tried:
+        peak_of_step(model, 1, cfg.seq_len, dtype, 0, False)  # what CUDA's libraries take for ever, they have
+    process.sum(0.0)  # now all have their weights, and no more
+    free, source = free_memory(device, world_size)
+    room = (free + sum(p.nbytes for p in model.parameters() if not p.is_meta)) * (1 - HEADROOM[device.type])
+    room -= saving_bytes(config) * (device.type == "cpu")
+
+    def fits(batch_size: int) -> bool:
+        parts = step_bytes(cfg, config, batch_size, world_size, dtype, device.type)
+        if not is_tried:
+            return sum(parts.values()) <= room
+        beside = parts["optimizer"] + parts.get("exchange", 0)
+        accumulates = cfg.total_batch_tokens > batch_size * cfg.seq_len * world_size
+        return sum(parts.values()) <= 1.3 * room and (  # much more need not be tried
+            peak_of_step(model, batch_size, cfg.seq_len, dtype, beside, accumulates) <= room
+        )
+
+    mine = largest_batch(cfg, world_size, fits)
+    chosen = int(min(process.sum(*(mine * (r == process.rank) for r in range(process.world_size)))))
+    why = (
+        f"{'tried' if is_tried else 'computed'}: within {room / 1e9:.1f} GB of the {free / 1e9:.1f} GB that "
+        f"are {source}, of which {HEADROOM[device.type]:.0%} are left alone"
+    )
+    if not chosen:
+        raise ValueError(
+            f"--batch-size auto: not even one sequence of {cfg.seq_len} tokens fits ({why}); a smaller "
+            "--model-size or --seq-len would"
+        )
+    return chosen, f"auto, {why}"
+
+
+def peak_of_step(
+    model: GPT, batch_size: int, seq_len: int, dtype: torch.dtype, beside: float, accumulates: bool
+) -> float:
+    """Bytes that forward and backward of so many sequences take on the GPU, tried, with so many `beside` them
+    and, if they accumulate, gradients that are there; inf where there are not so many."""
+    device, peak = model.wte.weight.device, math.inf
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        others = torch.empty(int(beside), dtype=torch.uint8, device=device)
+        for p in model.parameters() if accumulates else ():
+            p.grad = torch.zeros_like(p)
+        idx = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model.train()(idx, idx)
+        loss.backward()
+        peak = torch.cuda.max_memory_reserved(device)
+        del others, loss
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return peak
+
+
+def free_memory(device: torch.device, processes: int) -> tuple[float, str]:
+    """Bytes that this process, one of so many, may still take on its device, and by what account. Raises
+    ValueError where the system does not say."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached, "free on the GPU"
+    if device.type == "mps":
+        taken = torch.mps.driver_allocated_memory()
+        return torch.mps.recommended_max_memory() - taken, "what Metal recommends"
+    if Path("/proc/meminfo").exists():
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8")
+        available = 1024 * int(lines.partition("MemAvailable:")[2].split()[0])
+        free, source = min((available, "MemAvailable"), (cgroup_room(), "within the limit of its cgroup"))
+    else:
+        try:
+            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+        except (AttributeError, ValueError, OSError) as error:  # Windows
+            raise ValueError("this system does not say how much memory is free: give --batch-size") from error
+        source = "half of this machine's memory"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return free / local, f"{source} for each of {local} processes" if local > 1 else source
+
+
+def cgroup_room(root: Path = Path("/")) -> float:
+    """Bytes that the limits set on this process's memory (by a container, by SLURM) leave; inf if none is."""
+    room = math.inf
+    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, limit, used = {
+            "": ("sys/fs/cgroup", "memory.max", "memory.current"),
+            "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        }[controllers]
+        inside = root / top / group.lstrip("/")
+        for folder in (inside, *inside.parents):
+            # Without a limit there is no such file, or no number in it. What was read from disk makes room.
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                stat = (folder / "memory.stat").read_text(encoding="utf-8")
+                taken = int((folder / used).read_text(encoding="utf-8"))
+                taken -= int(stat.partition("\ninactive_file ")[2].split()[0])
+                room = min(room, int((folder / limit).read_text(encoding="utf-8")) - taken)
+    return room
+
+
+# -----------------------------------------------------------------------------
 # periodic jobs
 
 
@@ -515,6 +710,7 @@ def learning_rate(step: int, cfg: Config) -> float:
 def validation_loss(model: GPT, reader: shards.ShardReader, cfg: Config, process: Process) -> float:
     """Mean loss, nats a token, over the first val_tokens of the validation split: the same tokens whatever
     the number of processes and the batch size."""
+    assert cfg.batch_size != "auto"
     windows = min(reader.num_windows, max(1, cfg.val_tokens // cfg.seq_len))
     positions = range(0, windows * cfg.seq_len, cfg.seq_len)
     mine, total = positions[process.rank :: process.world_size], 0.0
@@ -543,11 +739,11 @@ def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
 
 
 class RunLog:
-    """log.txt, a line a fact: `<step> <stream> <value>`. Only rank 0 writes."""
+    """log.txt, a line a fact: `<step> <stream> <value>`. One process writes, if any."""
 
-    def __init__(self, folder: Path, rank: int, resumed_step: int | None):
+    def __init__(self, folder: Path, writes: bool, resumed_step: int | None):
         self.file = None
-        if rank:
+        if not writes:
             return
         path = folder / "log.txt"
         if resumed_step is not None and path.exists():
@@ -574,14 +770,14 @@ class RunLog:
 
 def find_data(cfg: Config, process: Process) -> shards.Folder:
     """The shards: on the Hub, or in a folder relative to here or to this script; the demo's are made if
-    missing."""
+    missing, but not by a dry run."""
     if cfg.dataset_path.startswith(remote.HUB_PREFIX):
         first = shards.HubFolder(cfg.dataset_path, 1e9 * cfg.cache_gb) if process.rank == 0 else None
         location = process.agree(first and first.name)  # with its commit: the same for all
         return first or shards.HubFolder(location, 1e9 * cfg.cache_gb)
     data = Path(cfg.dataset_path)
     data = data if data.exists() or data.is_absolute() else ROOT / data
-    if process.rank == 0 and data.name == "pydocs" and not shards.is_complete(data):
+    if process.rank == 0 and data.name == "pydocs" and not shards.is_complete(data) and not cfg.dry_run:
         print(
             "Making shards of the installed packages' documentation (fineweb.py --source pydocs)", flush=True
         )
@@ -624,7 +820,8 @@ def find_hellaswag(cfg: Config, process: Process) -> tuple[list[dict], str]:
 
 
 def build_model(cfg: Config) -> GPT:
-    """The network that the flags describe, on the CPU, initialised from the seed or from --init-from."""
+    """The network that the flags describe, on the CPU, initialised from the seed or from --init-from; for a
+    dry run without memory."""
     if cfg.init_from:
         if cfg.model_size != Config.model_size or (cfg.n_layer, cfg.n_head, cfg.n_embd) != (None, None, None):
             raise ValueError(
@@ -638,28 +835,50 @@ def build_model(cfg: Config) -> GPT:
         return model
     shape = {k: v for k in ("n_layer", "n_head", "n_embd") if (v := getattr(cfg, k)) is not None}
     torch.manual_seed(cfg.seed)
-    return GPT(GPTConfig.named(cfg.model_size, block_size=cfg.seq_len, dropout=cfg.dropout, **shape))
+    with torch.device("meta" if cfg.dry_run else "cpu"):
+        return GPT(GPTConfig.named(cfg.model_size, block_size=cfg.seq_len, dropout=cfg.dropout, **shape))
+
+
+def find_run(cfg: Config, config: GPTConfig, process: Process) -> Path:
+    """The folder of the run. Raises ValueError if that of a new one is there already, or has links in it."""
+    name = cfg.run_name or f"gpt2-{config.num_params / 1e6:.0f}M_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    log_root = Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT
+    run = checkpoint.run_folder(log_root, process.agree(name))
+    if process.rank == 0 and not (cfg.resume or cfg.eval_only) and run.exists() and any(run.iterdir()):
+        raise ValueError(f"{run} exists: go on with it (--resume {run}) or choose another --run-name")
+    if links := [path for path in run.iterdir() if path.is_symlink()] if run.is_dir() else []:
+        raise ValueError(f"{links[0]} is a link; a run writes only into its own folder: remove the link")
+    return run
 
 
 def open_run(
     cfg: Config, config: GPTConfig, process: Process, at_end: contextlib.ExitStack
 ) -> tuple[Path, dict]:
-    """Makes the run's folder, or finds the resumed one's, and locks it until at_end; returns it and the
-    settings as they are saved. Raises ValueError if another process uses it."""
-    name = cfg.run_name or f"gpt2-{config.num_params / 1e6:.0f}M_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    log_root = Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT
-    run = checkpoint.run_folder(log_root, process.agree(name))
+    """Makes the run's folder, or finds the resumed one's, and locks it until at_end (only evaluating needs
+    neither); returns it and the settings as they are saved. Raises ValueError if another process uses it."""
+    run = find_run(cfg, config, process)
     settings = dataclasses.asdict(cfg) | {"run_name": run.name, "resume": "", "override": False}
-    if process.rank == 0:
-        if not cfg.resume and run.exists() and any(run.iterdir()):
-            raise ValueError(f"{run} exists: go on with it (--resume {run}) or choose another --run-name")
+    if process.rank == 0 and not cfg.eval_only:
         at_end.callback(checkpoint.unlock, checkpoint.lock(run))
         run.mkdir(exist_ok=True)
-        if links := [path for path in run.iterdir() if path.is_symlink()]:
-            raise ValueError(f"{links[0]} is a link; a run writes only into its own folder: remove the link")
         checkpoint.clean(run)
         (run / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     return run, settings
+
+
+def describe(config: GPTConfig) -> str:
+    return (
+        f"GPT-2, {config.num_params:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
+        f"{config.n_embd} channels, {config.block_size} positions"
+    )
+
+
+def describe_batch(cfg: Config, batch_size: int, world_size: int, why: str) -> str:
+    micro_steps = cfg.total_batch_tokens // (batch_size * cfg.seq_len * world_size)
+    return (
+        f"batch  {cfg.total_batch_tokens:,} tokens = {batch_size} sequences x {cfg.seq_len} tokens x "
+        f"{world_size} processes x {micro_steps} micro-steps{f' ({why})' if why else ''}"
+    )
 
 
 def shown(path: Path) -> str:
@@ -698,7 +917,7 @@ def main(cfg: Config) -> Path:
             at_end.callback(beating.join, 2.0)
             at_end.callback(process.is_over.set)  # callbacks are called last to first
         try:
-            return train(cfg, process, at_end)
+            return dry_run(cfg, process) if cfg.dry_run else train(cfg, process, at_end)
         except RuntimeError:  # where one process is lost, the others fail in what they do together
             if process.world_size > 1:
                 print(f"rank {process.rank} failed; {process.silent()}", file=sys.stderr, flush=True)
@@ -716,8 +935,9 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         if rank == 0:
             print(text, flush=True)
 
+    began = time.monotonic()
     check(cfg, world_size)
-    if cfg.hub_repo and rank == 0:
+    if cfg.hub_repo and rank == 0 and not cfg.eval_only:
         check_hub(cfg)
 
     # ---- data
@@ -726,7 +946,6 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     val_data = shards.ShardReader(data, "val", cfg.seq_len, cfg.seed) if cfg.val_every else None
     data_fingerprint = data.fingerprint()
     sequences = cfg.total_batch_tokens // cfg.seq_len  # a step
-    accumulation = sequences // (cfg.batch_size * world_size)  # micro-steps a step
 
     # ---- model, optimizers and, where a run goes on, their state
     saved = checkpoint.load(Path(cfg.resume), cfg.dropout) if cfg.resume not in ("", "newest") else None
@@ -742,6 +961,11 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     config = raw_model.config
     dtype, why = process.agree(checkpoint.pick_dtype(cfg.dtype, device, resumed.get("dtype")))
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    batch_size, batch_why = cfg.batch_size, ""
+    if batch_size == "auto":
+        batch_size, batch_why = choose_batch_size(cfg, raw_model, dtype, process, world_size)
+        cfg = dataclasses.replace(cfg, batch_size=batch_size)  # as it is saved
+    accumulation = sequences // (batch_size * world_size)  # micro-steps a step
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizers = make_optimizers(cfg, raw_model)
     if saved:
@@ -750,7 +974,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             scaler.load_state_dict(resumed["scaler"])
         saved = None  # its tensors have been copied
     run, settings = open_run(cfg, config, process, at_end)
-    log = RunLog(run, rank, resumed.get("step"))
+    log = RunLog(run, rank == 0 and not cfg.eval_only, resumed.get("step"))
 
     # ---- header
     manifest = shards.read_manifest(data.folder) or {}
@@ -759,32 +983,31 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     trained_on = f"{source} ({train_data.num_tokens:,} tokens)"
     entropy = val_data.unigram_entropy(cfg.val_tokens) if val_data else math.nan
     epochs = cfg.max_steps * sequences / train_data.num_windows
-    description = (
-        f"GPT-2, {config.num_params:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
-        f"{config.n_embd} channels, {config.block_size} positions"
-    )
+    description = describe(config)
     say(f"model  {description}; {cfg.optimizer}")
     say(f"data   {shown(data.folder)}: {train_data.num_tokens:,} training tokens, {epochs:.2f} epochs")
-    say(f"batch  {cfg.total_batch_tokens:,} tokens = {cfg.batch_size} sequences x {cfg.seq_len} tokens x "
-        f"{world_size} processes x {accumulation} micro-steps")  # fmt: skip
+    say(describe_batch(cfg, batch_size, world_size, batch_why))
     say(f"device {device}, {str(dtype).removeprefix('torch.')} ({why})")
     if val_data:
         say(f"loss   {math.log(config.vocab_size):.2f} if all tokens were alike, {entropy:.2f} if a model "
             "knows only how frequent each is (the validation split's unigram entropy)")  # fmt: skip
     if cfg.warmup_steps > cfg.max_steps:
         say(f"note   the run ends within its {cfg.warmup_steps} steps of warm-up (--warmup-steps)")
-    say(f"run    {shown(run)}" + (f", resumed at step {resumed['step']}" if resumed else ""))
+    if cfg.eval_only:
+        say(f"only evaluating {shown(Path(cfg.resume)) if resumed else cfg.init_from}; nothing is written")
+    else:
+        say(f"run    {shown(run)}" + (f", resumed at step {resumed['step']}" if resumed else ""))
     for change in changes:
         say(f"note   {change}")
-    if resumed and rank == 0:
+    if resumed and rank == 0 and not cfg.eval_only:
         for folder in checkpoint.abandon(run, resumed["step"]):
             say(f"note   a newer checkpoint is now {shown(folder)}")
 
     # ---- what wraps the model; evaluation and checkpoints use raw_model
     model: torch.nn.Module = raw_model
-    if cfg.compile:
+    if cfg.compile and not cfg.eval_only:
         torch._dynamo.config.optimize_ddp = False  # one graph; ours has nothing to gain from cutting it
-        x, y = train_data.batch(0, 0, cfg.batch_size, sequences)
+        x, y = train_data.batch(0, 0, batch_size, sequences)
         model, outcome = compiled(raw_model, x.to(device), y.to(device), autocast)
         say(outcome)
     if world_size > 1:
@@ -802,18 +1025,21 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     recent_losses = deque(resumed.get("recent_losses", []), maxlen=SPIKE_WINDOW)
     signals, saver = Signals(), checkpoint.Saver(run, cfg.keep_last, cfg.keep_every, cfg.hub_repo)
     at_end.callback(signals.restore)
-    if rank == 0:
+    if cfg.eval_only:
+        signals.restore()  # Ctrl-C ends it at once
+    elif rank == 0:
         saver.send(last_checkpoint)  # it may not have reached the Hub
     stop_code, overdue, saved_at, train_seconds = 0, False, time.monotonic(), 0.0
     steps = range(first_step, cfg.max_steps)
     batches = train_data.batches(
-        steps, accumulation, cfg.batch_size, sequences, rank, world_size, pin_memory=device.type == "cuda"
+        steps, accumulation, batch_size, sequences, rank, world_size, pin_memory=device.type == "cuda"
     )
     for step in range(first_step, cfg.max_steps + 1):
         due = jobs_due(step, cfg)
         if stop_code:
             due = {"checkpoint": True}
-        elif resumed and step == first_step:  # it may have been evaluated before it was saved
+        elif resumed and step == first_step and not cfg.eval_only:
+            # It may have been evaluated before it was saved.
             due = {} if resumed.get("evaluated", True) else {**due, "checkpoint": False}
         val_loss = hellaswag_score = None
         raw_model.eval()
@@ -858,7 +1084,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             last_checkpoint, saved_at = run / f"step_{step:06d}", time.monotonic()
             say(f"step {step:>6} | saving {shown(last_checkpoint)}; training paused for "
                 f"{1000 * (time.perf_counter() - begin):.0f} ms")  # fmt: skip
-        if stop_code or step == cfg.max_steps:
+        if stop_code or step == cfg.max_steps or cfg.eval_only:
             break
 
         begin = time.perf_counter()
@@ -887,9 +1113,10 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
         is_old = cfg.checkpoint_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint_minutes
+        is_late = cfg.max_hours and time.monotonic() - began > 3600 * cfg.max_hours
         caught = [signals.caught == number for number in STOP_SIGNALS]
-        loss_sum, old, orphans, *signaled = process.sum(
-            train_loss.item(), bool(is_old and rank == 0), process.is_orphan.is_set(), *caught
+        loss_sum, old, late, orphans, *signaled = process.sum(
+            train_loss.item(), bool(is_old and rank == 0), bool(is_late), process.is_orphan.is_set(), *caught
         )  # .item() waits for the device
         loss_value, overdue = loss_sum / world_size, bool(old)
         is_finite = math.isfinite(loss_value) and bool(norm.isfinite())  # both are the same on all processes
@@ -923,6 +1150,9 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             stop_code = 3
             say(f"stopping: {bad_steps} steps in a row were not finite; try a lower --learning-rate, or "
                 "--dtype float32")  # fmt: skip
+        if late:
+            stop_code = 4
+            say(f"stopping: it has run for --max-hours {cfg.max_hours:g}")
         if orphans:
             stop_code = 128 + signal.SIGTERM
             say("stopping: torchrun is gone")
@@ -946,7 +1176,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         # it holds the interpreter's lock, for which one of them may be waiting (a hang seen with torch 2.13).
         del model
         dist.destroy_process_group()
-    if rank == 0:
+    if rank == 0 and not cfg.eval_only:
         for news in saver.finish(wait=not stop_code):
             say(news)
         if not stop_code:
@@ -957,17 +1187,97 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     return run
 
 
+def dry_run(cfg: Config, process: Process) -> Path:
+    """Checks what a run would check and prints what it would take; returns the folder that it would have.
+    Data that are not there are no error."""
+    device, world_size = process.device, max(process.world_size, cfg.num_gpus)  # --num-gpus are not started
+    windows, data_fingerprint = 0, ""
+
+    def say(text: str):
+        if process.rank == 0:
+            print(text, flush=True)
+
+    check(cfg, world_size)
+    if device.type == "cuda" and process.world_size == 1 and cfg.num_gpus > torch.cuda.device_count():
+        raise ValueError(f"--num-gpus is {cfg.num_gpus}; this machine has {torch.cuda.device_count()}")
+    if cfg.hub_repo and process.rank == 0:
+        check_hub(cfg)
+    try:
+        data = find_data(cfg, process)
+    except FileNotFoundError as error:
+        say(f"note   the data are not there: {error}")
+    else:
+        reader = shards.ShardReader(data, "train", cfg.seq_len, cfg.seed)
+        say(f"data   {shown(data.folder)}: {reader.num_tokens:,} training tokens")
+        if cfg.val_every:
+            shards.ShardReader(data, "val", cfg.seq_len, cfg.seed)
+        windows, data_fingerprint = reader.num_windows, data.fingerprint()
+    saved = checkpoint.load(Path(cfg.resume), cfg.dropout) if cfg.resume not in ("", "newest") else None
+    resumed = saved.state if saved else {}
+    if resumed:
+        for change in check_same(cfg, data_fingerprint or resumed["data"], world_size, resumed):
+            say(f"note   {change}")
+    model = saved.model if saved else build_model(cfg)
+    dtype, why = process.agree(checkpoint.pick_dtype(cfg.dtype, device, resumed.get("dtype")))
+    run = find_run(cfg, model.config, process)
+    if run.exists() and process.rank == 0:
+        checkpoint.unlock(checkpoint.lock(run))  # nobody else has it
+
+    batch_size, batch_why = cfg.batch_size, ""
+    if batch_size == "auto":
+        batch_size, batch_why = choose_batch_size(cfg, model.to("meta"), dtype, process, world_size)
+    say(f"model  {describe(model.config)}; {cfg.optimizer}")
+    say(describe_batch(cfg, batch_size, world_size, batch_why))
+    say(f"device {device}, {str(dtype).removeprefix('torch.')} ({why})")
+    steps = cfg.max_steps - resumed.get("step", 0)
+    tokens = steps * cfg.total_batch_tokens
+    epochs = f", {tokens / cfg.seq_len / windows:.2f} epochs" if windows else ""
+    say(f"steps  {steps:,}, {tokens:,} tokens{epochs}")
+    parts = step_bytes(cfg, model.config, batch_size, world_size, dtype, device.type)
+    say(describe_memory(parts, saving_bytes(model.config), device, world_size))
+    flops = model.config.flops_per_token(cfg.seq_len)
+    say(f"flops  {flops / 1e9:.2f} GFLOP a token (forward and backward), {tokens * flops:.2e} in all")
+    say(describe_cost(tokens * flops, world_size, cfg.dollars_per_gpu_hour))
+    say(f"run    {shown(run)}; this was a dry run: nothing is written")
+    if process.world_size > 1:
+        dist.destroy_process_group()
+    return run
+
+
+def describe_memory(parts: dict[str, float], saving: float, device: torch.device, world_size: int) -> str:
+    need, (free, source) = sum(parts.values()), free_memory(device, world_size)
+    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    fits = need + saving * (device.type == "cpu") <= free
+    return (
+        f"memory {need / 1e9:.2f} GB a process at a step's peak, about: {listed}\n"
+        f"       {free / 1e9:.2f} GB are {source}; while a checkpoint is written, its copies take "
+        f"{saving / 1e9:.2f} GB of main memory"
+        + ("" if fits else "\nnote   this does not fit: take a smaller --batch-size, or auto")
+    )
+
+
+def describe_cost(flops: float, gpus: int, dollars_per_gpu_hour: float) -> str:
+    lines = [f"hours  without evaluation, on {gpus} of these GPUs at {PLANNED_MFU:.0%} of the peak:"]
+    for name, peak in PEAK_FLOPS.items():
+        hours = flops / (PLANNED_MFU * peak * gpus) / 3600
+        dollars = f" {hours * gpus * dollars_per_gpu_hour:12,.2f} dollars" if dollars_per_gpu_hour else ""
+        lines.append(f"  {name:10} {hours:10,.2f}{dollars}")
+    return "\n".join(lines)
+
+
 def jobs_due(step: int, cfg: Config) -> dict[str, bool]:
-    """Which periodic jobs a step begins with: those whose interval divides it; at the end, all of them."""
+    """Which periodic jobs a step begins with: those whose interval divides it; at the end, all of them; with
+    --eval-only all evaluations."""
 
     def due(every: int) -> bool:
-        return every > 0 and (step % every == 0 or step == cfg.max_steps)
+        return every > 0 and (step % every == 0 or step == cfg.max_steps or cfg.eval_only)
 
     return {
         "val": due(cfg.val_every),
         "hellaswag": due(cfg.hellaswag_every),
         "sample": due(cfg.sample_every),
         "checkpoint": step > 0
+        and not cfg.eval_only
         and (due(cfg.checkpoint_every) or (cfg.checkpoint_minutes > 0 and step == cfg.max_steps)),
     }
 
@@ -1002,7 +1312,7 @@ def torchrun(processes: int, argv: list[str]):
 if __name__ == "__main__":
     try:
         cfg = parse_args(sys.argv[1:])
-        if cfg.num_gpus > 1 and "RANK" not in os.environ:
+        if cfg.num_gpus > 1 and "RANK" not in os.environ and not cfg.dry_run:
             check(cfg, cfg.num_gpus)
             torchrun(cfg.num_gpus, sys.argv[1:])
         else:
