@@ -3,7 +3,7 @@
     python bench.py                                   # everything, GPT-2 124M, on the device that is there
     python bench.py --jobs train --batch-size 64      # one job
     python bench.py --model-size 124M --seq-len 1024 --compile --json bench.json
-    python bench.py --plan --model-size 350M          # memory and hours of training, by arithmetic; no device
+    python bench.py --plan --model-size 350M          # by arithmetic: memory, hours, what fits which GPU
 
     train      tokens/s of forward, backward and AdamW      beside transformers' GPT-2
     memory     GB at the peak of that step                  the same, each in a process of its own

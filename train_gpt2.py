@@ -5,6 +5,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py            # the same on 8 GPUs, or --num-gpus 8
     python train_gpt2.py --init-from gpt2 --dataset-path data/mine --warmup-steps 20 --max-steps 500
     python train_gpt2.py --resume            # goes on with the newest run; or --resume log/<run>
+    python train_gpt2.py --dry-run           # what it would take: memory, hours, money; --eval-only evaluates
     python train_gpt2.py --hub-repo org/name # checkpoints go to the Hub, too; there: --resume hf://org/name
 
 On disk: log/<run>/log.txt, a line a fact: <step> <stream> <value> with streams train val hella lr norm toks,

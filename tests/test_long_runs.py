@@ -119,7 +119,7 @@ def test_evaluating_alone_finds_what_the_run_found_and_writes_nothing(
 
     # The second of three checkpoints; and as a run would, it would keep only one, and move a newer one away.
     evaluating = launch(
-        None, "--resume", str(run / "step_000008"), "--eval-only", "--keep-last", "1",
+        None, "--resume", str(run / "step_000008"), "--eval-only", "--keep-last", "1", "--val-every", "5",
         world_size=world_size, patches=[hella],
     )  # fmt: skip
     printed = evaluating.finish()
