@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shlex
 import signal
 import statistics
@@ -415,6 +416,29 @@ class Signals:
             self.caught, self.when = number, time.monotonic()
 
 
+def meet(store: Store, rank: int, world_size: int, timeout_seconds: float) -> str:
+    """A name for these processes together, which none of an earlier try had. torchrun's count of restarts
+    will not do: each machine has its own. Raises TimeoutError."""
+    mine, name, end = secrets.token_hex(8), "", time.monotonic() + timeout_seconds
+    everyone = [f"token of rank {number}" for number in range(world_size)]
+    for key in ("tokens", *everyone):
+        store.compare_set(key, "", "none")  # so that reading does not wait
+    store.set(everyone[rank], mine)
+    while time.monotonic() < end:
+        if rank == 0:  # of ranks that have not come yet these may be tokens of an earlier try, or none
+            store.set("tokens", " ".join(token.decode() for token in store.multi_get(everyone)))
+        tokens = store.get("tokens").decode()
+        seen = checkpoint.sha256_json(tokens)
+        if seen != name and mine in tokens:
+            name = seen
+            store.add(name, 1)
+        if name and store.add(name, 0) == world_size:
+            return name
+        time.sleep(0.02)
+    raise TimeoutError(f"not all of the {world_size} processes came within {timeout_seconds:.0f} s "
+                       "(--timeout-seconds)")  # fmt: skip
+
+
 def start_process(cfg: Config) -> Process:
     """Joins torchrun's process group, if torchrun started us, and picks the device, a GPU a process."""
     if "RANK" not in os.environ:
@@ -433,7 +457,7 @@ def start_process(cfg: Config) -> Process:
     store = TCPStore(address, port, is_master=rank == 0 and not hosted, wait_for_workers=False)
     # After a restart torchrun's store still has the addresses of processes that are gone: each try has names
     # of its own (else gloo now and then tried to connect to those, with torch 2.13).
-    store = PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = PrefixStore(meet(store, rank, world_size, cfg.timeout_seconds), store)
     timeout = datetime.timedelta(seconds=cfg.timeout_seconds)
     options: dict[str, Any] = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
     if device.type == "cuda":
@@ -782,13 +806,19 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
 
     # ---- what wraps the model; evaluation and checkpoints use raw_model
     model: torch.nn.Module = raw_model
+    x, y = (t.to(device) for t in train_data.batch(0, 0, cfg.batch_size, sequences))  # to try things on
     if cfg.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph; ours has nothing to gain from cutting it
-        x, y = train_data.batch(0, 0, cfg.batch_size, sequences)
-        model, outcome = compiled(raw_model, x.to(device), y.to(device), autocast)
+        model, outcome = compiled(raw_model, x, y, autocast)
         say(outcome)
     if world_size > 1:
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        # After its first backward pass DDP puts the gradients in another order, and adds them up in another.
+        # So that pass is not a step of the run, or a resumed run would differ from an uninterrupted one.
+        with autocast:
+            loss = model(x, y)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
     hellaswag_items = []
     if cfg.hellaswag_every:
         hellaswag_items, problem = find_hellaswag(cfg, process)
