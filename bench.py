@@ -32,6 +32,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,7 +80,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the matrix products; `generate` is measured in float32, too."""
     compile: bool = False
-    """torch.compile both sides of `train`, and ours of `generate`."""
+    """torch.compile both sides of `train` and `memory`, and ours of `generate`."""
     json: str = ""
     """Also write the table to this file."""
 
@@ -160,16 +162,17 @@ class Bench:
             torch.randn(shape, dtype=self.dtype, device=self.device)
             for shape in ((4096 * scale, 768 * scale), (768 * scale, 3072 * scale))
         )
-        count = 10
-        (seconds,) = self.seconds(lambda: [a @ b for _ in range(count)])
+        out, count = a @ b, 10
+        (seconds,) = self.seconds(lambda: [torch.mm(a, b, out=out) for _ in range(count)])
         return 2 * a.numel() * b.size(1) * count / seconds
 
     def bytes_per_second(self, dtype: torch.dtype) -> float:
-        """Of reading 500 MB of weights for a product with one row."""
+        """Of reading 250 MB of weights, again and again, for a product with one row."""
         weight = torch.ones(250_000_000 // 768 // dtype.itemsize, 768, dtype=dtype, device=self.device)
         x = torch.ones(1, 768, dtype=dtype, device=self.device)
-        (seconds,) = self.seconds(lambda: [F.linear(x, weight) for _ in range(2)])
-        return 2 * weight.nbytes / seconds
+        count = 4 if self.device.type == "cpu" else 100
+        (seconds,) = self.seconds(lambda: [F.linear(x, weight) for _ in range(count)])
+        return count * weight.nbytes / seconds
 
     def stepper(self, model: GPT | Any) -> Callable[[], None]:
         """Forward, backward and AdamW, once."""
@@ -201,15 +204,20 @@ class Bench:
             f"train B={cfg.batch_size} T={cfg.seq_len}", "tok/s", speed, tokens / times[1], share=share
         )
 
-    def memory(self) -> Result:
+    def memory(self) -> list[Result]:
         """The first two steps: the second has the optimizer's state from the beginning."""
         if self.device.type != "cuda" and not Path("/proc/self/status").exists():
-            raise ValueError("--jobs memory needs CUDA or Linux; leave it out")
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            ours, theirs = pool.map(peak_memory, [(self.cfg, True), (self.cfg, False)], chunksize=1)
-        return Result(
-            f"memory B={self.cfg.batch_size} T={self.cfg.seq_len}", "GB", ours, theirs, higher_is_better=False
-        )
+            print("memory is left out: it can be read on CUDA and on Linux only")
+            return []
+        sides = []
+        for is_ours in (True, False):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                try:
+                    sides.append(fresh.submit(peak_memory, self.cfg, is_ours).result())
+                except BrokenProcessPool as error:
+                    raise ValueError("memory: a process was killed; try a smaller --batch-size") from error
+        name = f"memory B={self.cfg.batch_size} T={self.cfg.seq_len}"
+        return [Result(name, "GB", *sides, higher_is_better=False)]
 
     def hellaswag(self) -> Result:
         ours, theirs = self.models()
@@ -239,13 +247,11 @@ class Bench:
             times = self.seconds(lambda: hellaswag.score(ours, rows, 64), self.as_shipped(one_item_at_a_time))
         speed = len(items) / times[0]
         flops = 0.0
-        for rows in items:
-            logits = sum(len(ending) for _, ending in rows)
-            tokens = len(rows[0][0]) + logits - len(rows)  # the last of an ending is not read
-            flops += 2 * (
-                self.config.num_params * tokens
-                + self.config.vocab_size * self.config.n_embd * (logits - tokens)
-            )
+        C, head = self.config.n_embd, self.config.vocab_size * self.config.n_embd
+        for item in items:
+            logits = sum(len(ending) for _, ending in item)
+            tokens = len(item[0][0]) + logits - len(item)  # the last of an ending is not read
+            flops += 2 * (12 * self.config.n_layer * C * C * tokens + head * logits)
         share = speed * flops / len(items) / self.flops_per_second()
         return Result(f"hellaswag {len(items)} items", "items/s", speed, len(items) / times[1], share=share)
 
@@ -262,6 +268,7 @@ class Bench:
         theirs.eval().to(dtype)
         generate.halve(ours, dtype)
         if self.cfg.compile:
+            torch._dynamo.reset()  # of what it knows from the rows before
             ours.hidden = torch.compile(ours.hidden)
         count = self.cfg.max_tokens
         prompt = torch.tensor([tokenizer.encode("Hello, I'm a language model,")] * rows, device=self.device)
@@ -282,7 +289,8 @@ class Bench:
             read += ours.wte.weight.nbytes / self.bytes_per_second(torch.float32)
             share = read * count / times[0]
         speed, baseline = (rows * count / seconds for seconds in times)
-        return Result(f"generate {rows} x {count}, {str(dtype)[6:]}", "tok/s", speed, baseline, share=share)
+        name = f"generate {rows} x {count}, {str(dtype)[6:]}{', compiled' if self.cfg.compile else ''}"
+        return Result(name, "tok/s", speed, baseline, share=share)
 
     def load(self) -> Result:
         from transformers import AutoModelForCausalLM
@@ -374,9 +382,8 @@ class Bench:
         ]
 
 
-def peak_memory(which: tuple[Config, bool]) -> float:
+def peak_memory(cfg: Config, is_ours: bool) -> float:
     """In a process of its own: the GB that two steps of our model, or of transformers', have had at once."""
-    cfg, is_ours = which
     bench = Bench(cfg)
     model = bench.models()[0 if is_ours else 1]
     gc.collect()
@@ -413,13 +420,15 @@ def step_bytes(config: GPTConfig, batch_size: int, seq_len: int) -> float:
     """Memory of a training step in bfloat16 at its peak. That is when the loss has just been computed
     (weights in float32 and bfloat16, AdamW's two moments, what the backward pass will need, the loss's chunk)
     or, of a small batch, when all gradients are there."""
-    C, L, N = config.n_embd, config.n_layer, batch_size * seq_len
+    C, L, N, P = config.n_embd, config.n_layer, batch_size * seq_len, config.num_params
     # A layer keeps, in bytes a channel: the residual stream twice (float32), both LayerNorms' outputs, q, k,
     # v, the attention's output, and the MLP's inside before and after GELU, four times as wide.
     layer = 2 * 4 + 2 * 2 + 3 * 2 + 2 + 2 * 4 * 2
-    vocab = config.padded_vocab_size
-    at_loss = N * C * (L * layer + 4) + N / 8 * vocab * (4 + 2) + vocab * C * (4 + 2)
-    return config.num_params * (4 + 2 + 4 + 4) + max(at_loss, config.num_params * 4)
+    embedding = config.padded_vocab_size * C  # there are a copy in bfloat16 and a gradient of it
+    chunk = N / 8 * config.padded_vocab_size * (4 + 4)  # logits and their log-softmax
+    at_loss = 12 * L * C * C * 2 + N * C * (L * layer + 10) + embedding * (4 + 2) + chunk
+    at_end = (P + 2 * embedding) * 4  # the embedding's gradient is the sum of two
+    return P * (4 + 8) + max(at_loss, at_end)
 
 
 def tokenize_document(text: str) -> np.ndarray:
@@ -448,6 +457,8 @@ def main(cfg: Config) -> list[Result]:
     results = []
     for job in cfg.jobs:
         found = getattr(bench, job)()
+        gc.collect()
+        torch.cuda.empty_cache()  # the next job may be another process
         for result in found if isinstance(found, list) else [found]:
             results.append(result)
             digits = 2 if result.unit in ("s", "GB") else 1

@@ -125,15 +125,17 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # each (B, nh, T, hs)
-        mask = None
         if cache is not None:
             k, v = cache.append(qkv[1:])  # (B, nh, S, hs)
-            if 1 < T < cache.length:  # several new tokens on top of old ones
-                mask = torch.ones(T, cache.length, dtype=torch.bool, device=x.device).tril(cache.length - T)
+        mask, is_causal, S = None, False, k.size(2)
+        if 1 < T < S:  # several new tokens on top of old ones
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        elif T > 1:  # as a statement: torch.compile has no value for `T > 1` once T may vary
+            is_causal = True
         y = F.scaled_dot_product_attention(
             q, k, v, mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
+            is_causal=is_causal,
         )  # fmt: skip
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -358,10 +360,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         nll = torch.zeros((), dtype=torch.float32, device=x.device)
         dx, dw = [], torch.zeros_like(weight) if needs_grad else None
         for x_c, targets_c in zip(x.chunk(8), targets.chunk(8)):
-            logits = (x_c @ w.t()).float()  # (N/8, Vp)
+            logits = (
+                x_c @ w.t()
+            ).float()  # (N/8, Vp); at the step's peak, so each is let go as soon as may be
             logits[:, vocab_size:] = -math.inf
             logp = logits.log_softmax(dim=-1)
-            del logits  # half of the memory of the step's peak
+            del logits
             nll -= logp.gather(1, targets_c[:, None]).sum()
             if dw is not None:
                 # Not yet divided by N: in float16 that would underflow. The backward pass divides at the end.
@@ -369,6 +373,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dlogits = dlogits.to(x.dtype)
                 dx.append(dlogits @ w)
                 dw += dlogits.t() @ x_c
+                del dlogits
+            del logp
         if dw is not None:
             ctx.save_for_backward(torch.cat(dx), dw)
         return nll / targets.numel()

@@ -314,7 +314,8 @@ def check(cfg: Config, world_size: int):
 def check_same(cfg: Config, data: str, world_size: int, state: dict) -> list[str]:
     """Raises ValueError where a resumed run would not be the run that was saved, and says in what. Returns
     what else has changed."""
-    was = {name: old for name, old in state["config"].items() if getattr(cfg, name) != old}
+    before = dataclasses.asdict(Config()) | state["config"]  # an older version had fewer settings
+    was = {name: old for name, old in before.items() if getattr(cfg, name) != old}
     changes = {
         name: f"--{name.replace('_', '-')} was {old!r}, is {getattr(cfg, name)!r}"
         for name, old in was.items()
@@ -423,10 +424,10 @@ class Signals:
 
 def meet(store: Store, rank: int, world_size: int, timeout_seconds: float) -> str:
     """A name for these processes together, which none of an earlier try had. torchrun's count of restarts
-    will not do: each machine has its own. Raises TimeoutError."""
+    will not do: each machine has its own. Raises RuntimeError where some do not come."""
     mine, name, end = secrets.token_hex(8), "", time.monotonic() + timeout_seconds
     everyone = [f"token of rank {number}" for number in range(world_size)]
-    for key in ("tokens", *everyone):
+    for key in ("tokens", *everyone) if rank == 0 else ("tokens",):
         store.compare_set(key, "", "none")  # so that reading does not wait
     store.set(everyone[rank], mine)
     while time.monotonic() < end:
@@ -439,9 +440,11 @@ def meet(store: Store, rank: int, world_size: int, timeout_seconds: float) -> st
             store.add(name, 1)
         if name and store.add(name, 0) == world_size:
             return name
-        time.sleep(0.02)
-    raise TimeoutError(f"not all of the {world_size} processes came within {timeout_seconds:.0f} s "
-                       "(--timeout-seconds)")  # fmt: skip
+        time.sleep(max(0.02, world_size / 1000))
+    raise RuntimeError(
+        f"rank {rank}: not all of the {world_size} processes came within {timeout_seconds:g} s "
+        "(--timeout-seconds)"
+    )
 
 
 def start_process(cfg: Config) -> Process:
@@ -532,7 +535,8 @@ def learning_rate(step: int, cfg: Config) -> float:
         progress = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
         height = 0.5 * (1 + math.cos(math.pi * progress))
     else:
-        height = min(1.0, max(0, cfg.max_steps - step) / max(1.0, cfg.decay_ratio * cfg.max_steps))
+        decay_steps = min(cfg.decay_ratio * cfg.max_steps, cfg.max_steps - cfg.warmup_steps)
+        height = min(1.0, max(0, cfg.max_steps - step) / max(1.0, decay_steps))
     return cfg.learning_rate * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * height)
 
 
@@ -811,7 +815,9 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
 
     # ---- what wraps the model; evaluation and checkpoints use raw_model
     model: torch.nn.Module = raw_model
-    x, y = (t.to(device) for t in train_data.batch(0, 0, cfg.batch_size, sequences))  # to try things on
+    if cfg.compile or world_size > 1:  # a batch to try things on
+        first = train_data.batch(resumed.get("step", 0), 0, cfg.batch_size, sequences)
+        x, y = (t.to(device) for t in first)
     if cfg.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph; ours has nothing to gain from cutting it
         model, outcome = compiled(raw_model, x, y, autocast)
