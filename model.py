@@ -15,13 +15,14 @@ section 2.3, and of OpenAI's code (github.com/openai/gpt-2, src/model.py).
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # The four published sizes, by parameter count and by their names on the Hub (paper, table 2).
 SIZES = {
@@ -176,6 +177,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.recompute = False  # activation checkpointing; see `hidden`
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
@@ -189,6 +191,10 @@ class GPT(nn.Module):
     @property
     def wte(self) -> nn.Embedding:
         return self.transformer["wte"]  # type: ignore[return-value]
+
+    @property
+    def blocks(self) -> Iterable[Block]:
+        return self.transformer["h"]  # type: ignore[return-value]
 
     @torch.no_grad()
     def init_weights(self):
@@ -209,8 +215,9 @@ class GPT(nn.Module):
     def hidden(self, idx: torch.Tensor, cache: list[KVCache] | None = None) -> torch.Tensor:
         """Token ids (B, T) to the vectors that the logits are read from (B, T, C).
 
-        With a cache (from `new_cache`), idx continues the tokens already in it. Raises ValueError where the
-        context would grow past block_size.
+        With a cache (from `new_cache`), idx continues the tokens already in it. With `recompute`, what is
+        inside a block is not kept in training: the backward pass computes it again, with the same dropout
+        (Chen et al., 2016, arXiv:1604.06174). Raises ValueError where the context would grow past block_size.
         """
         T = idx.size(1)
         start = cache[0].length if cache else 0
@@ -221,8 +228,11 @@ class GPT(nn.Module):
         pos = torch.arange(start, start + T, device=idx.device)
         x = self.wte(idx) + self.transformer["wpe"](pos)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        for i, block in enumerate(self.transformer["h"]):  # type: ignore[arg-type]
-            x = block(x, cache[i] if cache else None)
+        for i, block in enumerate(self.blocks):
+            if self.recompute and self.training and not cache:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache[i] if cache else None)
         return self.transformer["ln_f"](x)
 
     def lm_head(self, x: torch.Tensor) -> torch.Tensor:

@@ -112,6 +112,11 @@ class Config:
     """Precision of the matrix products; weights are float32."""
     compile: bool = True
     """Compile the model with torch.compile; where that fails, training goes on without."""
+    activation_checkpointing: bool = False
+    """Keep of each block its input only, and compute the rest again in the backward pass: less memory, a
+    third more work."""
+    fsdp: bool = False
+    """Divide weights, gradients and optimizer state among the processes (FSDP); without, each has all."""
     num_gpus: int = 1
     """Processes on this machine, one a GPU (on a machine without: CPU processes); what torchrun would
     start."""
@@ -191,10 +196,10 @@ PRESETS = {
 
 # What a resumed run may change. Only max_steps changes what it learns: the schedule then ends elsewhere.
 FREE_TO_CHANGE = {
-    "batch_size", "max_steps", "device", "compile", "num_gpus", "dataset_path", "cache_gb", "init_from",
-    "run_name", "log_dir", "resume", "override", "val_every", "val_tokens", "hellaswag_every",
-    "hellaswag_limit", "sample_every", "sample_prompt", "checkpoint_every", "checkpoint_minutes",
-    "keep_last", "keep_every", "max_bad_steps", "timeout_seconds", "hub_repo",
+    "batch_size", "max_steps", "device", "compile", "activation_checkpointing", "fsdp", "num_gpus",
+    "dataset_path", "cache_gb", "init_from", "run_name", "log_dir", "resume", "override", "val_every",
+    "val_tokens", "hellaswag_every", "hellaswag_limit", "sample_every", "sample_prompt", "checkpoint_every",
+    "checkpoint_minutes", "keep_last", "keep_every", "max_bad_steps", "timeout_seconds", "hub_repo",
 }  # fmt: skip
 
 # What --override cannot change: the saved tensors would not fit.
@@ -300,6 +305,11 @@ def check(cfg: Config, world_size: int):
     for name in ("min_lr_ratio", "decay_ratio"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be in [0, 1]")
+    if cfg.fsdp and cfg.optimizer == "muon":
+        raise ValueError(
+            "--optimizer is muon, which needs whole matrices; --fsdp divides them among the processes and "
+            "takes --optimizer adamw only"
+        )
     micro_step = cfg.batch_size * cfg.seq_len * world_size
     if cfg.total_batch_tokens % micro_step:
         below = cfg.total_batch_tokens // micro_step * micro_step
@@ -495,6 +505,39 @@ def compiled(
     finally:
         model.zero_grad(set_to_none=True)
     return fast, f"compiled in {time.perf_counter() - begin:.0f} s"  # type: ignore[return-value]
+
+
+def compile_blocks(model: GPT, x: torch.Tensor, y: torch.Tensor, autocast: torch.autocast) -> str:
+    """torch.compile for a sharded model: each block by itself, because weights are gathered between them. It
+    is tried on a whole model of one layer: where it fails on one process, the others must not wait for it.
+    Returns what to say."""
+    tried = GPT(dataclasses.replace(model.config, n_layer=1)).to(x.device)
+    fast, outcome = compiled(tried, x, y, autocast)
+    for block in model.blocks if fast is not tried else ():
+        block.forward = torch.compile(block.forward)
+    return outcome
+
+
+def sharded(model: GPT, process: Process) -> GPT:
+    """The model on the device, its weights divided among the processes, and with them gradients and optimizer
+    state (ZeRO-3: Rajbhandari et al., 2020, arXiv:1910.02054); a block's are gathered while it computes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(process.device.type, (process.world_size,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)  # type: ignore[return-value]
+
+
+def gathered(model: GPT) -> GPT:
+    """A plain copy of a sharded model, for evaluation. All ranks take part; what each then does with its own
+    needs no other, so that one may have more to score than another."""
+    with torch.device("meta"):
+        whole = GPT(model.config)
+    weights: dict[str, Any] = model.state_dict()
+    whole.load_state_dict({name: weight.full_tensor() for name, weight in weights.items()}, assign=True)
+    return whole.eval()
 
 
 # -----------------------------------------------------------------------------
@@ -750,6 +793,11 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             print(text, flush=True)
 
     check(cfg, world_size)
+    if cfg.activation_checkpointing and cfg.dropout and device.type == "mps":
+        raise ValueError(  # torch.utils.checkpoint keeps the state of CUDA's and the CPU's generators only
+            f"--dropout is {cfg.dropout}; on mps --activation-checkpointing cannot draw the same twice: leave"
+            " out one of the two"
+        )
     if cfg.hub_repo and rank == 0:
         check_hub(cfg)
 
@@ -771,10 +819,17 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             f"the processes do not begin alike: this one with {place}; all must see one --log-dir"
         )
     changes = check_same(cfg, data_fingerprint, world_size, resumed) if resumed else []
-    raw_model = (saved.model if saved else build_model(cfg)).to(device)
-    config = raw_model.config
+    raw_model = saved.model if saved else build_model(cfg)
+    config, is_sharded = raw_model.config, cfg.fsdp and world_size > 1
+    raw_model = sharded(raw_model, process) if is_sharded else raw_model.to(device)
+    raw_model.recompute = cfg.activation_checkpointing
     dtype, why = process.agree(checkpoint.pick_dtype(cfg.dtype, device, resumed.get("dtype")))
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    autocast = torch.autocast(
+        device.type,
+        dtype,
+        enabled=dtype != torch.float32,
+        cache_enabled=not cfg.activation_checkpointing,  # it keeps cast copies of all weights in the forward
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizers = make_optimizers(cfg, raw_model)
     if saved:
@@ -801,6 +856,8 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     say(f"batch  {cfg.total_batch_tokens:,} tokens = {cfg.batch_size} sequences x {cfg.seq_len} tokens x "
         f"{world_size} processes x {accumulation} micro-steps")  # fmt: skip
     say(f"device {device}, {str(dtype).removeprefix('torch.')} ({why})")
+    if cfg.fsdp:
+        say(f"fsdp   {1 / world_size:.0%} of weights, gradients and optimizer state on each process")
     if val_data:
         say(f"loss   {math.log(config.vocab_size):.2f} if all tokens were alike, {entropy:.2f} if a model "
             "knows only how frequent each is (the validation split's unigram entropy)")  # fmt: skip
@@ -820,9 +877,12 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         x, y = (t.to(device) for t in first)
     if cfg.compile:
         torch._dynamo.config.optimize_ddp = False  # one graph; ours has nothing to gain from cutting it
-        model, outcome = compiled(raw_model, x, y, autocast)
+        if is_sharded:
+            outcome = compile_blocks(raw_model, x, y, autocast)
+        else:
+            model, outcome = compiled(raw_model, x, y, autocast)
         say(outcome)
-    if world_size > 1:
+    if world_size > 1 and not is_sharded:
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
         # After its first backward pass DDP puts the gradients in another order, and adds them up in another.
         # So that pass is not a step of the run, or a resumed run would differ from an uninterrupted one.
@@ -858,21 +918,24 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             due = {} if resumed.get("evaluated", True) else {**due, "checkpoint": False}
         val_loss = hellaswag_score = None
         raw_model.eval()
+        is_evaluated = any(due.get(job) for job in ("val", "hellaswag", "sample"))
+        whole_model = gathered(raw_model) if is_sharded and is_evaluated else raw_model
         if val_data and due.get("val"):
             with autocast:
-                val_loss = validation_loss(raw_model, val_data, cfg, process)
+                val_loss = validation_loss(whole_model, val_data, cfg, process)
             best_val_loss = min(val_loss, val_loss if best_val_loss is None else best_val_loss)
             log.write(step, val=val_loss)
             say(f"step {step:>6} | validation loss {val_loss:.4f} (unigram entropy {entropy:.2f})")
         if hellaswag_items and due.get("hellaswag"):
             with autocast:
-                scores = hellaswag.evaluate(raw_model, hellaswag_items, protocols=("completion",))
+                scores = hellaswag.evaluate(whole_model, hellaswag_items, protocols=("completion",))
             hellaswag_score = scores["completion"]["acc_norm"]
             log.write(step, hella=hellaswag_score)
             say(f"step {step:>6} | HellaSwag acc_norm {hellaswag_score:.2%} of {scores['n']:,} items")
         if due.get("sample") and rank == 0:
             with autocast:
-                print_samples(raw_model, cfg, step, device)
+                print_samples(whole_model, cfg, step, device)
+        del whole_model  # where it is a copy, its memory is for training
         if due.get("checkpoint") or overdue:
             begin = time.perf_counter()
             for news in saver.poll(wait=True):
@@ -913,10 +976,11 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         train_loss = torch.zeros((), device=device)
         for micro_step in range(accumulation):
             x, y = (t.to(device, non_blocking=True) for t in next(batches))
-            if isinstance(
-                model, DistributedDataParallel
-            ):  # gradients are exchanged once, in the last backward
-                model.require_backward_grad_sync = micro_step == accumulation - 1
+            is_last = micro_step == accumulation - 1  # gradients are exchanged once, in the last backward
+            if isinstance(model, DistributedDataParallel):
+                model.require_backward_grad_sync = is_last
+            elif is_sharded:
+                raw_model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
             with autocast:
                 loss = model(x, y)
             loss = (
@@ -927,6 +991,8 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
+        if is_sharded:
+            norm = norm.full_tensor()  # type: ignore[attr-defined]
         is_old = cfg.checkpoint_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint_minutes
         caught = [signals.caught == number for number in STOP_SIGNALS]
         loss_sum, old, orphans, *signaled = process.sum(

@@ -16,9 +16,10 @@ import torch
 from safetensors import SafetensorError
 
 import checkpoint
+import hellaswag
 import remote
 import shards
-from model import GPT
+from model import GPT, Block
 
 RANK = "RANK"
 
@@ -101,6 +102,17 @@ def poison(kind: str, on_rank: int, *steps: int):
     GPT.forward = poisoned
 
 
+def poison_an_element(kind: str, on_rank: int, *steps: int):
+    """In these steps one element of a gradient is not finite, once gradients have been exchanged: of sharded
+    ones it is in the shard of that rank, the others' are fine."""
+
+    def poison(scaler, optimizer):
+        if rank() == on_rank and step_now() in steps:
+            optimizer.param_groups[0]["params"][0].grad.to_local()[0, 0] = float(kind)
+
+    before(torch.amp.GradScaler, "unscale_", poison)
+
+
 def note_weights(folder: Path):
     """Writes down a hash of the weights at the beginning of each step, a file a rank."""
 
@@ -115,6 +127,65 @@ def note_weights(folder: Path):
 
     seen = set()
     before(GPT, "forward", watch)
+
+
+def note_shards(folder: Path):
+    """Writes down for each step, a file a rank: how many elements of the weights, of their gradients and of
+    the optimizer's state this process has, how many blocks at most had all their weights here while one
+    computed, and how many times gradients were exchanged."""
+    from torch.distributed.tensor import DTensor
+
+    def local(tensor: torch.Tensor) -> int:
+        return tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel()
+
+    def begin(model, *args, **kwargs):
+        models[:] = [model]
+
+    def look(block, *args, **kwargs):
+        if block.training:
+            gathered = sum(not isinstance(one.ln_1.weight, DTensor) for one in models[0].blocks)
+            counts["blocks"] = max(counts["blocks"], gathered)
+
+    def exchanged(*args, **kwargs):
+        counts["exchanges"] += 1
+
+    def note(optimizer):
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        state = [t for values in optimizer.state.values() for t in values.values() if t.dim()]
+        sizes = [sum(map(local, group)) for group in (weights, [p.grad for p in weights], state)]
+        with open(folder / f"shards{rank()}.txt", "a", encoding="utf-8") as f:
+            f.write(" ".join(map(str, [*sizes, *counts.values()])) + "\n")
+        counts.update(blocks=0, exchanges=0)
+
+    models: list[GPT] = []
+    counts = dict(blocks=0, exchanges=0)
+    before(GPT, "forward", begin)
+    before(Block, "forward", look)
+    before(torch.distributed, "reduce_scatter_single", exchanged)
+    before(torch.amp.GradScaler, "step", lambda scaler, optimizer: note(optimizer))
+
+
+def note_saves(folder: Path):
+    """Writes down how many tensors each rank gathers for a checkpoint, and which rank writes it."""
+    gather = checkpoint.gather_state
+
+    def gather_and_note(*args):
+        found = gather(*args)
+        with open(folder / f"saves{rank()}.txt", "a", encoding="utf-8") as f:
+            f.write(f"gathered {sum(map(len, found))}\n")
+        return found
+
+    def note(*args):
+        with open(folder / f"saves{rank()}.txt", "a", encoding="utf-8") as f:
+            f.write("wrote\n")
+
+    checkpoint.gather_state = gather_and_note
+    before(checkpoint, "save", note)
+
+
+def score_items(file: Path):
+    """HellaSwag's items come from this file."""
+    hellaswag.download.__defaults__ = (hellaswag.URL, file, hellaswag.SHA256, 1)
 
 
 def note_sequences(file: Path):
@@ -201,8 +272,10 @@ def prune(run: Path, keep_last: int, keep_every: int, patch: Callable[[], None])
     checkpoint.prune(run, keep_last, keep_every)
 
 
-def hide_compiler():
-    """torch.compile finds no C++ compiler."""
+def hide_compiler(*on_ranks: int):
+    """torch.compile finds no C++ compiler; on these ranks, or on all."""
+    if on_ranks and rank() not in on_ranks:
+        return
     os.environ["CXX"] = "/nonexistent"
     if "torch._inductor.config" in sys.modules:  # it has read the variable
         sys.modules["torch._inductor.config"].cpp.cxx = (None, "/nonexistent")
