@@ -20,6 +20,7 @@ import hellaswag
 import remote
 import shards
 from model import GPT, Block
+from train_gpt2 import Config
 
 RANK = "RANK"
 
@@ -29,8 +30,9 @@ def rank() -> int:
 
 
 def step_now() -> int:
-    """The training step this process is in: train_gpt2.py seeds each with its number."""
-    return (torch.initial_seed() % 2**40) >> 12
+    """The training step this process is in: train_gpt2.py seeds each with its number; -1 before the first."""
+    seed, rest = divmod(torch.initial_seed(), 2**40)
+    return rest >> 12 if seed == Config.seed else -1
 
 
 def before(owner: Any, name: str, do: Callable[..., None]):
@@ -49,7 +51,7 @@ def each_training_forward(do: Callable[[int, int], None]):
     last = [-1, -1]
 
     def count(model, *args, **kwargs):
-        if model.training:
+        if model.training and step_now() >= 0:
             last[:] = [step_now(), last[1] + 1 if last[0] == step_now() else 0]
             do(*last)
 
@@ -117,7 +119,7 @@ def note_weights(folder: Path):
     """Writes down a hash of the weights at the beginning of each step, a file a rank."""
 
     def watch(self, *args, **kwargs):
-        if self.training and step_now() not in seen:
+        if self.training and step_now() >= 0 and step_now() not in seen:
             seen.add(step_now())
             digest = hashlib.sha256()
             for p in self.parameters():
@@ -192,7 +194,7 @@ def note_sequences(file: Path):
     """Writes down each sequence that is trained on: its step and its tokens."""
 
     def watch(self, x, y):
-        if self.training:
+        if self.training and step_now() >= 0:
             with open(file, "a", encoding="utf-8") as f:
                 f.writelines(f"{step_now()} {row}\n" for row in torch.cat([x, y[:, -1:]], 1).tolist())
 

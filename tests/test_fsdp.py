@@ -12,7 +12,7 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from helpers import Training, end_of, flags, lines_of, random_model, values
+from helpers import Training, end_of, flags, lines_of, random_model, undisturbed, values
 from safetensors.torch import load_file
 
 import checkpoint
@@ -32,6 +32,11 @@ def toy(data, tmp_path_factory) -> Config:
         dtype="float32", compile=False, log_dir=str(tmp_path_factory.mktemp("log")), run_name="whole",
         val_every=0, val_tokens=500, hellaswag_every=0, sample_every=0, checkpoint_every=5,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def whole(toy, tmp_path_factory) -> Callable[..., Path]:
+    return undisturbed(toy, tmp_path_factory)
 
 
 @pytest.fixture
