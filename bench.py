@@ -32,7 +32,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +48,7 @@ import documents
 import fineweb
 import generate
 import hellaswag
+import plan
 import shards
 import tokenizer
 from model import GPT, SIZES, GPTConfig, config_to_hf, to_hf
@@ -78,7 +81,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the matrix products; `generate` is measured in float32, too."""
     compile: bool = False
-    """torch.compile both sides of `train`, and ours of `generate`."""
+    """torch.compile both sides of `train` and `memory`, and ours of `generate`."""
     json: str = ""
     """Also write the table to this file."""
 
@@ -160,16 +163,17 @@ class Bench:
             torch.randn(shape, dtype=self.dtype, device=self.device)
             for shape in ((4096 * scale, 768 * scale), (768 * scale, 3072 * scale))
         )
-        count = 10
-        (seconds,) = self.seconds(lambda: [a @ b for _ in range(count)])
+        out, count = a @ b, 10
+        (seconds,) = self.seconds(lambda: [torch.mm(a, b, out=out) for _ in range(count)])
         return 2 * a.numel() * b.size(1) * count / seconds
 
     def bytes_per_second(self, dtype: torch.dtype) -> float:
-        """Of reading 500 MB of weights for a product with one row."""
+        """Of reading 250 MB of weights, again and again, for a product with one row."""
         weight = torch.ones(250_000_000 // 768 // dtype.itemsize, 768, dtype=dtype, device=self.device)
         x = torch.ones(1, 768, dtype=dtype, device=self.device)
-        (seconds,) = self.seconds(lambda: [F.linear(x, weight) for _ in range(2)])
-        return 2 * weight.nbytes / seconds
+        count = 4 if self.device.type == "cpu" else 100
+        (seconds,) = self.seconds(lambda: [F.linear(x, weight) for _ in range(count)])
+        return count * weight.nbytes / seconds
 
     def stepper(self, model: GPT | Any) -> Callable[[], None]:
         """Forward, backward and AdamW, once."""
@@ -201,15 +205,20 @@ class Bench:
             f"train B={cfg.batch_size} T={cfg.seq_len}", "tok/s", speed, tokens / times[1], share=share
         )
 
-    def memory(self) -> Result:
+    def memory(self) -> list[Result]:
         """The first two steps: the second has the optimizer's state from the beginning."""
         if self.device.type != "cuda" and not Path("/proc/self/status").exists():
-            raise ValueError("--jobs memory needs CUDA or Linux; leave it out")
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            ours, theirs = pool.map(peak_memory, [(self.cfg, True), (self.cfg, False)], chunksize=1)
-        return Result(
-            f"memory B={self.cfg.batch_size} T={self.cfg.seq_len}", "GB", ours, theirs, higher_is_better=False
-        )
+            print("memory is left out: it can be read on CUDA and on Linux only")
+            return []
+        sides = []
+        for is_ours in (True, False):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                try:
+                    sides.append(fresh.submit(peak_memory, self.cfg, is_ours).result())
+                except BrokenProcessPool as error:
+                    raise ValueError("memory: a process was killed; try a smaller --batch-size") from error
+        name = f"memory B={self.cfg.batch_size} T={self.cfg.seq_len}"
+        return [Result(name, "GB", *sides, higher_is_better=False)]
 
     def hellaswag(self) -> Result:
         ours, theirs = self.models()
@@ -239,13 +248,11 @@ class Bench:
             times = self.seconds(lambda: hellaswag.score(ours, rows, 64), self.as_shipped(one_item_at_a_time))
         speed = len(items) / times[0]
         flops = 0.0
-        for rows in items:
-            logits = sum(len(ending) for _, ending in rows)
-            tokens = len(rows[0][0]) + logits - len(rows)  # the last of an ending is not read
-            flops += 2 * (
-                self.config.num_params * tokens
-                + self.config.vocab_size * self.config.n_embd * (logits - tokens)
-            )
+        C, head = self.config.n_embd, self.config.vocab_size * self.config.n_embd
+        for item in items:
+            logits = sum(len(ending) for _, ending in item)
+            tokens = len(item[0][0]) + logits - len(item)  # the last of an ending is not read
+            flops += 2 * (12 * self.config.n_layer * C * C * tokens + head * logits)
         share = speed * flops / len(items) / self.flops_per_second()
         return Result(f"hellaswag {len(items)} items", "items/s", speed, len(items) / times[1], share=share)
 
@@ -262,6 +269,7 @@ class Bench:
         theirs.eval().to(dtype)
         generate.halve(ours, dtype)
         if self.cfg.compile:
+            torch._dynamo.reset()  # of what it knows from the rows before
             ours.hidden = torch.compile(ours.hidden)
         count = self.cfg.max_tokens
         prompt = torch.tensor([tokenizer.encode("Hello, I'm a language model,")] * rows, device=self.device)
@@ -282,7 +290,8 @@ class Bench:
             read += ours.wte.weight.nbytes / self.bytes_per_second(torch.float32)
             share = read * count / times[0]
         speed, baseline = (rows * count / seconds for seconds in times)
-        return Result(f"generate {rows} x {count}, {str(dtype)[6:]}", "tok/s", speed, baseline, share=share)
+        name = f"generate {rows} x {count}, {str(dtype)[6:]}{', compiled' if self.cfg.compile else ''}"
+        return Result(name, "tok/s", speed, baseline, share=share)
 
     def load(self) -> Result:
         from transformers import AutoModelForCausalLM
@@ -374,9 +383,8 @@ class Bench:
         ]
 
 
-def peak_memory(which: tuple[Config, bool]) -> float:
+def peak_memory(cfg: Config, is_ours: bool) -> float:
     """In a process of its own: the GB that two steps of our model, or of transformers', have had at once."""
-    cfg, is_ours = which
     bench = Bench(cfg)
     model = bench.models()[0 if is_ours else 1]
     gc.collect()
@@ -392,37 +400,32 @@ def peak_memory(which: tuple[Config, bool]) -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
 
-def plan(cfg: Config):
-    """Prints the memory of training by batch size, hours by GPU, and what fits which GPU, from the shapes
-    alone."""
-    from train_gpt2 import HEADROOM, PEAK_FLOPS, PLANNED_MFU, PRESETS, largest_batch, step_bytes
+def print_plan(cfg: Config):
+    """The memory of training by batch size, hours by GPU, and what fits which GPU, from the shapes alone."""
 
-    config = GPTConfig.named(cfg.model_size, block_size=max(1024, cfg.seq_len))
-    flops, recipe = config.flops_per_token(cfg.seq_len), replace(PRESETS["gpt2"], seq_len=cfg.seq_len)
-    tokens = recipe.max_steps * recipe.total_batch_tokens
+    def work(size: str) -> plan.Workload:
+        return plan.Workload(GPTConfig.named(size, block_size=max(1024, cfg.seq_len)), cfg.seq_len)
 
-    def need(config: GPTConfig, batch_size: int) -> float:
-        return sum(step_bytes(recipe, config, batch_size).values())
-
-    def fitting(config: GPTConfig, memory: float) -> int:
-        return largest_batch(recipe, 1, lambda n: need(config, n) <= memory * (1 - HEADROOM["cuda"]))
-
+    config = work(cfg.model_size).config
+    flops = config.flops_per_token(cfg.seq_len)
     print(f"GPT-2 {cfg.model_size}: {config.num_params:,} parameters, {flops / 1e9:.2f} GFLOP a token at "
           f"T={cfg.seq_len} (forward and backward)")  # fmt: skip
     print("memory of a step in bfloat16, GB, about:")
     for batch_size in (1, 4, 16, 64):
-        print(f"  B={batch_size:<3} {need(config, batch_size) / 1e9:8.1f}")
-    print(f"hours for {tokens / 1e9:.1f} billion tokens on one GPU, at {PLANNED_MFU:.0%} of its peak:")
-    for name, peak in PEAK_FLOPS.items():
-        print(f"  {name:10} {tokens * flops / (PLANNED_MFU * peak) / 3600:8.1f}")
-    print(f"the largest --batch-size in {1 - HEADROOM['cuda']:.0%} of a GPU's memory (T={cfg.seq_len}, "
-          "AdamW, bfloat16, not compiled):\n")  # fmt: skip
+        print(f"  B={batch_size:<3} {work(cfg.model_size).need(batch_size) / 1e9:8.1f}")
+    print(f"hours for 10 billion tokens on one GPU, at {plan.MFU:.0%} of its peak:")
+    print(plan.describe_hours(10e9 * flops))
+    share = 1 - plan.HEADROOM["cuda"]
+    print(f"the largest --batch-size in {share:.0%} of a GPU's memory (T={cfg.seq_len}, AdamW, bfloat16, not "
+          "compiled):\n")  # fmt: skip
     memories = (8, 12, 16, 24, 40, 80, 141)  # GB
     print("| | " + " | ".join(f"{memory} GB" for memory in memories) + " |")
     print("|---|" + "---|" * len(memories))
     for size in SIZES:
-        config = GPTConfig.named(size, block_size=max(1024, cfg.seq_len))
-        rows = [fitting(config, 1e9 * memory) for memory in memories]
+        rows = [
+            work(size).largest_batch(lambda n: work(size).need(n) <= share * 1e9 * memory)  # noqa: B023
+            for memory in memories
+        ]
         print(f"| {size} | " + " | ".join(str(n or "-") for n in rows) + " |")
 
 
@@ -437,7 +440,7 @@ def main(cfg: Config) -> list[Result]:
     if cfg.repeats < 1 or cfg.items < 1 or cfg.batch_size < 1 or cfg.max_tokens < 1:
         raise ValueError("--repeats, --items, --batch-size and --max-tokens must be at least 1")
     if cfg.plan:
-        plan(cfg)
+        print_plan(cfg)
         return []
     bench = Bench(cfg)
     name = (
@@ -452,6 +455,8 @@ def main(cfg: Config) -> list[Result]:
     results = []
     for job in cfg.jobs:
         found = getattr(bench, job)()
+        gc.collect()
+        torch.cuda.empty_cache()  # the next job may be another process
         for result in found if isinstance(found, list) else [found]:
             results.append(result)
             digits = 2 if result.unit in ("s", "GB") else 1

@@ -81,10 +81,12 @@ def load_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], tensors
     state_dict: Any = dcp.get_optimizer_state_dict(model, optimizers)
     padding = (0, 0, 0, model.config.padded_vocab_size - model.config.vocab_size)
     for name, values in state_dict["state"].items():
-        for key in values:
-            saved = tensors[f"{name}/{key}"]
-            is_padded = "wte" in name and saved.dim() == 2
-            values[key] = torch.nn.functional.pad(saved, padding) if is_padded else saved
+        saved = {key: tensors[f"{name}/{key}"] for key in values}
+        # A new dictionary: `values` is the optimizer's own, from which torch sees what is sharded, and how.
+        state_dict["state"][name] = {
+            key: torch.nn.functional.pad(tensor, padding) if "wte" in name and tensor.dim() == 2 else tensor
+            for key, tensor in saved.items()
+        }
     whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     dcp.set_optimizer_state_dict(model, optimizers, state_dict, options=whole)
 

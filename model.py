@@ -15,13 +15,14 @@ section 2.3, and of OpenAI's code (github.com/openai/gpt-2, src/model.py).
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # The four published sizes, by parameter count and by their names on the Hub (paper, table 2).
 SIZES = {
@@ -125,15 +126,17 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # each (B, nh, T, hs)
-        mask = None
         if cache is not None:
             k, v = cache.append(qkv[1:])  # (B, nh, S, hs)
-            if 1 < T < cache.length:  # several new tokens on top of old ones
-                mask = torch.ones(T, cache.length, dtype=torch.bool, device=x.device).tril(cache.length - T)
+        mask, is_causal, S = None, False, k.size(2)
+        if 1 < T < S:  # several new tokens on top of old ones
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        elif T > 1:  # as a statement: torch.compile has no value for `T > 1` once T may vary
+            is_causal = True
         y = F.scaled_dot_product_attention(
             q, k, v, mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
+            is_causal=is_causal,
         )  # fmt: skip
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -174,6 +177,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.recompute = False  # activation checkpointing; see `hidden`
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
@@ -187,6 +191,10 @@ class GPT(nn.Module):
     @property
     def wte(self) -> nn.Embedding:
         return self.transformer["wte"]  # type: ignore[return-value]
+
+    @property
+    def blocks(self) -> Iterable[Block]:
+        return self.transformer["h"]  # type: ignore[return-value]
 
     @torch.no_grad()
     def init_weights(self):
@@ -207,8 +215,9 @@ class GPT(nn.Module):
     def hidden(self, idx: torch.Tensor, cache: list[KVCache] | None = None) -> torch.Tensor:
         """Token ids (B, T) to the vectors that the logits are read from (B, T, C).
 
-        With a cache (from `new_cache`), idx continues the tokens already in it. Raises ValueError where the
-        context would grow past block_size.
+        With a cache (from `new_cache`), idx continues the tokens already in it. With `recompute`, what is
+        inside a block is not kept in training: the backward pass computes it again, with the same dropout
+        (Chen et al., 2016, arXiv:1604.06174). Raises ValueError where the context would grow past block_size.
         """
         T = idx.size(1)
         start = cache[0].length if cache else 0
@@ -219,8 +228,11 @@ class GPT(nn.Module):
         pos = torch.arange(start, start + T, device=idx.device)
         x = self.wte(idx) + self.transformer["wpe"](pos)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        for i, block in enumerate(self.transformer["h"]):  # type: ignore[arg-type]
-            x = block(x, cache[i] if cache else None)
+        for i, block in enumerate(self.blocks):
+            if self.recompute and self.training and not cache:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache[i] if cache else None)
         return self.transformer["ln_f"](x)
 
     def lm_head(self, x: torch.Tensor) -> torch.Tensor:
@@ -358,10 +370,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         nll = torch.zeros((), dtype=torch.float32, device=x.device)
         dx, dw = [], torch.zeros_like(weight) if needs_grad else None
         for x_c, targets_c in zip(x.chunk(8), targets.chunk(8)):
-            logits = (x_c @ w.t()).float()  # (N/8, Vp)
+            logits = (
+                x_c @ w.t()
+            ).float()  # (N/8, Vp); at the step's peak, so each is let go as soon as may be
             logits[:, vocab_size:] = -math.inf
             logp = logits.log_softmax(dim=-1)
-            del logits  # half of the memory of the step's peak
+            del logits
             nll -= logp.gather(1, targets_c[:, None]).sum()
             if dw is not None:
                 # Not yet divided by N: in float16 that would underflow. The backward pass divides at the end.
@@ -369,6 +383,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dlogits = dlogits.to(x.dtype)
                 dx.append(dlogits @ w)
                 dw += dlogits.t() @ x_c
+                del dlogits
+            del logp
         if dw is not None:
             ctx.save_for_backward(torch.cat(dx), dw)
         return nll / targets.numel()

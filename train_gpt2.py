@@ -13,8 +13,9 @@ and skip and spike where there is such a step; log/<run>/config.json; log/<run>/
 that Hugging Face loads (checkpoint.py).
 
 The preset `gpt2` is the 124M recipe of build-nanogpt: 19,073 steps of 524,288 tokens are 10 billion; its
-author's run ended near a validation loss of 3.07 and 30.4% of HellaSwag. Losses are in nats a token; an
-untrained model's is ln(50257) = 10.82.
+author's run ended near a validation loss of 3.07 and 30.4% of HellaSwag. `gpt2-fast` is the same network,
+with Muon, a higher learning rate and 4 billion tokens (chosen by small runs; not run at this size). Losses
+are in nats a token; an untrained model's is ln(50257) = 10.82.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shlex
 import signal
 import statistics
@@ -32,7 +34,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import hellaswag
+import plan
 import remote
 import shards
 import tokenizer
@@ -112,6 +115,11 @@ class Config:
     """Precision of the matrix products; weights are float32."""
     compile: bool = True
     """Compile the model with torch.compile; where that fails, training goes on without."""
+    activation_checkpointing: bool = False
+    """Keep of each block its input only, and compute the rest again in the backward pass: less memory, a
+    third more work."""
+    fsdp: bool = False
+    """Divide weights, gradients and optimizer state among the processes (FSDP); without, each has all."""
     num_gpus: int = 1
     """Processes on this machine, one a GPU (on a machine without: CPU processes); what torchrun would
     start."""
@@ -173,6 +181,10 @@ class Config:
 
 PRESETS = {
     "gpt2": Config(),
+    # Four tenths of gpt2's tokens. Small runs chose it (log/gpt2-fast): there Muon's best rate is six times
+    # AdamW's. That is also the 0.02 of Muon's author (github.com/KellerJordan/Muon) in torch's scaling to the
+    # size of AdamW's updates, by 0.2 * sqrt(768).
+    "gpt2-fast": Config(optimizer="muon", learning_rate=3.6e-3, max_steps=7_629, warmup_steps=286),
     "demo": Config(
         dataset_path="data/pydocs",
         n_layer=4,
@@ -196,11 +208,11 @@ PRESETS = {
 
 # What a resumed run may change. Only max_steps changes what it learns: the schedule then ends elsewhere.
 FREE_TO_CHANGE = {
-    "batch_size", "max_steps", "device", "compile", "num_gpus", "dataset_path", "cache_gb", "init_from",
-    "run_name", "log_dir", "resume", "override", "val_every", "val_tokens", "hellaswag_every",
-    "hellaswag_limit", "sample_every", "sample_prompt", "checkpoint_every", "checkpoint_minutes",
-    "keep_last", "keep_every", "max_bad_steps", "timeout_seconds", "hub_repo", "max_hours", "eval_only",
-    "dry_run", "dollars_per_gpu_hour",
+    "batch_size", "max_steps", "device", "compile", "activation_checkpointing", "fsdp", "num_gpus",
+    "dataset_path", "cache_gb", "init_from", "run_name", "log_dir", "resume", "override", "val_every",
+    "val_tokens", "hellaswag_every", "hellaswag_limit", "sample_every", "sample_prompt", "checkpoint_every",
+    "checkpoint_minutes", "keep_last", "keep_every", "max_bad_steps", "timeout_seconds", "hub_repo",
+    "max_hours", "eval_only", "dry_run", "dollars_per_gpu_hour",
 }  # fmt: skip
 
 # What --override cannot change: the saved tensors would not fit.
@@ -213,15 +225,6 @@ NOT_SETTINGS = {
 
 STOP_SIGNALS = [getattr(signal, s) for s in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, s)]
 SPIKE_WINDOW = 128  # steps, as OLMo 2 has it (OLMo team, 2025, arXiv:2501.00656)
-
-# Peak dense bf16 (T4, V100: fp16) FLOP/s, from NVIDIA's data sheets, for MFU; longer names first.
-PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
-    "A10G": 70e12, "A10": 125e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
-PLANNED_MFU = 0.4  # share of the peak that --dry-run counts on
-# The share of free memory that --batch-size auto leaves alone: on CUDA it has tried, elsewhere it computes.
-HEADROOM = {"cuda": 0.1, "cpu": 0.2, "mps": 0.2}
 
 
 # -----------------------------------------------------------------------------
@@ -315,6 +318,11 @@ def check(cfg: Config, world_size: int):
     for name in ("min_lr_ratio", "decay_ratio"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be in [0, 1]")
+    if cfg.fsdp and cfg.optimizer == "muon":
+        raise ValueError(
+            "--optimizer is muon, which needs whole matrices; --fsdp divides them among the processes and "
+            "takes --optimizer adamw only"
+        )
     if cfg.eval_only and cfg.resume in ("", "newest") and not cfg.init_from:
         raise ValueError(
             "--eval-only needs a model: give --resume (a run, a checkpoint; if alone, the newest run) "
@@ -338,7 +346,8 @@ def check(cfg: Config, world_size: int):
 def check_same(cfg: Config, data: str, world_size: int, state: dict) -> list[str]:
     """Raises ValueError where a resumed run would not be the run that was saved, and says in what. Returns
     what else has changed."""
-    was = {name: old for name, old in state["config"].items() if getattr(cfg, name) != old}
+    before = dataclasses.asdict(Config()) | state["config"]  # an older version had fewer settings
+    was = {name: old for name, old in before.items() if getattr(cfg, name) != old}
     changes = {
         name: f"--{name.replace('_', '-')} was {old!r}, is {getattr(cfg, name)!r}"
         for name, old in was.items()
@@ -445,6 +454,31 @@ class Signals:
             self.caught, self.when = number, time.monotonic()
 
 
+def meet(store: Store, rank: int, world_size: int, timeout_seconds: float) -> str:
+    """A name for these processes together, which none of an earlier try had. torchrun's count of restarts
+    will not do: each machine has its own. Raises RuntimeError where some do not come."""
+    mine, name, end = secrets.token_hex(8), "", time.monotonic() + timeout_seconds
+    everyone = [f"token of rank {number}" for number in range(world_size)]
+    for key in ("tokens", *everyone) if rank == 0 else ("tokens",):
+        store.compare_set(key, "", "none")  # so that reading does not wait
+    store.set(everyone[rank], mine)
+    while time.monotonic() < end:
+        if rank == 0:  # of ranks that have not come yet these may be tokens of an earlier try, or none
+            store.set("tokens", " ".join(token.decode() for token in store.multi_get(everyone)))
+        tokens = store.get("tokens").decode()
+        seen = checkpoint.sha256_json(tokens)
+        if seen != name and mine in tokens:
+            name = seen
+            store.add(name, 1)
+        if name and store.add(name, 0) == world_size:
+            return name
+        time.sleep(max(0.02, world_size / 1000))
+    raise RuntimeError(
+        f"rank {rank}: not all of the {world_size} processes came within {timeout_seconds:g} s "
+        "(--timeout-seconds)"
+    )
+
+
 def start_process(cfg: Config) -> Process:
     """Joins torchrun's process group, if torchrun started us, and picks the device, a GPU a process."""
     if "RANK" not in os.environ:
@@ -463,7 +497,7 @@ def start_process(cfg: Config) -> Process:
     store = TCPStore(address, port, is_master=rank == 0 and not hosted, wait_for_workers=False)
     # After a restart torchrun's store still has the addresses of processes that are gone: each try has names
     # of its own (else gloo now and then tried to connect to those, with torch 2.13).
-    store = PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = PrefixStore(meet(store, rank, world_size, cfg.timeout_seconds), store)
     timeout = datetime.timedelta(seconds=cfg.timeout_seconds)
     options: dict[str, Any] = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
     if device.type == "cuda":
@@ -493,6 +527,39 @@ def compiled(
     finally:
         model.zero_grad(set_to_none=True)
     return fast, f"compiled in {time.perf_counter() - begin:.0f} s"  # type: ignore[return-value]
+
+
+def compile_blocks(model: GPT, x: torch.Tensor, y: torch.Tensor, autocast: torch.autocast) -> str:
+    """torch.compile for a sharded model: each block by itself, because weights are gathered between them. It
+    is tried on a whole model of one layer: where it fails on one process, the others must not wait for it.
+    Returns what to say."""
+    tried = GPT(dataclasses.replace(model.config, n_layer=1)).to(x.device)
+    fast, outcome = compiled(tried, x, y, autocast)
+    for block in model.blocks if fast is not tried else ():
+        block.forward = torch.compile(block.forward)
+    return outcome
+
+
+def sharded(model: GPT, process: Process) -> GPT:
+    """The model on the device, its weights divided among the processes, and with them gradients and optimizer
+    state (ZeRO-3: Rajbhandari et al., 2020, arXiv:1910.02054); a block's are gathered while it computes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(process.device.type, (process.world_size,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)  # type: ignore[return-value]
+
+
+def gathered(model: GPT) -> GPT:
+    """A plain copy of a sharded model, for evaluation. All ranks take part; what each then does with its own
+    needs no other, so that one may have more to score than another."""
+    with torch.device("meta"):
+        whole = GPT(model.config)
+    weights: dict[str, Any] = model.state_dict()
+    whole.load_state_dict({name: weight.full_tensor() for name, weight in weights.items()}, assign=True)
+    return whole.eval()
 
 
 # -----------------------------------------------------------------------------
@@ -533,174 +600,33 @@ def learning_rate(step: int, cfg: Config) -> float:
         progress = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
         height = 0.5 * (1 + math.cos(math.pi * progress))
     else:
-        height = min(1.0, max(0, cfg.max_steps - step) / max(1.0, cfg.decay_ratio * cfg.max_steps))
+        decay_steps = min(cfg.decay_ratio * cfg.max_steps, cfg.max_steps - cfg.warmup_steps)
+        height = min(1.0, max(0, cfg.max_steps - step) / max(1.0, decay_steps))
     return cfg.learning_rate * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * height)
 
 
-# -----------------------------------------------------------------------------
-# memory
+def workload(
+    cfg: Config, config: GPTConfig, dtype: torch.dtype, device: torch.device, world_size: int
+) -> plan.Workload:
+    """A step of this run, as plan.py takes it."""
+    return plan.Workload(
+        config, cfg.seq_len, cfg.total_batch_tokens, cfg.optimizer, world_size, dtype, device.type, cfg.fsdp,
+        cfg.activation_checkpointing,
+    )  # fmt: skip
 
 
-def step_bytes(
-    cfg: Config,
-    config: GPTConfig,
-    batch_size: int,
-    world_size: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    device_type: str = "cuda",
-) -> dict[str, float]:
-    """Memory of a training step on one of world_size processes, by part and without torch.compile, at its
-    peak: when the loss has just been computed or, of a small batch, when all gradients are there."""
-    C, L, T, P = config.n_embd, config.n_layer, cfg.seq_len, config.num_params
-    N, embedding, matrices = batch_size * T, config.padded_vocab_size * C, 12 * L * C * C
-    on_cpu, is_cast, width = device_type == "cpu", dtype.itemsize < 4, dtype.itemsize
-    # A layer keeps, in bytes a channel: the residual stream twice (float32), both LayerNorms' outputs, q, k,
-    # v, the attention's output, and the MLP's inside before and after GELU, four times as wide.
-    layer = 2 * 4 + 2 * width + 3 * width + width + 2 * 4 * width
-    if config.dropout and on_cpu:  # two masks; and attention keeps T x T numbers three times, all in float32
-        layer += 2 * width + 3 * 4 * config.n_head * T / C + 6 * is_cast
-    elif config.dropout:  # two masks of bytes
-        layer += 2
-    # LinearCrossEntropy has the embedding's copy, if it is cast, and its gradient; then either a chunk's
-    # logits and what is left of the chunk before, or the chunk's share of the gradient (a CPU casts it, too).
-    chunk, kept = N / 8 * config.padded_vocab_size, embedding * (4 + width * is_cast)
-    at_logits = kept + chunk * (14 if is_cast else 12)
-    at_gradient = kept + chunk * (4 + width * is_cast) + embedding * (width + 4 * (is_cast and on_cpu))
-    always = {
-        "weights": 4 * P,
-        "optimizer": 8 * P - 4 * matrices * (cfg.optimizer == "muon"),
-        "exchange": 4 * P * (world_size > 1),  # DistributedDataParallel's buckets
-    }
-    accumulates = cfg.total_batch_tokens > N * world_size  # on gradients of an earlier micro-step
-    at_loss = always | {
-        "weights": 4 * P + width * matrices * is_cast,
-        "gradients": 4 * P * accumulates,
-        "activations": N * C * (L * layer + 4),
-        "loss": max(at_logits, at_gradient),
-    }
-    at_end = always | {"gradients": 4 * (P + embedding)}  # the embedding's comes in two parts
-    parts = max(at_loss, at_end, key=lambda parts: sum(parts.values()))
-    if on_cpu:  # holes in a heap that is never trimmed (pick_device), and torch's kernels: as measured
-        parts |= {"rest": 0.1 * sum(parts.values()) + 0.1e9}
-    return {name: float(size) for name, size in parts.items() if size}
-
-
-def saving_bytes(config: GPTConfig) -> int:
-    """Main memory for copies while a checkpoint is written: weights and optimizer, and the weights once more
-    in Hugging Face's layout."""
-    return (4 + 8 + 4) * config.num_params
-
-
-def largest_batch(cfg: Config, world_size: int, fits: Callable[[int], bool]) -> int:
-    """The largest batch_size that divides a process's share of a step and that fits; 0 if none does."""
-    share = cfg.total_batch_tokens // (cfg.seq_len * world_size)
-    return next((n for n in range(share, 0, -1) if share % n == 0 and fits(n)), 0)
-
-
-def choose_batch_size(
-    cfg: Config, model: GPT, dtype: torch.dtype, process: Process, world_size: int
-) -> tuple[int, str]:
-    """What --batch-size auto means, the same on all processes, and why. On CUDA steps are tried; elsewhere,
-    and for a model without memory, step_bytes decides. Raises ValueError where not even one sequence fits."""
-    device, config = process.device, model.config
-    is_tried = device.type == "cuda" and not model.wte.weight.is_meta
-    if is_tried:
-        peak_of_step(model, 1, cfg.seq_len, dtype, 0, False)  # what CUDA's libraries take for ever, they have
+def choose_batch_size(work: plan.Workload, model: GPT, process: Process) -> tuple[int, str]:
+    """What --batch-size auto means, the same on all processes, and why. Raises ValueError where not even one
+    sequence fits."""
     process.sum(0.0)  # now all have their weights, and no more
-    free, source = free_memory(device, world_size)
-    room = (free + sum(p.nbytes for p in model.parameters() if not p.is_meta)) * (1 - HEADROOM[device.type])
-    room -= saving_bytes(config) * (device.type == "cpu")
-
-    def fits(batch_size: int) -> bool:
-        parts = step_bytes(cfg, config, batch_size, world_size, dtype, device.type)
-        if not is_tried:
-            return sum(parts.values()) <= room
-        beside = parts["optimizer"] + parts.get("exchange", 0)
-        accumulates = cfg.total_batch_tokens > batch_size * cfg.seq_len * world_size
-        return sum(parts.values()) <= 1.3 * room and (  # much more need not be tried
-            peak_of_step(model, batch_size, cfg.seq_len, dtype, beside, accumulates) <= room
-        )
-
-    mine = largest_batch(cfg, world_size, fits)
+    mine, why = work.fitting_batch(model)
     chosen = int(min(process.sum(*(mine * (r == process.rank) for r in range(process.world_size)))))
-    why = (
-        f"{'tried' if is_tried else 'computed'}: within {room / 1e9:.1f} GB of the {free / 1e9:.1f} GB that "
-        f"are {source}, of which {HEADROOM[device.type]:.0%} are left alone"
-    )
     if not chosen:
         raise ValueError(
-            f"--batch-size auto: not even one sequence of {cfg.seq_len} tokens fits ({why}); a smaller "
+            f"--batch-size auto: not even one sequence of {work.seq_len} tokens fits ({why}); a smaller "
             "--model-size or --seq-len would"
         )
     return chosen, f"auto, {why}"
-
-
-def peak_of_step(
-    model: GPT, batch_size: int, seq_len: int, dtype: torch.dtype, beside: float, accumulates: bool
-) -> float:
-    """Bytes that forward and backward of so many sequences take on the GPU, tried, with so many `beside` them
-    and, if they accumulate, gradients that are there; inf where there are not so many."""
-    device, peak = model.wte.weight.device, math.inf
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(torch.OutOfMemoryError):
-        others = torch.empty(int(beside), dtype=torch.uint8, device=device)
-        for p in model.parameters() if accumulates else ():
-            p.grad = torch.zeros_like(p)
-        idx = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model.train()(idx, idx)
-        loss.backward()
-        peak = torch.cuda.max_memory_reserved(device)
-        del others, loss
-    model.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
-    return peak
-
-
-def free_memory(device: torch.device, processes: int) -> tuple[float, str]:
-    """Bytes that this process, one of so many, may still take on its device, and by what account. Raises
-    ValueError where the system does not say."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached, "free on the GPU"
-    if device.type == "mps":
-        taken = torch.mps.driver_allocated_memory()
-        return torch.mps.recommended_max_memory() - taken, "what Metal recommends"
-    if Path("/proc/meminfo").exists():
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8")
-        available = 1024 * int(lines.partition("MemAvailable:")[2].split()[0])
-        free, source = min((available, "MemAvailable"), (cgroup_room(), "within the limit of its cgroup"))
-    else:
-        try:
-            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-        except (AttributeError, ValueError, OSError) as error:  # Windows
-            raise ValueError("this system does not say how much memory is free: give --batch-size") from error
-        source = "half of this machine's memory"
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    return free / local, f"{source} for each of {local} processes" if local > 1 else source
-
-
-def cgroup_room(root: Path = Path("/")) -> float:
-    """Bytes that the limits set on this process's memory (by a container, by SLURM) leave; inf if none is."""
-    room = math.inf
-    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        top, limit, used = {
-            "": ("sys/fs/cgroup", "memory.max", "memory.current"),
-            "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-        }[controllers]
-        inside = root / top / group.lstrip("/")
-        for folder in (inside, *inside.parents):
-            # Without a limit there is no such file, or no number in it. What was read from disk makes room.
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                stat = (folder / "memory.stat").read_text(encoding="utf-8")
-                taken = int((folder / used).read_text(encoding="utf-8"))
-                taken -= int(stat.partition("\ninactive_file ")[2].split()[0])
-                room = min(room, int((folder / limit).read_text(encoding="utf-8")) - taken)
-    return room
 
 
 # -----------------------------------------------------------------------------
@@ -938,6 +864,11 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
 
     began = time.monotonic()
     check(cfg, world_size)
+    if cfg.activation_checkpointing and cfg.dropout and device.type == "mps":
+        raise ValueError(  # torch.utils.checkpoint keeps the state of CUDA's and the CPU's generators only
+            f"--dropout is {cfg.dropout}; on mps --activation-checkpointing cannot draw the same twice: leave"
+            " out one of the two"
+        )
     if cfg.hub_repo and rank == 0 and not cfg.eval_only:
         check_hub(cfg)
 
@@ -958,13 +889,21 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             f"the processes do not begin alike: this one with {place}; all must see one --log-dir"
         )
     changes = check_same(cfg, data_fingerprint, world_size, resumed) if resumed else []
-    raw_model = (saved.model if saved else build_model(cfg)).to(device)
-    config = raw_model.config
+    raw_model = saved.model if saved else build_model(cfg)
+    config, is_sharded = raw_model.config, cfg.fsdp and world_size > 1
+    raw_model = sharded(raw_model, process) if is_sharded else raw_model.to(device)
+    raw_model.recompute = cfg.activation_checkpointing
     dtype, why = process.agree(checkpoint.pick_dtype(cfg.dtype, device, resumed.get("dtype")))
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    autocast = torch.autocast(
+        device.type,
+        dtype,
+        enabled=dtype != torch.float32,
+        cache_enabled=not cfg.activation_checkpointing,  # it keeps cast copies of all weights in the forward
+    )
     batch_size, batch_why = cfg.batch_size, ""
     if batch_size == "auto":
-        batch_size, batch_why = choose_batch_size(cfg, raw_model, dtype, process, world_size)
+        work = workload(cfg, config, dtype, device, world_size)
+        batch_size, batch_why = choose_batch_size(work, raw_model, process)
         cfg = dataclasses.replace(cfg, batch_size=batch_size)  # as it is saved
     accumulation = sequences // (batch_size * world_size)  # micro-steps a step
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -989,6 +928,8 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     say(f"data   {shown(data.folder)}: {train_data.num_tokens:,} training tokens, {epochs:.2f} epochs")
     say(describe_batch(cfg, batch_size, world_size, batch_why))
     say(f"device {device}, {str(dtype).removeprefix('torch.')} ({why})")
+    if cfg.fsdp:
+        say(f"fsdp   {1 / world_size:.0%} of weights, gradients and optimizer state on each process")
     if val_data:
         say(f"loss   {math.log(config.vocab_size):.2f} if all tokens were alike, {entropy:.2f} if a model "
             "knows only how frequent each is (the validation split's unigram entropy)")  # fmt: skip
@@ -1006,13 +947,24 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
 
     # ---- what wraps the model; evaluation and checkpoints use raw_model
     model: torch.nn.Module = raw_model
+    if (cfg.compile or world_size > 1) and not cfg.eval_only:  # a batch to try things on
+        first = train_data.batch(resumed.get("step", 0), 0, batch_size, sequences)
+        x, y = (t.to(device) for t in first)
     if cfg.compile and not cfg.eval_only:
         torch._dynamo.config.optimize_ddp = False  # one graph; ours has nothing to gain from cutting it
-        x, y = train_data.batch(0, 0, batch_size, sequences)
-        model, outcome = compiled(raw_model, x.to(device), y.to(device), autocast)
+        if is_sharded:
+            outcome = compile_blocks(raw_model, x, y, autocast)
+        else:
+            model, outcome = compiled(raw_model, x, y, autocast)
         say(outcome)
-    if world_size > 1:
+    if world_size > 1 and not is_sharded:
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        # After its first backward pass DDP puts the gradients in another order, and adds them up in another.
+        # So that pass is not a step of the run, or a resumed run would differ from an uninterrupted one.
+        with autocast:
+            loss = model(x, y)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
     hellaswag_items = []
     if cfg.hellaswag_every:
         hellaswag_items, problem = find_hellaswag(cfg, process)
@@ -1044,21 +996,24 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             due = {} if resumed.get("evaluated", True) else {**due, "checkpoint": False}
         val_loss = hellaswag_score = None
         raw_model.eval()
+        is_evaluated = any(due.get(job) for job in ("val", "hellaswag", "sample"))
+        whole_model = gathered(raw_model) if is_sharded and is_evaluated else raw_model
         if val_data and due.get("val"):
             with autocast:
-                val_loss = validation_loss(raw_model, val_data, cfg, process)
+                val_loss = validation_loss(whole_model, val_data, cfg, process)
             best_val_loss = min(val_loss, val_loss if best_val_loss is None else best_val_loss)
             log.write(step, val=val_loss)
             say(f"step {step:>6} | validation loss {val_loss:.4f} (unigram entropy {entropy:.2f})")
         if hellaswag_items and due.get("hellaswag"):
             with autocast:
-                scores = hellaswag.evaluate(raw_model, hellaswag_items, protocols=("completion",))
+                scores = hellaswag.evaluate(whole_model, hellaswag_items, protocols=("completion",))
             hellaswag_score = scores["completion"]["acc_norm"]
             log.write(step, hella=hellaswag_score)
             say(f"step {step:>6} | HellaSwag acc_norm {hellaswag_score:.2%} of {scores['n']:,} items")
         if due.get("sample") and rank == 0:
             with autocast:
-                print_samples(raw_model, cfg, step, device)
+                print_samples(whole_model, cfg, step, device)
+        del whole_model  # where it is a copy, its memory is for training
         if due.get("checkpoint") or overdue:
             begin = time.perf_counter()
             for news in saver.poll(wait=True):
@@ -1099,10 +1054,11 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         train_loss = torch.zeros((), device=device)
         for micro_step in range(accumulation):
             x, y = (t.to(device, non_blocking=True) for t in next(batches))
-            if isinstance(
-                model, DistributedDataParallel
-            ):  # gradients are exchanged once, in the last backward
-                model.require_backward_grad_sync = micro_step == accumulation - 1
+            is_last = micro_step == accumulation - 1  # gradients are exchanged once, in the last backward
+            if isinstance(model, DistributedDataParallel):
+                model.require_backward_grad_sync = is_last
+            elif is_sharded:
+                raw_model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
             with autocast:
                 loss = model(x, y)
             loss = (
@@ -1113,6 +1069,8 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip or math.inf)
+        if is_sharded:
+            norm = norm.full_tensor()  # type: ignore[attr-defined]
         is_old = cfg.checkpoint_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint_minutes
         is_late = cfg.max_hours and time.monotonic() - began > 3600 * cfg.max_hours
         caught = [signals.caught == number for number in STOP_SIGNALS]
@@ -1224,9 +1182,10 @@ def dry_run(cfg: Config, process: Process) -> Path:
     if run.exists() and process.rank == 0:
         checkpoint.unlock(checkpoint.lock(run))  # nobody else has it
 
+    work = workload(cfg, model.config, dtype, device, world_size)
     batch_size, batch_why = cfg.batch_size, ""
     if batch_size == "auto":
-        batch_size, batch_why = choose_batch_size(cfg, model.to("meta"), dtype, process, world_size)
+        batch_size, batch_why = choose_batch_size(work, model.to("meta"), process)
     say(f"model  {describe(model.config)}; {cfg.optimizer}")
     say(describe_batch(cfg, batch_size, world_size, batch_why))
     say(f"device {device}, {str(dtype).removeprefix('torch.')} ({why})")
@@ -1234,36 +1193,15 @@ def dry_run(cfg: Config, process: Process) -> Path:
     tokens = steps * cfg.total_batch_tokens
     epochs = f", {tokens / cfg.seq_len / windows:.2f} epochs" if windows else ""
     say(f"steps  {steps:,}, {tokens:,} tokens{epochs}")
-    parts = step_bytes(cfg, model.config, batch_size, world_size, dtype, device.type)
-    say(describe_memory(parts, saving_bytes(model.config), device, world_size))
+    say(plan.describe_memory(work, batch_size, device))
     flops = model.config.flops_per_token(cfg.seq_len)
     say(f"flops  {flops / 1e9:.2f} GFLOP a token (forward and backward), {tokens * flops:.2e} in all")
-    say(describe_cost(tokens * flops, world_size, cfg.dollars_per_gpu_hour))
+    say(f"hours  without evaluation, on {world_size} of these GPUs at {plan.MFU:.0%} of the peak:")
+    say(plan.describe_hours(tokens * flops, world_size, cfg.dollars_per_gpu_hour))
     say(f"run    {shown(run)}; this was a dry run: nothing is written")
     if process.world_size > 1:
         dist.destroy_process_group()
     return run
-
-
-def describe_memory(parts: dict[str, float], saving: float, device: torch.device, world_size: int) -> str:
-    need, (free, source) = sum(parts.values()), free_memory(device, world_size)
-    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    fits = need + saving * (device.type == "cpu") <= free
-    return (
-        f"memory {need / 1e9:.2f} GB a process at a step's peak, about: {listed}\n"
-        f"       {free / 1e9:.2f} GB are {source}; while a checkpoint is written, its copies take "
-        f"{saving / 1e9:.2f} GB of main memory"
-        + ("" if fits else "\nnote   this does not fit: take a smaller --batch-size, or auto")
-    )
-
-
-def describe_cost(flops: float, gpus: int, dollars_per_gpu_hour: float) -> str:
-    lines = [f"hours  without evaluation, on {gpus} of these GPUs at {PLANNED_MFU:.0%} of the peak:"]
-    for name, peak in PEAK_FLOPS.items():
-        hours = flops / (PLANNED_MFU * peak * gpus) / 3600
-        dollars = f" {hours * gpus * dollars_per_gpu_hour:12,.2f} dollars" if dollars_per_gpu_hour else ""
-        lines.append(f"  {name:10} {hours:10,.2f}{dollars}")
-    return "\n".join(lines)
 
 
 def jobs_due(step: int, cfg: Config) -> dict[str, bool]:
@@ -1284,11 +1222,11 @@ def jobs_due(step: int, cfg: Config) -> dict[str, bool]:
 
 
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """What PEAK_FLOPS says of the device; 0 where it says nothing, or for float32."""
+    """What plan.PEAK_FLOPS says of the device; 0 where it says nothing, or for float32."""
     if device.type != "cuda" or dtype == torch.float32:
         return 0.0
     name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), 0.0)
+    return next((flops for part, flops in plan.PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), 0.0)
 
 
 def format_seconds(seconds: float) -> str:

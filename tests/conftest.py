@@ -4,8 +4,6 @@ A test of a fault in FAULTS.md says which: `@pytest.mark.fault(7)`. The campaign
 counts and ends with a table; the default run has the same tests at a few tries each.
 """
 
-import dataclasses
-import functools
 import itertools
 import os
 import sys
@@ -25,7 +23,7 @@ paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from helpers import Training, flags, write_shards  # noqa: E402
+from helpers import Training, flags, undisturbed, write_shards  # noqa: E402
 
 from train_gpt2 import Config  # noqa: E402
 
@@ -201,15 +199,7 @@ def toy(data, tmp_path_factory) -> Config:
 @pytest.fixture(scope="session")
 def whole(toy, tmp_path_factory) -> Callable[..., Path]:
     """`whole(world_size, change=...)` is an undisturbed run, made once."""
-
-    @functools.cache
-    def whole(world_size: int = 1, patches: tuple = (), **changes) -> Path:
-        log_dir = tmp_path_factory.mktemp("log")
-        cfg = dataclasses.replace(toy, log_dir=str(log_dir), **changes)
-        Training(log_dir, flags(cfg), world_size, patches).finish()
-        return log_dir / "whole"
-
-    return whole
+    return undisturbed(toy, tmp_path_factory)
 
 
 @pytest.fixture

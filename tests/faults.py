@@ -19,7 +19,8 @@ import checkpoint
 import hellaswag
 import remote
 import shards
-from model import GPT
+from model import GPT, Block
+from train_gpt2 import Config
 
 RANK = "RANK"
 
@@ -29,8 +30,9 @@ def rank() -> int:
 
 
 def step_now() -> int:
-    """The training step this process is in: train_gpt2.py seeds each with its number."""
-    return (torch.initial_seed() % 2**40) >> 12
+    """The training step this process is in: train_gpt2.py seeds each with its number; -1 before the first."""
+    seed, rest = divmod(torch.initial_seed(), 2**40)
+    return rest >> 12 if seed == Config.seed else -1
 
 
 def before(owner: Any, name: str, do: Callable[..., None]):
@@ -49,7 +51,7 @@ def each_training_forward(do: Callable[[int, int], None]):
     last = [-1, -1]
 
     def count(model, *args, **kwargs):
-        if model.training:
+        if model.training and step_now() >= 0:
             last[:] = [step_now(), last[1] + 1 if last[0] == step_now() else 0]
             do(*last)
 
@@ -102,11 +104,22 @@ def poison(kind: str, on_rank: int, *steps: int):
     GPT.forward = poisoned
 
 
+def poison_an_element(kind: str, on_rank: int, *steps: int):
+    """In these steps one element of a gradient is not finite, once gradients have been exchanged: of sharded
+    ones it is in the shard of that rank, the others' are fine."""
+
+    def poison(scaler, optimizer):
+        if rank() == on_rank and step_now() in steps:
+            optimizer.param_groups[0]["params"][0].grad.to_local()[0, 0] = float(kind)
+
+    before(torch.amp.GradScaler, "unscale_", poison)
+
+
 def note_weights(folder: Path):
     """Writes down a hash of the weights at the beginning of each step, a file a rank."""
 
     def watch(self, *args, **kwargs):
-        if self.training and step_now() not in seen:
+        if self.training and step_now() >= 0 and step_now() not in seen:
             seen.add(step_now())
             digest = hashlib.sha256()
             for p in self.parameters():
@@ -118,11 +131,70 @@ def note_weights(folder: Path):
     before(GPT, "forward", watch)
 
 
+def note_shards(folder: Path):
+    """Writes down for each step, a file a rank: how many elements of the weights, of their gradients and of
+    the optimizer's state this process has, how many blocks at most had all their weights here while one
+    computed, and how many times gradients were exchanged."""
+    from torch.distributed.tensor import DTensor
+
+    def local(tensor: torch.Tensor) -> int:
+        return tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel()
+
+    def begin(model, *args, **kwargs):
+        models[:] = [model]
+
+    def look(block, *args, **kwargs):
+        if block.training:
+            gathered = sum(not isinstance(one.ln_1.weight, DTensor) for one in models[0].blocks)
+            counts["blocks"] = max(counts["blocks"], gathered)
+
+    def exchanged(*args, **kwargs):
+        counts["exchanges"] += 1
+
+    def note(optimizer):
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        state = [t for values in optimizer.state.values() for t in values.values() if t.dim()]
+        sizes = [sum(map(local, group)) for group in (weights, [p.grad for p in weights], state)]
+        with open(folder / f"shards{rank()}.txt", "a", encoding="utf-8") as f:
+            f.write(" ".join(map(str, [*sizes, *counts.values()])) + "\n")
+        counts.update(blocks=0, exchanges=0)
+
+    models: list[GPT] = []
+    counts = dict(blocks=0, exchanges=0)
+    before(GPT, "forward", begin)
+    before(Block, "forward", look)
+    before(torch.distributed, "reduce_scatter_single", exchanged)
+    before(torch.amp.GradScaler, "step", lambda scaler, optimizer: note(optimizer))
+
+
+def note_saves(folder: Path):
+    """Writes down how many tensors each rank gathers for a checkpoint, and which rank writes it."""
+    gather = checkpoint.gather_state
+
+    def gather_and_note(*args):
+        found = gather(*args)
+        with open(folder / f"saves{rank()}.txt", "a", encoding="utf-8") as f:
+            f.write(f"gathered {sum(map(len, found))}\n")
+        return found
+
+    def note(*args):
+        with open(folder / f"saves{rank()}.txt", "a", encoding="utf-8") as f:
+            f.write("wrote\n")
+
+    checkpoint.gather_state = gather_and_note
+    before(checkpoint, "save", note)
+
+
+def score_items(file: Path):
+    """HellaSwag's items come from this file."""
+    hellaswag.download.__defaults__ = (hellaswag.URL, file, hellaswag.SHA256, 1)
+
+
 def note_sequences(file: Path):
     """Writes down each sequence that is trained on: its step and its tokens."""
 
     def watch(self, x, y):
-        if self.training:
+        if self.training and step_now() >= 0:
             with open(file, "a", encoding="utf-8") as f:
                 f.writelines(f"{step_now()} {row}\n" for row in torch.cat([x, y[:, -1:]], 1).tolist())
 
@@ -202,8 +274,10 @@ def prune(run: Path, keep_last: int, keep_every: int, patch: Callable[[], None])
     checkpoint.prune(run, keep_last, keep_every)
 
 
-def hide_compiler():
-    """torch.compile finds no C++ compiler."""
+def hide_compiler(*on_ranks: int):
+    """torch.compile finds no C++ compiler; on these ranks, or on all."""
+    if on_ranks and rank() not in on_ranks:
+        return
     os.environ["CXX"] = "/nonexistent"
     if "torch._inductor.config" in sys.modules:  # it has read the variable
         sys.modules["torch._inductor.config"].cpp.cxx = (None, "/nonexistent")

@@ -1,6 +1,7 @@
 """What several test files share: small models with lively weights, checkpoints of them, the scripts run."""
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -122,6 +123,19 @@ def end_of(run: Path) -> tuple[str, bytes, list[str]]:
     """What two runs with the same end have in common: the last checkpoint's weights, every training loss."""
     last = checkpoint.steps(run)[-1]
     return last.name, (last / "model.safetensors").read_bytes(), lines_of(run)
+
+
+def undisturbed(cfg: Config, tmp_path_factory) -> Callable[..., Path]:
+    """A function of the number of processes and of changes to cfg: the folder of such a run, made once."""
+
+    @functools.cache
+    def whole(world_size: int = 1, patches: tuple = (), **changes) -> Path:
+        log_dir = tmp_path_factory.mktemp("log")
+        changed = dataclasses.replace(cfg, log_dir=str(log_dir), **changes)
+        Training(log_dir, flags(changed), world_size, patches).finish()
+        return log_dir / changed.run_name
+
+    return whole
 
 
 forkserver = multiprocessing.get_context("forkserver")

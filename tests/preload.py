@@ -2,7 +2,8 @@
 imports this file once, instead of each of them for seconds."""
 
 import pytest  # noqa: F401 (the test run's own main module is imported in each)
-import torch._dynamo  # noqa: F401
+import torch._dynamo
+import torch.distributed.checkpoint.state_dict  # noqa: F401
 
 import tokenizer
 import train_gpt2  # noqa: F401

@@ -1,4 +1,4 @@
-"""bench.py measures every job on a small model, and writes what it prints; its plan is what a step takes."""
+"""bench.py measures every job on a small model, and writes what it prints."""
 
 import json
 
@@ -7,8 +7,7 @@ import torch
 
 import bench
 import checkpoint
-import train_gpt2
-from model import GPT, SIZES, GPTConfig
+from model import SIZES, GPTConfig
 
 
 @pytest.fixture
@@ -76,46 +75,8 @@ def test_the_plan_needs_no_device(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "354,823,168 parameters" in printed
     hours = float(printed.partition("  H100  ")[2].split()[0])
-    tokens, flops = 19_073 * 524_288, GPTConfig.named("350M").flops_per_token(1024)
-    assert hours == pytest.approx(tokens * flops / (0.4 * 989e12) / 3600, abs=0.06)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        dict(n_layer=2, n_head=4, n_embd=128),
-        dict(n_layer=5, n_head=2, n_embd=64),
-        dict(n_layer=2, n_head=4, n_embd=128, dropout=0.1),
-    ],
-)
-def test_the_activations_of_the_plan_are_what_a_step_keeps_for_its_backward_pass(shape, dtype):
-    config = GPTConfig(block_size=128, **shape)
-    kept = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    def planned(batch_size: int) -> float:
-        cfg = train_gpt2.Config(seq_len=128)
-        parts = train_gpt2.step_bytes(cfg, config, batch_size, dtype=dtype, device_type="cpu")
-        return parts["activations"]
-
-    model = GPT(config)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved = []
-    for batch_size in (16, 32):
-        kept.clear()
-        idx = torch.randint(50257, (batch_size, 128))
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
-            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-        ):
-            model(idx, idx)
-        saved.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
-    assert planned(32) - planned(16) == pytest.approx(saved[1] - saved[0], rel=0.05)
+    flops = GPTConfig.named("350M").flops_per_token(1024)
+    assert hours == pytest.approx(10e9 * flops / (0.4 * 989e12) / 3600, abs=0.06)
 
 
 def test_nonsense_is_refused():

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import faults
 import pytest
@@ -18,8 +17,9 @@ from helpers import ROOT, end_of, flags, values
 
 import checkpoint
 import train_gpt2
-from model import GPT, GPTConfig
-from train_gpt2 import PEAK_FLOPS, Config
+from model import GPTConfig
+from plan import PEAK_FLOPS
+from train_gpt2 import Config
 
 ITEM = {
     "ctx": "A man sits on a roof. he", "ctx_a": "A man sits on a roof.", "ctx_b": "he", "label": 1,
@@ -161,8 +161,8 @@ def test_evaluating_alone_needs_a_model_and_something_to_do(launch, config, whol
 def need(cfg: Config, batch_size: int, world_size: int) -> float:
     """Memory of a process of this toy, in float32: what a checkpoint takes, too."""
     shape = GPTConfig(block_size=cfg.seq_len, n_layer=1, n_head=1, n_embd=4, dropout=cfg.dropout)
-    parts = train_gpt2.step_bytes(cfg, shape, batch_size, world_size, torch.float32, "cpu")
-    return sum(parts.values()) + train_gpt2.saving_bytes(shape)
+    work = train_gpt2.workload(cfg, shape, torch.float32, torch.device("cpu"), world_size)
+    return work.need(batch_size) + work.saving_bytes()
 
 
 def batch_size_of(printed: str) -> int:
@@ -218,88 +218,6 @@ def test_auto_is_a_batch_size_among_numbers(config):
     train_gpt2.check(cfg, 4)
     with pytest.raises(ValueError, match="no multiple of the 48 tokens"):
         train_gpt2.check(cfg, 3)
-
-
-@pytest.fixture
-def toy_model() -> GPT:
-    torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=4))
-
-
-def test_on_cuda_the_largest_batch_that_was_tried_within_nine_tenths_is_taken(config, toy_model, monkeypatch):
-    """With stand-ins for the GPU: 0.9 GB of it are to be used, 100 MB a sequence, 20 are too many even to
-    try."""
-    cfg, tried = dataclasses.replace(config, total_batch_tokens=16 * 40), []
-    weights = sum(p.nbytes for p in toy_model.parameters())
-    room, oom = (1e9 + weights) * 0.9, float("inf")
-
-    def peak(model, batch_size, seq_len, dtype, beside, accumulates):
-        tried.append((batch_size, beside, accumulates))
-        return room + 1 if batch_size == 10 else oom if batch_size > 10 else 1e8 * batch_size
-
-    def planned(cfg, config, batch_size, *rest):
-        return {"optimizer": 5.0, "exchange": 2.0, "activations": 1.3 * room / 19.9 * batch_size}
-
-    gpu = train_gpt2.Process(0, 1, SimpleNamespace(type="cuda"))  # type: ignore[arg-type]
-    monkeypatch.setattr(train_gpt2, "free_memory", lambda device, processes: (1e9, "free on the GPU"))
-    monkeypatch.setattr(train_gpt2, "peak_of_step", peak)
-    monkeypatch.setattr(train_gpt2, "step_bytes", planned)
-    chosen, why = train_gpt2.choose_batch_size(cfg, toy_model, torch.bfloat16, gpu, 1)
-    assert chosen == 8 and "tried: within 0.9 GB of the 1.0 GB" in why and "10% are left alone" in why
-    assert tried[1:] == [(10, 7.0, True), (8, 7.0, True)]  # the first is for CUDA's libraries
-
-
-def test_a_step_is_tried_without_a_trace_and_does_not_fail_for_want_of_memory(toy_model, monkeypatch):
-    held = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: held.append(grads()) or 123)
-
-    def grads() -> list[bool]:
-        return [p.grad is not None for p in toy_model.parameters()]
-
-    before = [p.clone() for p in toy_model.parameters()]
-    peak = partial(train_gpt2.peak_of_step, toy_model, 2, 16, torch.float32, 1000.0)
-    assert peak(True) == peak(False) == 123 and all(all(there) for there in held)
-    assert not any(grads()) and all(map(torch.equal, before, toy_model.parameters()))
-
-    seen = []
-
-    def full(*args):
-        seen.append(grads())
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(toy_model, "hidden", full)
-    assert peak(True) == peak(False) == float("inf") and not any(grads())
-    assert [all(there) for there in seen] == [True, False]  # an earlier micro-step's are there, or not
-
-
-def test_the_limit_of_a_container_counts_as_does_what_is_free(tmp_path, monkeypatch):
-    def write(path: str, text: str):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text, encoding="utf-8")
-
-    write("proc/self/cgroup", "5:memory:/jobs/one\n3:cpu:/\n0::/a/b\n")
-    assert train_gpt2.cgroup_room(tmp_path) == float("inf")
-    for folder, limit in (("a/b", "max"), ("a", "5000"), (".", "9000")):  # version 2
-        write(f"sys/fs/cgroup/{folder}/memory.max", limit)
-        write(f"sys/fs/cgroup/{folder}/memory.current", "1000")
-        write(f"sys/fs/cgroup/{folder}/memory.stat", "active_file 7\ninactive_file 300\nslab 1\n")
-    assert train_gpt2.cgroup_room(tmp_path) == 5000 - (1000 - 300)
-    write("sys/fs/cgroup/memory/jobs/one/memory.limit_in_bytes", "4000")  # version 1
-    write("sys/fs/cgroup/memory/jobs/one/memory.usage_in_bytes", "2000")
-    write("sys/fs/cgroup/memory/jobs/one/memory.stat", "cache 1\ninactive_file 500\n")
-    assert train_gpt2.cgroup_room(tmp_path) == 4000 - (2000 - 500)
-
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(train_gpt2, "cgroup_room", lambda: 2500.0)
-    assert train_gpt2.free_memory(cpu, 1) == (2500, "within the limit of its cgroup")
-    monkeypatch.setattr(train_gpt2, "cgroup_room", lambda: 1e18)
-    assert train_gpt2.free_memory(cpu, 1)[1] == "MemAvailable"
-    half = train_gpt2.free_memory(cpu, 2)
-    assert (
-        half[0] == pytest.approx(train_gpt2.free_memory(cpu, 1)[0] / 2, rel=0.2) and "2 processes" in half[1]
-    )
 
 
 # -----------------------------------------------------------------------------

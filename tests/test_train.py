@@ -43,6 +43,16 @@ def test_the_learning_rate_warms_up_peaks_and_ends_at_a_tenth():
     assert rate[-1] == pytest.approx(6e-5)
 
 
+def test_gpt2_fast_is_gpt2_but_for_the_optimizer_and_four_tenths_of_the_tokens():
+    plain, fast = train_gpt2.PRESETS["gpt2"], train_gpt2.PRESETS["gpt2-fast"]
+    differing = {
+        f.name for f in dataclasses.fields(Config) if getattr(plain, f.name) != getattr(fast, f.name)
+    }
+    assert differing == {"optimizer", "learning_rate", "max_steps", "warmup_steps"}
+    assert fast.max_steps / plain.max_steps == pytest.approx(0.4, abs=1e-4)
+    assert train_gpt2.read_flags(["gpt2-fast", "--seed", "2"]) == dataclasses.replace(fast, seed=2)
+
+
 def test_a_wsd_schedule_stays_at_its_peak_and_then_falls_in_a_line():
     cfg = Config(
         schedule="wsd", decay_ratio=0.4, min_lr_ratio=0.1, learning_rate=1.0, warmup_steps=10, max_steps=100
