@@ -46,7 +46,6 @@ import tyro
 import checkpoint
 import documents
 import fineweb
-import generate
 import hellaswag
 import plan
 import shards
@@ -68,7 +67,7 @@ class Config:
     """Tokens of context in `train` and `memory`."""
     batch_size: int = 4
     """Sequences a step in `train` and `memory`."""
-    items: int = 64
+    items: int = 96
     """Items in `hellaswag`."""
     max_tokens: int = 64
     """Tokens to make in `generate`."""
@@ -224,12 +223,13 @@ class Bench:
         ours, theirs = self.models()
         ours.eval()
         theirs.eval()
+        checkpoint.halve(ours, self.dtype)
         # Lengths like HellaSwag's: endings of 5 to 45 tokens, and contexts of 20 to 110. Few different ones:
         # among all 10,042 items about a hundred share each.
         draw = random.Random(0)
         items = []
         for _ in range(self.cfg.items):
-            context = [draw.randrange(50257) for _ in range(draw.choice((25, 40, 55, 85)))]
+            context = [draw.randrange(50257) for _ in range(draw.choice((30, 50, 80)))]
             items.append(
                 [(context, [draw.randrange(50257) for _ in range(draw.randint(5, 45))]) for _ in range(4)]
             )
@@ -267,7 +267,7 @@ class Bench:
         ours, theirs = self.models()
         ours.eval()
         theirs.eval().to(dtype)
-        generate.halve(ours, dtype)
+        checkpoint.halve(ours, dtype)
         if self.cfg.compile:
             torch._dynamo.reset()  # of what it knows from the rows before
             ours.hidden = torch.compile(ours.hidden)

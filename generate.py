@@ -23,7 +23,7 @@ import torch
 import tyro
 
 import tokenizer
-from checkpoint import load_model, pick_dtype
+from checkpoint import halve, load_model, pick_dtype
 from model import GPT
 
 
@@ -147,13 +147,6 @@ def converse(model: GPT, cfg: Config):
 def encode_prompt(prompt: str, cfg: Config) -> list[int]:
     """The prompt's ids; a new text, which begins after <|endoftext|>, where the prompt is empty."""
     return tokenizer.encode(prompt, special=cfg.special_tokens) or [tokenizer.END_OF_TEXT]
-
-
-def halve(model: GPT, dtype: torch.dtype):
-    """Casts the layers' matrices to dtype: once, where autocast would for each token. The same products."""
-    for part in model.modules():
-        if isinstance(part, torch.nn.Linear):
-            part.to(dtype)
 
 
 def complete(model: GPT, source: str, cfg: Config):

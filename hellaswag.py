@@ -119,42 +119,78 @@ def clean(text: str) -> str:
 def score(model: GPT, rows: list[Row], batch_size: int, progress: tqdm | None = None) -> list[float]:
     """The log-probability of each row's ending after its context, in nats, computed from float32 logits.
 
-    A context is read once, whatever the number of its endings: contexts of equal length together, then their
-    endings, those of like length together, on top of the contexts' keys and values. A row longer than the
-    model's context loses its beginning. The network runs under whatever autocast is on; the logits do not.
+    A row longer than the model's context loses its beginning. The network runs under whatever autocast is on;
+    the logits do not.
     """
-    device, longest = model.wte.weight.device, model.config.block_size + 1
-    cut = []  # context and ending of each row; the first token of all has nothing that it could follow from
+    longest, cut = model.config.block_size + 1, []
     for context, ending in rows:
         ids = (context + ending)[-longest:]
-        start = max(1, len(ids) - len(ending))
+        start = max(1, len(ids) - len(ending))  # the first token of all has nothing that it could follow from
         cut.append((tuple(ids[:start]), ids[start:]))
-    scores = [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: (len(cut[i][0]), cut[i][0]))
-    for _, same_length in itertools.groupby(order, key=lambda i: len(cut[i][0])):
+    scores = torch.zeros(len(rows), dtype=torch.float64)
+    waiting: list[tuple[torch.Tensor, ...]] = []  # for logits: they come a thousand at a time
+    for batch, *found in read_endings(model, cut, batch_size):
+        waiting.append(tuple(found))
+        if sum(len(targets) for _, targets, _ in waiting) >= 1000:
+            add_losses(model, waiting, scores)
+        if progress is not None:
+            progress.update(len(batch))
+    if waiting:
+        add_losses(model, waiting, scores)
+    return scores.tolist()
+
+
+def add_losses(model: GPT, waiting: list[tuple[torch.Tensor, ...]], scores: torch.Tensor):
+    """Takes all that is waiting (vectors, targets, rows) off the scores (rows,)."""
+    x, targets, rows = (torch.cat(parts) for parts in zip(*waiting))
+    scores.index_add_(0, rows, -model.token_losses(x, targets))
+    waiting.clear()
+
+
+def read_endings(
+    model: GPT, rows: list[tuple[tuple[int, ...], list[int]]], batch_size: int
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The network's part of scoring. Yields a batch of rows and of its N tokens in endings: the vectors from
+    which they follow (N, C), the tokens (N,), and of which row each is (N,), on the CPU.
+
+    A context is read once, whatever the number of its endings: contexts of equal length together, then their
+    endings, those of like length together, on top of the contexts' keys and values.
+    """
+    device = model.wte.weight.device
+    least = 128 if device.type == "cpu" else 4096  # tokens that keep the device busy
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), rows[i][0]))
+    for _, same_length in itertools.groupby(order, key=lambda i: len(rows[i][0])):
         for group in batched(same_length, 4 * batch_size):
-            contexts = {context: n for n, context in enumerate(dict.fromkeys(cut[i][0] for i in group))}
-            cache = model.new_cache(len(cut[group[0]][0]))
+            contexts = {context: n for n, context in enumerate(dict.fromkeys(rows[i][0] for i in group))}
+            cache = model.new_cache(len(rows[group[0]][0]))
             last = model.hidden(torch.tensor(list(contexts), device=device), cache)[:, -1]  # (contexts, C)
-            for batch in batched(sorted(group, key=lambda i: len(cut[i][1])), batch_size):
-                endings = [cut[i][1] for i in batch]
-                width = max(map(len, endings))
-                tokens = torch.tensor([ending + [-1] * (width - len(ending)) for ending in endings]).to(
-                    device
-                )
-                which = torch.tensor([contexts[cut[i][0]] for i in batch], device=device)
+            for batch in alike({i: len(rows[i][1]) for i in group}, batch_size, least):
+                width = len(rows[batch[-1]][1])
+                tokens = torch.tensor([rows[i][1] + [-1] * (width - len(rows[i][1])) for i in batch])
+                which = torch.tensor([contexts[rows[i][0]] for i in batch], device=device)
                 x = last[which][:, None]  # (B, 1, C): what the first token of an ending follows from
                 if width > 1:
                     more = [layer.select(which, width - 1) for layer in cache]
-                    x = torch.cat(
-                        [x, model.hidden(tokens[:, :-1].clamp(min=0), more)], dim=1
-                    )  # (B, width, C)
-                losses = model.token_losses(x[tokens >= 0], tokens[tokens >= 0])
-                for i, part in zip(batch, losses.split([len(ending) for ending in endings])):
-                    scores[i] = -part.sum().item()
-                if progress is not None:
-                    progress.update(len(batch))
-    return scores
+                    unread = tokens[:, :-1].clamp(min=0).to(device)
+                    x = torch.cat([x, model.hidden(unread, more)], dim=1)  # (B, width, C)
+                row, place = (tokens >= 0).nonzero(as_tuple=True)
+                targets = tokens[row, place].to(device)
+                yield batch, x[row.to(device), place.to(device)], targets, torch.tensor(batch)[row]
+
+
+def alike(lengths: dict[int, int], batch_size: int, least: int) -> Iterator[list[int]]:
+    """Rows by rising length, at most batch_size at a time; a batch that has `least` tokens takes no row that
+    would make more than a tenth of it padding."""
+    batch, tokens = [], 0
+    for row, length in sorted(lengths.items(), key=lambda item: item[1]):
+        padded = length * (len(batch) + 1)
+        if len(batch) == batch_size or (tokens >= least and tokens + length < 0.9 * padded):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(row)
+        tokens += length
+    if batch:
+        yield batch
 
 
 def batched(items: Iterable[int], size: int) -> Iterator[list[int]]:
@@ -210,7 +246,7 @@ def standard_error(accuracy: float, n: int) -> float:
 
 
 def main(cfg: Config) -> dict:
-    from checkpoint import load_model, pick_dtype
+    from checkpoint import halve, load_model, pick_dtype
 
     if cfg.download:
         print(download())
@@ -218,6 +254,7 @@ def main(cfg: Config) -> dict:
     model, source = load_model(cfg.model, cfg.device)
     device = model.wte.weight.device
     dtype, _ = pick_dtype(cfg.dtype, device)
+    halve(model, dtype)
     items = load_items(cfg.data, cfg.limit)
     begin = time.perf_counter()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import math
+import random
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -284,6 +285,29 @@ def test_the_batch_size_does_not_change_scores(model, batch_size):
     expected = hellaswag.score(model, rows, batch_size=16)
     got = hellaswag.score(model, rows, batch_size=batch_size)
     assert got == pytest.approx(expected, abs=1e-4, rel=0)
+
+
+def test_many_rows_have_the_scores_that_each_has_alone(model):
+    """More tokens than have their logits computed at a time, shared contexts, lengths of all kinds."""
+    draw = random.Random(0)
+    ids = [draw.randrange(VOCAB_SIZE) for _ in range(64)]
+    rows = [(ids[: draw.randint(2, 6)], ids[-draw.randint(1, 40) :]) for _ in range(120)]
+    assert sum(len(ending) for _, ending in rows) > 2000
+    alone = [hellaswag.score(model, [row], batch_size=1)[0] for row in rows]
+    assert hellaswag.score(model, rows, batch_size=16) == pytest.approx(alone, abs=1e-3, rel=0)
+
+
+def test_a_batch_of_enough_tokens_is_hardly_padded():
+    draw = random.Random(0)
+    lengths = {row: draw.randint(1, 40) for row in range(500)}
+    batches = list(hellaswag.alike(lengths, batch_size=32, least=128))
+    assert sorted(row for batch in batches for row in batch) == sorted(lengths)
+    for batch in batches:
+        widths = [lengths[row] for row in batch]
+        assert len(batch) <= 32 and widths == sorted(widths)
+        before_last = sum(widths[:-1])
+        assert before_last < 128 or sum(widths) >= 0.9 * len(batch) * widths[-1]
+    assert max(map(len, batches)) == 32 and len(batches) < 40
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
