@@ -120,6 +120,8 @@ class Config:
     third more work."""
     fsdp: bool = False
     """Divide weights, gradients and optimizer state among the processes (FSDP); without, each has all."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which processes exchange gradients, once a step; bfloat16 halves the traffic."""
     num_gpus: int = 1
     """Processes on this machine, one a GPU (on a machine without: CPU processes); what torchrun would
     start."""
@@ -486,7 +488,7 @@ def start_process(cfg: Config) -> Process:
     name = cfg.device
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = checkpoint.pick_device(name)
+    device = checkpoint.pick_device(name, spare_memory=cfg.fsdp)
     if device.type == "mps":
         raise ValueError(
             "--device mps has one GPU and takes one process; several processes need --device cpu"
@@ -540,16 +542,28 @@ def compile_blocks(model: GPT, x: torch.Tensor, y: torch.Tensor, autocast: torch
     return outcome
 
 
-def sharded(model: GPT, process: Process) -> GPT:
+def replicated(model: torch.nn.Module, cfg: Config, device: torch.device) -> DistributedDataParallel:
+    """The model with gradients that are averaged over all processes, bucket by bucket while the backward pass
+    goes on."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+    ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if cfg.reduce_dtype == "bfloat16":  # by another name: DDP would refuse it on the CPU, though gloo has it
+        ddp.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
+    return ddp
+
+
+def sharded(model: GPT, cfg: Config, process: Process) -> GPT:
     """The model on the device, its weights divided among the processes, and with them gradients and optimizer
     state (ZeRO-3: Rajbhandari et al., 2020, arXiv:1910.02054); a block's are gathered while it computes."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(process.device.type, (process.world_size,))
+    policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, cfg.reduce_dtype))
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)  # type: ignore[return-value]
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)  # type: ignore[return-value]
 
 
 def gathered(model: GPT) -> GPT:
@@ -891,7 +905,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     changes = check_same(cfg, data_fingerprint, world_size, resumed) if resumed else []
     raw_model = saved.model if saved else build_model(cfg)
     config, is_sharded = raw_model.config, cfg.fsdp and world_size > 1
-    raw_model = sharded(raw_model, process) if is_sharded else raw_model.to(device)
+    raw_model = sharded(raw_model, cfg, process) if is_sharded else raw_model.to(device)
     raw_model.recompute = cfg.activation_checkpointing
     dtype, why = process.agree(checkpoint.pick_dtype(cfg.dtype, device, resumed.get("dtype")))
     autocast = torch.autocast(
@@ -957,8 +971,8 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         else:
             model, outcome = compiled(raw_model, x, y, autocast)
         say(outcome)
-    if world_size > 1 and not is_sharded:
-        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if world_size > 1 and not is_sharded and not cfg.eval_only:
+        model = replicated(model, cfg, device)
         # After its first backward pass DDP puts the gradients in another order, and adds them up in another.
         # So that pass is not a step of the run, or a resumed run would differ from an uninterrupted one.
         with autocast:
