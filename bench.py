@@ -3,7 +3,7 @@
     python bench.py                                   # everything, GPT-2 124M, on the device that is there
     python bench.py --jobs train --batch-size 64      # one job
     python bench.py --model-size 124M --seq-len 1024 --compile --json bench.json
-    python bench.py --plan --model-size 350M          # memory and hours of training, by arithmetic; no device
+    python bench.py --plan --model-size 350M          # by arithmetic: memory, hours, what fits which GPU
 
     train      tokens/s of forward, backward and AdamW      beside transformers' GPT-2
     memory     GB at the peak of that step                  the same, each in a process of its own
@@ -47,9 +47,10 @@ import checkpoint
 import documents
 import fineweb
 import hellaswag
+import plan
 import shards
 import tokenizer
-from model import GPT, GPTConfig, config_to_hf, to_hf
+from model import GPT, SIZES, GPTConfig, config_to_hf, to_hf
 
 Job = Literal["train", "memory", "hellaswag", "generate", "load", "read", "tokenize"]
 
@@ -399,36 +400,33 @@ def peak_memory(cfg: Config, is_ours: bool) -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
 
-def plan(cfg: Config):
-    """Prints the memory of training by batch size, and hours by GPU, from the shapes alone."""
-    from train_gpt2 import PEAK_FLOPS, PRESETS
+def print_plan(cfg: Config):
+    """The memory of training by batch size, hours by GPU, and what fits which GPU, from the shapes alone."""
 
-    config = GPTConfig.named(cfg.model_size, block_size=max(1024, cfg.seq_len))
-    flops, recipe = config.flops_per_token(cfg.seq_len), PRESETS["gpt2"]
-    tokens = recipe.max_steps * recipe.total_batch_tokens
+    def work(size: str) -> plan.Workload:
+        return plan.Workload(GPTConfig.named(size, block_size=max(1024, cfg.seq_len)), cfg.seq_len)
+
+    config = work(cfg.model_size).config
+    flops = config.flops_per_token(cfg.seq_len)
     print(f"GPT-2 {cfg.model_size}: {config.num_params:,} parameters, {flops / 1e9:.2f} GFLOP a token at "
           f"T={cfg.seq_len} (forward and backward)")  # fmt: skip
     print("memory of a step in bfloat16, GB, about:")
     for batch_size in (1, 4, 16, 64):
-        print(f"  B={batch_size:<3} {step_bytes(config, batch_size, cfg.seq_len) / 1e9:8.1f}")
-    print(f"hours for {tokens / 1e9:.1f} billion tokens on one GPU, if it reaches 40% of its peak:")
-    for name, peak in PEAK_FLOPS.items():
-        print(f"  {name:10} {tokens * flops / (0.4 * peak) / 3600:8.1f}")
-
-
-def step_bytes(config: GPTConfig, batch_size: int, seq_len: int) -> float:
-    """Memory of a training step in bfloat16 at its peak. That is when the loss has just been computed
-    (weights in float32 and bfloat16, AdamW's two moments, what the backward pass will need, the loss's chunk)
-    or, of a small batch, when all gradients are there."""
-    C, L, N, P = config.n_embd, config.n_layer, batch_size * seq_len, config.num_params
-    # A layer keeps, in bytes a channel: the residual stream twice (float32), both LayerNorms' outputs, q, k,
-    # v, the attention's output, and the MLP's inside before and after GELU, four times as wide.
-    layer = 2 * 4 + 2 * 2 + 3 * 2 + 2 + 2 * 4 * 2
-    embedding = config.padded_vocab_size * C  # there are a copy in bfloat16 and a gradient of it
-    chunk = N / 8 * config.padded_vocab_size * (4 + 4)  # logits and their log-softmax
-    at_loss = 12 * L * C * C * 2 + N * C * (L * layer + 10) + embedding * (4 + 2) + chunk
-    at_end = (P + 2 * embedding) * 4  # the embedding's gradient is the sum of two
-    return P * (4 + 8) + max(at_loss, at_end)
+        print(f"  B={batch_size:<3} {work(cfg.model_size).need(batch_size) / 1e9:8.1f}")
+    print(f"hours for 10 billion tokens on one GPU, at {plan.MFU:.0%} of its peak:")
+    print(plan.describe_hours(10e9 * flops))
+    share = 1 - plan.HEADROOM["cuda"]
+    print(f"the largest --batch-size in {share:.0%} of a GPU's memory (T={cfg.seq_len}, AdamW, bfloat16, not "
+          "compiled):\n")  # fmt: skip
+    memories = (8, 12, 16, 24, 40, 80, 141)  # GB
+    print("| | " + " | ".join(f"{memory} GB" for memory in memories) + " |")
+    print("|---|" + "---|" * len(memories))
+    for size in SIZES:
+        rows = [
+            work(size).largest_batch(lambda n: work(size).need(n) <= share * 1e9 * memory)  # noqa: B023
+            for memory in memories
+        ]
+        print(f"| {size} | " + " | ".join(str(n or "-") for n in rows) + " |")
 
 
 def tokenize_document(text: str) -> np.ndarray:
@@ -442,7 +440,7 @@ def main(cfg: Config) -> list[Result]:
     if cfg.repeats < 1 or cfg.items < 1 or cfg.batch_size < 1 or cfg.max_tokens < 1:
         raise ValueError("--repeats, --items, --batch-size and --max-tokens must be at least 1")
     if cfg.plan:
-        plan(cfg)
+        print_plan(cfg)
         return []
     bench = Bench(cfg)
     name = (

@@ -484,9 +484,9 @@ def newest_run(log_root: Path = LOG_ROOT) -> Path:
     return max(runs, key=lambda run: steps(run)[-1].stat().st_mtime)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device a --device flag means, made ready; "auto" is CUDA, else Apple's MPS, else the CPU. Raises
-    ValueError for a name that is no device, or one that is not there."""
+def pick_device(name: str, spare_memory: bool = False) -> torch.device:
+    """The device a --device flag means, made ready for speed or, on a CPU, to spare memory; "auto" is CUDA,
+    else Apple's MPS, else the CPU. Raises ValueError for a name that is no device, or one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -497,10 +497,10 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(
             f"--device {name!r} cannot be used ({reason}); try cpu, cuda, cuda:1, mps or auto"
         ) from error
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+    if device.type == "cpu" and not spare_memory and platform.libc_ver()[0] == "glibc":
         # By default glibc hands large freed buffers back to the system and then fetches them again, page by
         # page: more than half of the time of a training step on two cores (0.4 of it remained; measured on
-        # the demo).
+        # the demo). But what FSDP gathers and gives back leaves holes that nothing else fits.
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take no buffer from outside the heap

@@ -5,6 +5,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py            # the same on 8 GPUs, or --num-gpus 8
     python train_gpt2.py --init-from gpt2 --dataset-path data/mine --warmup-steps 20 --max-steps 500
     python train_gpt2.py --resume            # goes on with the newest run; or --resume log/<run>
+    python train_gpt2.py --dry-run           # what it would take: memory, hours, money; --eval-only evaluates
     python train_gpt2.py --hub-repo org/name # checkpoints go to the Hub, too; there: --resume hf://org/name
 
 On disk: log/<run>/log.txt, a line a fact: <step> <stream> <value> with streams train val hella lr norm toks,
@@ -47,6 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import hellaswag
+import plan
 import remote
 import shards
 import tokenizer
@@ -81,8 +83,9 @@ class Config:
     """Start from these weights (a checkpoint, a size name or a Hub id) instead of random ones:
     fine-tuning."""
     # optimization
-    batch_size: int = 16
-    """Sequences a process and micro-step, B; as large as memory allows."""
+    batch_size: int | Literal["auto"] = 16
+    """Sequences a process and micro-step, B; auto: the most that fit the memory, which changes the speed
+    only."""
     total_batch_tokens: int = 524_288
     """Tokens an optimizer step; gradients are accumulated until they are reached."""
     learning_rate: float = 6e-4
@@ -117,6 +120,8 @@ class Config:
     third more work."""
     fsdp: bool = False
     """Divide weights, gradients and optimizer state among the processes (FSDP); without, each has all."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which processes exchange gradients, once a step; bfloat16 halves the traffic."""
     num_gpus: int = 1
     """Processes on this machine, one a GPU (on a machine without: CPU processes); what torchrun would
     start."""
@@ -133,6 +138,15 @@ class Config:
     is)."""
     override: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """With --resume: accept settings or data that differ from those of the checkpoint."""
+    max_hours: float = 0.0
+    """When it has run for so long, end the step, save and stop (exit code 4); a --resume has as long again; 0
+    for no limit."""
+    eval_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only evaluate the model of --resume or --init-from; write nothing."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only check settings, data and machine, and print what the run would take; write nothing."""
+    dollars_per_gpu_hour: float = 0.0
+    """Price from which --dry-run computes the cost; 0 for none."""
     # periodic jobs: every so many steps and at the end; 0 for never
     val_every: int = 250
     """Validation loss."""
@@ -200,21 +214,19 @@ FREE_TO_CHANGE = {
     "dataset_path", "cache_gb", "init_from", "run_name", "log_dir", "resume", "override", "val_every",
     "val_tokens", "hellaswag_every", "hellaswag_limit", "sample_every", "sample_prompt", "checkpoint_every",
     "checkpoint_minutes", "keep_last", "keep_every", "max_bad_steps", "timeout_seconds", "hub_repo",
+    "max_hours", "eval_only", "dry_run", "dollars_per_gpu_hour",
 }  # fmt: skip
 
 # What --override cannot change: the saved tensors would not fit.
 SHAPE = {"model_size", "n_layer", "n_head", "n_embd", "optimizer"}
 
-NOT_SETTINGS = {"resume", "override", "run_name", "log_dir", "num_gpus"}  # where and how it was started
+# Where and how it was started.
+NOT_SETTINGS = {
+    "resume", "override", "run_name", "log_dir", "num_gpus", "eval_only", "dry_run", "dollars_per_gpu_hour",
+}  # fmt: skip
 
 STOP_SIGNALS = [getattr(signal, s) for s in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, s)]
 SPIKE_WINDOW = 128  # steps, as OLMo 2 has it (OLMo team, 2025, arXiv:2501.00656)
-
-# Peak dense bf16 (T4, V100: fp16) FLOP/s, from NVIDIA's data sheets, for MFU; longer names first.
-PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
-    "A10G": 70e12, "A10": 125e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
@@ -292,9 +304,12 @@ def check(cfg: Config, world_size: int):
     not_negative = (
         "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "checkpoint_minutes", "keep_last",
         "keep_every", "max_steps", "warmup_steps", "weight_decay", "grad_clip", "hellaswag_limit", "seed",
-        "spike_zscore",
+        "spike_zscore", "max_hours", "dollars_per_gpu_hour",
     )  # fmt: skip
+    rows = 1 if cfg.batch_size == "auto" else cfg.batch_size
     for name in positive:
+        if name == "batch_size" and cfg.batch_size == "auto":
+            continue
         if not getattr(cfg, name) > 0 or math.isinf(getattr(cfg, name)):
             raise ValueError(
                 f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be a number above 0"
@@ -310,13 +325,22 @@ def check(cfg: Config, world_size: int):
             "--optimizer is muon, which needs whole matrices; --fsdp divides them among the processes and "
             "takes --optimizer adamw only"
         )
-    micro_step = cfg.batch_size * cfg.seq_len * world_size
+    if cfg.eval_only and cfg.resume in ("", "newest") and not cfg.init_from:
+        raise ValueError(
+            "--eval-only needs a model: give --resume (a run, a checkpoint; if alone, the newest run) "
+            "or --init-from (a checkpoint, a size name or a Hub id)"
+        )
+    if cfg.eval_only and not (cfg.val_every or cfg.hellaswag_every or cfg.sample_every):
+        raise ValueError(
+            "--eval-only has nothing to do: --val-every, --hellaswag-every and --sample-every are 0; set one"
+        )
+    micro_step = rows * cfg.seq_len * world_size
     if cfg.total_batch_tokens % micro_step:
         below = cfg.total_batch_tokens // micro_step * micro_step
         near = " or ".join(f"{n}" for n in (below, below + micro_step) if n)
         raise ValueError(
             f"--total-batch-tokens {cfg.total_batch_tokens} is no multiple of the {micro_step} tokens of a "
-            f"micro-step (--batch-size {cfg.batch_size} x --seq-len {cfg.seq_len} x {world_size} processes); "
+            f"micro-step (--batch-size {rows} x --seq-len {cfg.seq_len} x {world_size} processes); "
             f"the nearest that are: {near}; or change --batch-size"
         )
 
@@ -464,7 +488,7 @@ def start_process(cfg: Config) -> Process:
     name = cfg.device
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = checkpoint.pick_device(name)
+    device = checkpoint.pick_device(name, spare_memory=cfg.fsdp)
     if device.type == "mps":
         raise ValueError(
             "--device mps has one GPU and takes one process; several processes need --device cpu"
@@ -518,16 +542,28 @@ def compile_blocks(model: GPT, x: torch.Tensor, y: torch.Tensor, autocast: torch
     return outcome
 
 
-def sharded(model: GPT, process: Process) -> GPT:
+def replicated(model: torch.nn.Module, cfg: Config, device: torch.device) -> DistributedDataParallel:
+    """The model with gradients that are averaged over all processes, bucket by bucket while the backward pass
+    goes on."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+    ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if cfg.reduce_dtype == "bfloat16":  # by another name: DDP would refuse it on the CPU, though gloo has it
+        ddp.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
+    return ddp
+
+
+def sharded(model: GPT, cfg: Config, process: Process) -> GPT:
     """The model on the device, its weights divided among the processes, and with them gradients and optimizer
     state (ZeRO-3: Rajbhandari et al., 2020, arXiv:1910.02054); a block's are gathered while it computes."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(process.device.type, (process.world_size,))
+    policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, cfg.reduce_dtype))
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)  # type: ignore[return-value]
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)  # type: ignore[return-value]
 
 
 def gathered(model: GPT) -> GPT:
@@ -583,6 +619,30 @@ def learning_rate(step: int, cfg: Config) -> float:
     return cfg.learning_rate * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * height)
 
 
+def workload(
+    cfg: Config, config: GPTConfig, dtype: torch.dtype, device: torch.device, world_size: int
+) -> plan.Workload:
+    """A step of this run, as plan.py takes it."""
+    return plan.Workload(
+        config, cfg.seq_len, cfg.total_batch_tokens, cfg.optimizer, world_size, dtype, device.type, cfg.fsdp,
+        cfg.activation_checkpointing,
+    )  # fmt: skip
+
+
+def choose_batch_size(work: plan.Workload, model: GPT, process: Process) -> tuple[int, str]:
+    """What --batch-size auto means, the same on all processes, and why. Raises ValueError where not even one
+    sequence fits."""
+    process.sum(0.0)  # now all have their weights, and no more
+    mine, why = work.fitting_batch(model)
+    chosen = int(min(process.sum(*(mine * (r == process.rank) for r in range(process.world_size)))))
+    if not chosen:
+        raise ValueError(
+            f"--batch-size auto: not even one sequence of {work.seq_len} tokens fits ({why}); a smaller "
+            "--model-size or --seq-len would"
+        )
+    return chosen, f"auto, {why}"
+
+
 # -----------------------------------------------------------------------------
 # periodic jobs
 
@@ -591,6 +651,7 @@ def learning_rate(step: int, cfg: Config) -> float:
 def validation_loss(model: GPT, reader: shards.ShardReader, cfg: Config, process: Process) -> float:
     """Mean loss, nats a token, over the first val_tokens of the validation split: the same tokens whatever
     the number of processes and the batch size."""
+    assert cfg.batch_size != "auto"
     windows = min(reader.num_windows, max(1, cfg.val_tokens // cfg.seq_len))
     positions = range(0, windows * cfg.seq_len, cfg.seq_len)
     mine, total = positions[process.rank :: process.world_size], 0.0
@@ -619,11 +680,11 @@ def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
 
 
 class RunLog:
-    """log.txt, a line a fact: `<step> <stream> <value>`. Only rank 0 writes."""
+    """log.txt, a line a fact: `<step> <stream> <value>`. One process writes, if any."""
 
-    def __init__(self, folder: Path, rank: int, resumed_step: int | None):
+    def __init__(self, folder: Path, writes: bool, resumed_step: int | None):
         self.file = None
-        if rank:
+        if not writes:
             return
         path = folder / "log.txt"
         if resumed_step is not None and path.exists():
@@ -650,14 +711,14 @@ class RunLog:
 
 def find_data(cfg: Config, process: Process) -> shards.Folder:
     """The shards: on the Hub, or in a folder relative to here or to this script; the demo's are made if
-    missing."""
+    missing, but not by a dry run."""
     if cfg.dataset_path.startswith(remote.HUB_PREFIX):
         first = shards.HubFolder(cfg.dataset_path, 1e9 * cfg.cache_gb) if process.rank == 0 else None
         location = process.agree(first and first.name)  # with its commit: the same for all
         return first or shards.HubFolder(location, 1e9 * cfg.cache_gb)
     data = Path(cfg.dataset_path)
     data = data if data.exists() or data.is_absolute() else ROOT / data
-    if process.rank == 0 and data.name == "pydocs" and not shards.is_complete(data):
+    if process.rank == 0 and data.name == "pydocs" and not shards.is_complete(data) and not cfg.dry_run:
         print(
             "Making shards of the installed packages' documentation (fineweb.py --source pydocs)", flush=True
         )
@@ -700,7 +761,8 @@ def find_hellaswag(cfg: Config, process: Process) -> tuple[list[dict], str]:
 
 
 def build_model(cfg: Config) -> GPT:
-    """The network that the flags describe, on the CPU, initialised from the seed or from --init-from."""
+    """The network that the flags describe, on the CPU, initialised from the seed or from --init-from; for a
+    dry run without memory."""
     if cfg.init_from:
         if cfg.model_size != Config.model_size or (cfg.n_layer, cfg.n_head, cfg.n_embd) != (None, None, None):
             raise ValueError(
@@ -714,28 +776,50 @@ def build_model(cfg: Config) -> GPT:
         return model
     shape = {k: v for k in ("n_layer", "n_head", "n_embd") if (v := getattr(cfg, k)) is not None}
     torch.manual_seed(cfg.seed)
-    return GPT(GPTConfig.named(cfg.model_size, block_size=cfg.seq_len, dropout=cfg.dropout, **shape))
+    with torch.device("meta" if cfg.dry_run else "cpu"):
+        return GPT(GPTConfig.named(cfg.model_size, block_size=cfg.seq_len, dropout=cfg.dropout, **shape))
+
+
+def find_run(cfg: Config, config: GPTConfig, process: Process) -> Path:
+    """The folder of the run. Raises ValueError if that of a new one is there already, or has links in it."""
+    name = cfg.run_name or f"gpt2-{config.num_params / 1e6:.0f}M_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    log_root = Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT
+    run = checkpoint.run_folder(log_root, process.agree(name))
+    if process.rank == 0 and not (cfg.resume or cfg.eval_only) and run.exists() and any(run.iterdir()):
+        raise ValueError(f"{run} exists: go on with it (--resume {run}) or choose another --run-name")
+    if links := [path for path in run.iterdir() if path.is_symlink()] if run.is_dir() else []:
+        raise ValueError(f"{links[0]} is a link; a run writes only into its own folder: remove the link")
+    return run
 
 
 def open_run(
     cfg: Config, config: GPTConfig, process: Process, at_end: contextlib.ExitStack
 ) -> tuple[Path, dict]:
-    """Makes the run's folder, or finds the resumed one's, and locks it until at_end; returns it and the
-    settings as they are saved. Raises ValueError if another process uses it."""
-    name = cfg.run_name or f"gpt2-{config.num_params / 1e6:.0f}M_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    log_root = Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT
-    run = checkpoint.run_folder(log_root, process.agree(name))
+    """Makes the run's folder, or finds the resumed one's, and locks it until at_end (only evaluating needs
+    neither); returns it and the settings as they are saved. Raises ValueError if another process uses it."""
+    run = find_run(cfg, config, process)
     settings = dataclasses.asdict(cfg) | {"run_name": run.name, "resume": "", "override": False}
-    if process.rank == 0:
-        if not cfg.resume and run.exists() and any(run.iterdir()):
-            raise ValueError(f"{run} exists: go on with it (--resume {run}) or choose another --run-name")
+    if process.rank == 0 and not cfg.eval_only:
         at_end.callback(checkpoint.unlock, checkpoint.lock(run))
         run.mkdir(exist_ok=True)
-        if links := [path for path in run.iterdir() if path.is_symlink()]:
-            raise ValueError(f"{links[0]} is a link; a run writes only into its own folder: remove the link")
         checkpoint.clean(run)
         (run / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     return run, settings
+
+
+def describe(config: GPTConfig) -> str:
+    return (
+        f"GPT-2, {config.num_params:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
+        f"{config.n_embd} channels, {config.block_size} positions"
+    )
+
+
+def describe_batch(cfg: Config, batch_size: int, world_size: int, why: str) -> str:
+    micro_steps = cfg.total_batch_tokens // (batch_size * cfg.seq_len * world_size)
+    return (
+        f"batch  {cfg.total_batch_tokens:,} tokens = {batch_size} sequences x {cfg.seq_len} tokens x "
+        f"{world_size} processes x {micro_steps} micro-steps{f' ({why})' if why else ''}"
+    )
 
 
 def shown(path: Path) -> str:
@@ -774,7 +858,7 @@ def main(cfg: Config) -> Path:
             at_end.callback(beating.join, 2.0)
             at_end.callback(process.is_over.set)  # callbacks are called last to first
         try:
-            return train(cfg, process, at_end)
+            return dry_run(cfg, process) if cfg.dry_run else train(cfg, process, at_end)
         except RuntimeError:  # where one process is lost, the others fail in what they do together
             if process.world_size > 1:
                 print(f"rank {process.rank} failed; {process.silent()}", file=sys.stderr, flush=True)
@@ -792,13 +876,14 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         if rank == 0:
             print(text, flush=True)
 
+    began = time.monotonic()
     check(cfg, world_size)
     if cfg.activation_checkpointing and cfg.dropout and device.type == "mps":
         raise ValueError(  # torch.utils.checkpoint keeps the state of CUDA's and the CPU's generators only
             f"--dropout is {cfg.dropout}; on mps --activation-checkpointing cannot draw the same twice: leave"
             " out one of the two"
         )
-    if cfg.hub_repo and rank == 0:
+    if cfg.hub_repo and rank == 0 and not cfg.eval_only:
         check_hub(cfg)
 
     # ---- data
@@ -807,7 +892,6 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     val_data = shards.ShardReader(data, "val", cfg.seq_len, cfg.seed) if cfg.val_every else None
     data_fingerprint = data.fingerprint()
     sequences = cfg.total_batch_tokens // cfg.seq_len  # a step
-    accumulation = sequences // (cfg.batch_size * world_size)  # micro-steps a step
 
     # ---- model, optimizers and, where a run goes on, their state
     saved = checkpoint.load(Path(cfg.resume), cfg.dropout) if cfg.resume not in ("", "newest") else None
@@ -821,7 +905,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     changes = check_same(cfg, data_fingerprint, world_size, resumed) if resumed else []
     raw_model = saved.model if saved else build_model(cfg)
     config, is_sharded = raw_model.config, cfg.fsdp and world_size > 1
-    raw_model = sharded(raw_model, process) if is_sharded else raw_model.to(device)
+    raw_model = sharded(raw_model, cfg, process) if is_sharded else raw_model.to(device)
     raw_model.recompute = cfg.activation_checkpointing
     dtype, why = process.agree(checkpoint.pick_dtype(cfg.dtype, device, resumed.get("dtype")))
     autocast = torch.autocast(
@@ -830,6 +914,12 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         enabled=dtype != torch.float32,
         cache_enabled=not cfg.activation_checkpointing,  # it keeps cast copies of all weights in the forward
     )
+    batch_size, batch_why = cfg.batch_size, ""
+    if batch_size == "auto":
+        work = workload(cfg, config, dtype, device, world_size)
+        batch_size, batch_why = choose_batch_size(work, raw_model, process)
+        cfg = dataclasses.replace(cfg, batch_size=batch_size)  # as it is saved
+    accumulation = sequences // (batch_size * world_size)  # micro-steps a step
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizers = make_optimizers(cfg, raw_model)
     if saved:
@@ -838,7 +928,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             scaler.load_state_dict(resumed["scaler"])
         saved = None  # its tensors have been copied
     run, settings = open_run(cfg, config, process, at_end)
-    log = RunLog(run, rank, resumed.get("step"))
+    log = RunLog(run, rank == 0 and not cfg.eval_only, resumed.get("step"))
 
     # ---- header
     manifest = shards.read_manifest(data.folder) or {}
@@ -847,14 +937,10 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     trained_on = f"{source} ({train_data.num_tokens:,} tokens)"
     entropy = val_data.unigram_entropy(cfg.val_tokens) if val_data else math.nan
     epochs = cfg.max_steps * sequences / train_data.num_windows
-    description = (
-        f"GPT-2, {config.num_params:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
-        f"{config.n_embd} channels, {config.block_size} positions"
-    )
+    description = describe(config)
     say(f"model  {description}; {cfg.optimizer}")
     say(f"data   {shown(data.folder)}: {train_data.num_tokens:,} training tokens, {epochs:.2f} epochs")
-    say(f"batch  {cfg.total_batch_tokens:,} tokens = {cfg.batch_size} sequences x {cfg.seq_len} tokens x "
-        f"{world_size} processes x {accumulation} micro-steps")  # fmt: skip
+    say(describe_batch(cfg, batch_size, world_size, batch_why))
     say(f"device {device}, {str(dtype).removeprefix('torch.')} ({why})")
     if cfg.fsdp:
         say(f"fsdp   {1 / world_size:.0%} of weights, gradients and optimizer state on each process")
@@ -863,27 +949,30 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             "knows only how frequent each is (the validation split's unigram entropy)")  # fmt: skip
     if cfg.warmup_steps > cfg.max_steps:
         say(f"note   the run ends within its {cfg.warmup_steps} steps of warm-up (--warmup-steps)")
-    say(f"run    {shown(run)}" + (f", resumed at step {resumed['step']}" if resumed else ""))
+    if cfg.eval_only:
+        say(f"only evaluating {shown(Path(cfg.resume)) if resumed else cfg.init_from}; nothing is written")
+    else:
+        say(f"run    {shown(run)}" + (f", resumed at step {resumed['step']}" if resumed else ""))
     for change in changes:
         say(f"note   {change}")
-    if resumed and rank == 0:
+    if resumed and rank == 0 and not cfg.eval_only:
         for folder in checkpoint.abandon(run, resumed["step"]):
             say(f"note   a newer checkpoint is now {shown(folder)}")
 
     # ---- what wraps the model; evaluation and checkpoints use raw_model
     model: torch.nn.Module = raw_model
-    if cfg.compile or world_size > 1:  # a batch to try things on
-        first = train_data.batch(resumed.get("step", 0), 0, cfg.batch_size, sequences)
+    if (cfg.compile or world_size > 1) and not cfg.eval_only:  # a batch to try things on
+        first = train_data.batch(resumed.get("step", 0), 0, batch_size, sequences)
         x, y = (t.to(device) for t in first)
-    if cfg.compile:
+    if cfg.compile and not cfg.eval_only:
         torch._dynamo.config.optimize_ddp = False  # one graph; ours has nothing to gain from cutting it
         if is_sharded:
             outcome = compile_blocks(raw_model, x, y, autocast)
         else:
             model, outcome = compiled(raw_model, x, y, autocast)
         say(outcome)
-    if world_size > 1 and not is_sharded:
-        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if world_size > 1 and not is_sharded and not cfg.eval_only:
+        model = replicated(model, cfg, device)
         # After its first backward pass DDP puts the gradients in another order, and adds them up in another.
         # So that pass is not a step of the run, or a resumed run would differ from an uninterrupted one.
         with autocast:
@@ -903,18 +992,21 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     recent_losses = deque(resumed.get("recent_losses", []), maxlen=SPIKE_WINDOW)
     signals, saver = Signals(), checkpoint.Saver(run, cfg.keep_last, cfg.keep_every, cfg.hub_repo)
     at_end.callback(signals.restore)
-    if rank == 0:
+    if cfg.eval_only:
+        signals.restore()  # Ctrl-C ends it at once
+    elif rank == 0:
         saver.send(last_checkpoint)  # it may not have reached the Hub
     stop_code, overdue, saved_at, train_seconds = 0, False, time.monotonic(), 0.0
     steps = range(first_step, cfg.max_steps)
     batches = train_data.batches(
-        steps, accumulation, cfg.batch_size, sequences, rank, world_size, pin_memory=device.type == "cuda"
+        steps, accumulation, batch_size, sequences, rank, world_size, pin_memory=device.type == "cuda"
     )
     for step in range(first_step, cfg.max_steps + 1):
         due = jobs_due(step, cfg)
         if stop_code:
             due = {"checkpoint": True}
-        elif resumed and step == first_step:  # it may have been evaluated before it was saved
+        elif resumed and step == first_step and not cfg.eval_only:
+            # It may have been evaluated before it was saved.
             due = {} if resumed.get("evaluated", True) else {**due, "checkpoint": False}
         val_loss = hellaswag_score = None
         raw_model.eval()
@@ -962,7 +1054,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             last_checkpoint, saved_at = run / f"step_{step:06d}", time.monotonic()
             say(f"step {step:>6} | saving {shown(last_checkpoint)}; training paused for "
                 f"{1000 * (time.perf_counter() - begin):.0f} ms")  # fmt: skip
-        if stop_code or step == cfg.max_steps:
+        if stop_code or step == cfg.max_steps or cfg.eval_only:
             break
 
         begin = time.perf_counter()
@@ -994,9 +1086,10 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         if is_sharded:
             norm = norm.full_tensor()  # type: ignore[attr-defined]
         is_old = cfg.checkpoint_minutes and time.monotonic() - saved_at > 60 * cfg.checkpoint_minutes
+        is_late = cfg.max_hours and time.monotonic() - began > 3600 * cfg.max_hours
         caught = [signals.caught == number for number in STOP_SIGNALS]
-        loss_sum, old, orphans, *signaled = process.sum(
-            train_loss.item(), bool(is_old and rank == 0), process.is_orphan.is_set(), *caught
+        loss_sum, old, late, orphans, *signaled = process.sum(
+            train_loss.item(), bool(is_old and rank == 0), bool(is_late), process.is_orphan.is_set(), *caught
         )  # .item() waits for the device
         loss_value, overdue = loss_sum / world_size, bool(old)
         is_finite = math.isfinite(loss_value) and bool(norm.isfinite())  # both are the same on all processes
@@ -1030,6 +1123,9 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             stop_code = 3
             say(f"stopping: {bad_steps} steps in a row were not finite; try a lower --learning-rate, or "
                 "--dtype float32")  # fmt: skip
+        if late:
+            stop_code = 4
+            say(f"stopping: it has run for --max-hours {cfg.max_hours:g}")
         if orphans:
             stop_code = 128 + signal.SIGTERM
             say("stopping: torchrun is gone")
@@ -1053,7 +1149,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         # it holds the interpreter's lock, for which one of them may be waiting (a hang seen with torch 2.13).
         del model
         dist.destroy_process_group()
-    if rank == 0:
+    if rank == 0 and not cfg.eval_only:
         for news in saver.finish(wait=not stop_code):
             say(news)
         if not stop_code:
@@ -1064,27 +1160,87 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     return run
 
 
+def dry_run(cfg: Config, process: Process) -> Path:
+    """Checks what a run would check and prints what it would take; returns the folder that it would have.
+    Data that are not there are no error."""
+    device, world_size = process.device, max(process.world_size, cfg.num_gpus)  # --num-gpus are not started
+    windows, data_fingerprint = 0, ""
+
+    def say(text: str):
+        if process.rank == 0:
+            print(text, flush=True)
+
+    check(cfg, world_size)
+    if device.type == "cuda" and process.world_size == 1 and cfg.num_gpus > torch.cuda.device_count():
+        raise ValueError(f"--num-gpus is {cfg.num_gpus}; this machine has {torch.cuda.device_count()}")
+    if cfg.hub_repo and process.rank == 0:
+        check_hub(cfg)
+    try:
+        data = find_data(cfg, process)
+    except FileNotFoundError as error:
+        say(f"note   the data are not there: {error}")
+    else:
+        reader = shards.ShardReader(data, "train", cfg.seq_len, cfg.seed)
+        say(f"data   {shown(data.folder)}: {reader.num_tokens:,} training tokens")
+        if cfg.val_every:
+            shards.ShardReader(data, "val", cfg.seq_len, cfg.seed)
+        windows, data_fingerprint = reader.num_windows, data.fingerprint()
+    saved = checkpoint.load(Path(cfg.resume), cfg.dropout) if cfg.resume not in ("", "newest") else None
+    resumed = saved.state if saved else {}
+    if resumed:
+        for change in check_same(cfg, data_fingerprint or resumed["data"], world_size, resumed):
+            say(f"note   {change}")
+    model = saved.model if saved else build_model(cfg)
+    dtype, why = process.agree(checkpoint.pick_dtype(cfg.dtype, device, resumed.get("dtype")))
+    run = find_run(cfg, model.config, process)
+    if run.exists() and process.rank == 0:
+        checkpoint.unlock(checkpoint.lock(run))  # nobody else has it
+
+    work = workload(cfg, model.config, dtype, device, world_size)
+    batch_size, batch_why = cfg.batch_size, ""
+    if batch_size == "auto":
+        batch_size, batch_why = choose_batch_size(work, model.to("meta"), process)
+    say(f"model  {describe(model.config)}; {cfg.optimizer}")
+    say(describe_batch(cfg, batch_size, world_size, batch_why))
+    say(f"device {device}, {str(dtype).removeprefix('torch.')} ({why})")
+    steps = cfg.max_steps - resumed.get("step", 0)
+    tokens = steps * cfg.total_batch_tokens
+    epochs = f", {tokens / cfg.seq_len / windows:.2f} epochs" if windows else ""
+    say(f"steps  {steps:,}, {tokens:,} tokens{epochs}")
+    say(plan.describe_memory(work, batch_size, device))
+    flops = model.config.flops_per_token(cfg.seq_len)
+    say(f"flops  {flops / 1e9:.2f} GFLOP a token (forward and backward), {tokens * flops:.2e} in all")
+    say(f"hours  without evaluation, on {world_size} of these GPUs at {plan.MFU:.0%} of the peak:")
+    say(plan.describe_hours(tokens * flops, world_size, cfg.dollars_per_gpu_hour))
+    say(f"run    {shown(run)}; this was a dry run: nothing is written")
+    if process.world_size > 1:
+        dist.destroy_process_group()
+    return run
+
+
 def jobs_due(step: int, cfg: Config) -> dict[str, bool]:
-    """Which periodic jobs a step begins with: those whose interval divides it; at the end, all of them."""
+    """Which periodic jobs a step begins with: those whose interval divides it; at the end, all of them; with
+    --eval-only all evaluations."""
 
     def due(every: int) -> bool:
-        return every > 0 and (step % every == 0 or step == cfg.max_steps)
+        return every > 0 and (step % every == 0 or step == cfg.max_steps or cfg.eval_only)
 
     return {
         "val": due(cfg.val_every),
         "hellaswag": due(cfg.hellaswag_every),
         "sample": due(cfg.sample_every),
         "checkpoint": step > 0
+        and not cfg.eval_only
         and (due(cfg.checkpoint_every) or (cfg.checkpoint_minutes > 0 and step == cfg.max_steps)),
     }
 
 
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """What PEAK_FLOPS says of the device; 0 where it says nothing, or for float32."""
+    """What plan.PEAK_FLOPS says of the device; 0 where it says nothing, or for float32."""
     if device.type != "cuda" or dtype == torch.float32:
         return 0.0
     name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), 0.0)
+    return next((flops for part, flops in plan.PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), 0.0)
 
 
 def format_seconds(seconds: float) -> str:
@@ -1109,7 +1265,7 @@ def torchrun(processes: int, argv: list[str]):
 if __name__ == "__main__":
     try:
         cfg = parse_args(sys.argv[1:])
-        if cfg.num_gpus > 1 and "RANK" not in os.environ:
+        if cfg.num_gpus > 1 and "RANK" not in os.environ and not cfg.dry_run:
             check(cfg, cfg.num_gpus)
             torchrun(cfg.num_gpus, sys.argv[1:])
         else:

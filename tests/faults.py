@@ -281,3 +281,46 @@ def hide_compiler(*on_ranks: int):
     os.environ["CXX"] = "/nonexistent"
     if "torch._inductor.config" in sys.modules:  # it has read the variable
         sys.modules["torch._inductor.config"].cpp.cxx = (None, "/nonexistent")
+
+
+def two_hours_pass(step: int, on_rank: int):
+    """From a step on, one rank's clock says that it is two hours later."""
+    clock = time.monotonic
+
+    def turn(at_step: int, micro_step: int):
+        if at_step >= step and rank() == on_rank:
+            time.monotonic = lambda: clock() + 7200
+
+    each_training_forward(turn)
+
+
+def take_hellaswag_from(file: Path):
+    """Items of a test's own in place of HellaSwag's."""
+    hellaswag.download.__defaults__ = (hellaswag.URL, file, hellaswag.SHA256, 1)
+
+
+def pretend_memory(*available: float):
+    """A machine on which so many bytes are available, to each rank another number, and that sets no limit."""
+    read = Path.read_text
+
+    def pretend(self: Path, *args, **kwargs) -> str:
+        if str(self) == "/proc/self/cgroup":
+            return ""
+        if str(self) == "/proc/meminfo":
+            return f"MemTotal: 1 kB\nMemAvailable:  {available[rank()] / 1024:.0f} kB\n"
+        return read(self, *args, **kwargs)
+
+    Path.read_text = pretend
+
+
+def note_memory(file: Path):
+    """Writes down the bytes of memory that the process has had at once, before the model is made and before
+    each step."""
+
+    def note(*args):
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        with open(file, "a", encoding="utf-8") as f:
+            f.write(f"{int(status.partition('VmHWM:')[2].split()[0]) * 1024}\n")
+
+    before(GPT, "__init__", note)
+    each_training_forward(lambda step, micro_step: note() if micro_step == 0 else None)

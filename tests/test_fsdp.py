@@ -78,6 +78,12 @@ def test_losses_are_those_of_whole_copies_and_of_one_process(whole):
         assert values(fsdp, stream) == pytest.approx(values(one, stream), rel=tolerance)
 
 
+@pytest.mark.parametrize("changes", [{}, FSDP], ids=["whole copies", "sharded"])
+def test_gradients_exchanged_in_bfloat16_are_rounded_and_no_worse(whole, changes):
+    exact, rounded = (values(whole(2, reduce_dtype=dtype, **changes)) for dtype in ("float32", "bfloat16"))
+    assert exact != rounded and rounded == pytest.approx(exact, abs=1e-2)
+
+
 def test_each_process_has_its_share_and_one_block_at_a_time(launch, config, tmp_path):
     launch(config, world_size=2, patches=[partial(faults.note_shards, tmp_path)]).finish()
     (tmp_path / "sharded").mkdir()

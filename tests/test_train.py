@@ -305,6 +305,7 @@ ABOVE_0 = [
 FROM_0 = [
     "val_every", "hellaswag_every", "sample_every", "checkpoint_every", "max_steps", "warmup_steps",
     "weight_decay", "grad_clip", "hellaswag_limit", "seed", "checkpoint_minutes", "keep_last", "keep_every",
+    "max_hours", "dollars_per_gpu_hour",
 ]  # fmt: skip
 REAL = ["learning_rate", "cache_gb", "timeout_seconds", "weight_decay", "grad_clip", "checkpoint_minutes"]
 NONSENSE = [

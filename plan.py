@@ -1,0 +1,234 @@
+"""What a training will take, before it begins: memory by part, the largest batch that fits, hours, money.
+
+    python train_gpt2.py --dry-run                   # of a run as its flags describe it
+    python train_gpt2.py --batch-size auto           # the largest batch that fits this device
+    python bench.py --plan --model-size 350M         # of a size, on GPUs that need not be there
+
+The memory is counted tensor by tensor, from model.py; tests hold it against the measured peak of real steps.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig
+
+# Peak dense bf16 (T4, V100: fp16) FLOP/s, from NVIDIA's data sheets; longer names first.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
+    "A10G": 70e12, "A10": 125e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
+}  # fmt: skip
+MFU = 0.4  # share of the peak that a plan counts on: model FLOPs utilisation
+# The share of free memory that --batch-size auto leaves alone: on CUDA it has tried, elsewhere it computes.
+HEADROOM = {"cuda": 0.1, "cpu": 0.2, "mps": 0.2}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A training step, as far as its memory depends on it."""
+
+    config: GPTConfig
+    seq_len: int = 1024
+    total_batch_tokens: int = 524_288
+    optimizer: str = "adamw"
+    world_size: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    device_type: str = "cuda"
+    fsdp: bool = False
+    recompute: bool = False
+
+    def accumulates(self, batch_size: int) -> bool:
+        """Whether there are gradients of an earlier micro-step."""
+        return self.total_batch_tokens > batch_size * self.seq_len * self.world_size
+
+    def step_bytes(self, batch_size: int) -> dict[str, float]:
+        """Memory of one process by part, without torch.compile, at a step's peak: when the loss has just been
+        computed or, of a small batch, when all gradients are there."""
+        config, width = self.config, self.dtype.itemsize
+        C, L, P = config.n_embd, config.n_layer, config.num_params
+        N, embedding, matrices = batch_size * self.seq_len, config.padded_vocab_size * C, 12 * L * C * C
+        on_cpu, is_cast = self.device_type == "cpu", width < 4
+        is_divided, is_copied = self.fsdp and self.world_size > 1, self.world_size > 1 and not self.fsdp
+        share = 1 / self.world_size if is_divided else 1
+        accumulates = self.accumulates(batch_size)
+
+        # A layer keeps, in bytes a channel: the residual stream twice (float32), both LayerNorms' outputs,
+        # q, k, v, the attention's output, and the MLP's inside before and after GELU, four times as wide.
+        layer = 2 * 4 + 2 * width + 3 * width + width + 2 * 4 * width
+        if config.dropout and on_cpu:  # two masks; attention keeps T x T numbers three times, all in float32
+            layer += 2 * width + 3 * 4 * config.n_head * self.seq_len / C + 6 * is_cast
+        elif config.dropout:  # two masks of bytes
+            layer += 2
+        layers = 4 * L + layer if self.recompute else L * layer  # of all but one layer, the input only
+        cast = matrices / L if self.recompute else matrices  # autocast's copies
+        # LinearCrossEntropy has the embedding's copy, if it is cast, and its gradient; then either a chunk's
+        # logits and log-softmax, or the chunk's share of the gradient (which a CPU casts, too).
+        chunk, kept = N / 8 * config.padded_vocab_size, embedding * (4 + width * is_cast)
+        at_logits = kept + chunk * (4 + 4)
+        at_gradient = kept + chunk * (4 + width * is_cast) + embedding * (width + 4 * (is_cast and on_cpu))
+
+        root = 4 * (embedding + config.block_size * C)  # FSDP gathers it for the step, and two blocks in turn
+        always = {
+            "weights": 4 * P * share,
+            "gathered": (root + 2 * 4 * matrices / L) * is_divided,
+            "optimizer": (8 * P - 4 * matrices * (self.optimizer == "muon")) * share,
+            "exchange": 4 * P * is_copied,  # DistributedDataParallel's buckets
+        }
+        at_loss = always | {
+            "weights": 4 * P * share + width * cast * is_cast,
+            "gradients": 4 * P * share * accumulates,
+            "activations": N * C * (layers + 4 + 3 * width),
+            "loss": max(at_logits, at_gradient),
+        }
+        # The embedding's gradient is the sum of two; FSDP divides it when it is whole.
+        at_end = always | {"gradients": 4 * (P * share + (3 if is_divided else 2) * embedding)}
+        parts = max(at_loss, at_end, key=lambda parts: sum(parts.values()))
+        if on_cpu:  # holes in a heap that is never trimmed (pick_device), and torch's kernels: as measured
+            parts |= {"rest": 0.1 * sum(parts.values()) + 0.1e9}
+        return {name: float(size) for name, size in parts.items() if size}
+
+    def need(self, batch_size: int) -> float:
+        """All parts of `step_bytes` together."""
+        return sum(self.step_bytes(batch_size).values())
+
+    def saving_bytes(self) -> int:
+        """Main memory for copies while a checkpoint is written: weights and optimizer, and the weights once
+        more in Hugging Face's layout."""
+        return (4 + 8 + 4) * self.config.num_params
+
+    def largest_batch(self, fits: Callable[[int], bool]) -> int:
+        """The largest batch_size that divides a process's share of a step and that fits; 0 if none does."""
+        share = self.total_batch_tokens // (self.seq_len * self.world_size)
+        return next((n for n in range(share, 0, -1) if share % n == 0 and fits(n)), 0)
+
+    def fitting_batch(self, model: GPT) -> tuple[int, str]:
+        """The largest batch that fits the memory of the model's device, 0 if none does; and by what account.
+        On CUDA steps are tried; elsewhere, and for a sharded model or one without memory, `step_bytes`
+        decides."""
+        device, weights = torch.device(self.device_type), model.wte.weight
+        is_tried = self.device_type == "cuda" and not weights.is_meta and not self.fsdp
+        if is_tried:
+            device = weights.device
+            peak_of_step(
+                model, 1, self.seq_len, self.dtype, 0, False
+            )  # CUDA's libraries take memory for good
+        free, source = free_memory(device, self.world_size)
+        taken = sum(p.nbytes for p in model.parameters() if not p.is_meta)
+        room = (free + taken) * (1 - HEADROOM[self.device_type])
+        room -= self.saving_bytes() * (self.device_type == "cpu")
+
+        def fits(batch_size: int) -> bool:
+            parts = self.step_bytes(batch_size)
+            if not is_tried:
+                return sum(parts.values()) <= room
+            beside = parts["optimizer"] + parts.get("exchange", 0)
+            return sum(parts.values()) <= 1.3 * room and (  # much more need not be tried
+                peak_of_step(
+                    model, batch_size, self.seq_len, self.dtype, beside, self.accumulates(batch_size)
+                )
+                <= room
+            )
+
+        how = (
+            f"{'tried' if is_tried else 'computed'}: within {room / 1e9:.1f} GB of the {free / 1e9:.1f} GB "
+            f"that are {source}, of which {HEADROOM[self.device_type]:.0%} are left alone"
+        )
+        return self.largest_batch(fits), how
+
+
+def peak_of_step(
+    model: GPT, batch_size: int, seq_len: int, dtype: torch.dtype, beside: float, has_gradients: bool
+) -> float:
+    """Bytes that forward and backward of so many sequences take on the GPU, tried, with so many `beside` them
+    and, on demand, gradients that are there before; inf where there are not so many."""
+    device, peak = model.wte.weight.device, math.inf
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        others = torch.empty(int(beside), dtype=torch.uint8, device=device)
+        for p in model.parameters() if has_gradients else ():
+            p.grad = torch.zeros_like(p)
+        idx = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)
+        cache_enabled = not model.recompute
+        with torch.autocast(device.type, dtype, dtype != torch.float32, cache_enabled):
+            loss = model.train()(idx, idx)
+        loss.backward()
+        peak = torch.cuda.max_memory_reserved(device)
+        del others, loss
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return peak
+
+
+def free_memory(device: torch.device, processes: int) -> tuple[float, str]:
+    """Bytes that this process, one of so many, may still take on its device, and by what account. Raises
+    ValueError where the system does not say."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached, "free on the GPU"
+    if device.type == "mps":
+        taken = torch.mps.driver_allocated_memory()
+        return torch.mps.recommended_max_memory() - taken, "what Metal recommends"
+    if Path("/proc/meminfo").exists():
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8")
+        available = 1024 * int(lines.partition("MemAvailable:")[2].split()[0])
+        free, source = min((available, "MemAvailable"), (cgroup_room(), "within the limit of its cgroup"))
+    else:
+        try:
+            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+        except (AttributeError, ValueError, OSError) as error:  # Windows
+            raise ValueError("this system does not say how much memory is free: give --batch-size") from error
+        source = "half of this machine's memory"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return free / local, f"{source} for each of {local} processes" if local > 1 else source
+
+
+def cgroup_room(root: Path = Path("/")) -> float:
+    """Bytes that the limits set on this process's memory (by a container, by SLURM) leave; inf if none is."""
+    room = math.inf
+    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, limit, used = {
+            "": ("sys/fs/cgroup", "memory.max", "memory.current"),
+            "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        }[controllers]
+        inside = root / top / group.lstrip("/")
+        for folder in (inside, *inside.parents):
+            # Without a limit there is no such file, or no number in it. What was read from disk makes room.
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                stat = (folder / "memory.stat").read_text(encoding="utf-8")
+                taken = int((folder / used).read_text(encoding="utf-8"))
+                taken -= int(stat.partition("\ninactive_file ")[2].split()[0])
+                room = min(room, int((folder / limit).read_text(encoding="utf-8")) - taken)
+    return room
+
+
+def describe_memory(work: Workload, batch_size: int, device: torch.device) -> str:
+    """The memory of a step by part, beside what is free."""
+    parts, saving = work.step_bytes(batch_size), work.saving_bytes()
+    need, (free, source) = sum(parts.values()), free_memory(device, work.world_size)
+    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    fits = need + saving * (device.type == "cpu") <= free
+    return (
+        f"memory {need / 1e9:.2f} GB a process at a step's peak, about: {listed}\n"
+        f"       {free / 1e9:.2f} GB are {source}; while a checkpoint is written, its copies take "
+        f"{saving / 1e9:.2f} GB of main memory"
+        + ("" if fits else "\nnote   this does not fit: take a smaller --batch-size, or auto")
+    )
+
+
+def describe_hours(flops: float, gpus: int = 1, dollars_per_gpu_hour: float = 0.0) -> str:
+    """A line a GPU: the hours of so many FLOPs on so many of it and, if a price is given, what they cost."""
+    lines = []
+    for name, peak in PEAK_FLOPS.items():
+        hours = flops / (MFU * peak * gpus) / 3600
+        dollars = f" {hours * gpus * dollars_per_gpu_hour:12,.2f} dollars" if dollars_per_gpu_hour else ""
+        lines.append(f"  {name:10} {hours:10,.2f}{dollars}")
+    return "\n".join(lines)
