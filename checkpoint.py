@@ -486,7 +486,7 @@ def newest_run(log_root: Path = LOG_ROOT) -> Path:
 
 def pick_device(name: str, spare_memory: bool = False) -> torch.device:
     """The device a --device flag means, made ready for speed or, on a CPU, to spare memory; "auto" is CUDA,
-    else Apple's MPS, else the CPU. Raises ValueError for a name that is no device, or one that is not there."""
+    else Apple's MPS, else the CPU. Raises ValueError for a name that is no device or that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
