@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -60,6 +61,8 @@ class Config:
     """Steps of the training loss's mean; 1 for none; by default a fiftieth of the longest run's."""
     log: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """A logarithmic horizontal axis."""
+    max_loss: float | None = None
+    """Losses above this are outside the picture, which leaves more room for those of the end."""
     theme: Literal["light", "dark"] = "light"
     """Colours."""
     text: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -153,8 +156,8 @@ def names_of(runs: list[Run]) -> list[str]:
 
 def label_of(run: Run, name: str) -> str:
     """The name and what the run reached."""
-    forms = {"val": "{:.3f}", "hella": "{:.1%}"}
-    bests = [form.format(run.best(stream)) for stream, form in forms.items() if stream in run.log]
+    forms = {"val": "{:.3f}".format, "hella": percent}
+    bests = [form(run.best(stream)) for stream, form in forms.items() if stream in run.log]
     return f"{name}: {', '.join(bests)}" if bests else name
 
 
@@ -164,24 +167,31 @@ def short(number: float, _: int | None = None) -> str:
     return f"{number / size:g}{letter}"
 
 
-def text(run: Run, name: str, window: int, width: int) -> str:
+def percent(share: float, _: int | None = None) -> str:
+    return f"{100 * share:.4g}%"
+
+
+def text(run: Run, name: str, width: int) -> str:
     """The run's curves as lines of bars, one under the other."""
     streams = [stream for stream in ("train", "val", "hella") if stream in run.log]
     last = max((run.log[stream][-1, 0] for stream in streams), default=0)
     lines = [f"{name}, steps 0 to {last:,.0f}"]
     for stream in streams:
-        steps, values = run.curve(stream, "step", window if stream == "train" else 1)
+        steps, values = run.curve(stream, "step")
         if len(values):
-            bars = sparkline(steps, values, last, width)
-            lines.append(f"{stream:5} {values[0]:7.4g} {bars} {values[-1]:.4g}, best {run.best(stream):.4g}")
+            best = "" if stream == "train" else f", best {run.best(stream):.4g}"
+            bars = sparkline(steps / (last or 1), values, width)
+            lines.append(f"{stream:5} {values[0]:7.4g} {bars} {values[-1]:.4g}{best}")
     return "\n".join(lines)
 
 
-def sparkline(x: np.ndarray, y: np.ndarray, last: float, width: int) -> str:
-    """A curve from x = 0 to last in `width` bars, the lowest for its lowest value."""
-    heights = np.interp(np.linspace(0, last, width), x, y)
-    levels = 7 * (heights - heights.min()) / (np.ptp(heights) or 1)
-    return "".join("▁▂▃▄▅▆▇█"[round(level)] for level in levels)
+def sparkline(x: np.ndarray, y: np.ndarray, width: int) -> str:
+    """Bars for x from 0 to 1, each as high as the mean of its values, and blanks where there is none."""
+    place = np.rint(x * (width - 1)).astype(int)
+    counts = np.bincount(place, minlength=width)
+    means = np.bincount(place, y, width) / np.where(counts, counts, np.nan)
+    levels = 7 * (means - np.nanmin(means)) / (np.nanmax(means) - np.nanmin(means) or 1)
+    return "".join("▁▂▃▄▅▆▇█"[round(level)] if level >= 0 else " " for level in levels)
 
 
 def style(theme: str) -> dict[str, Any]:
@@ -195,8 +205,9 @@ def style(theme: str) -> dict[str, Any]:
         **dict.fromkeys(["xtick.color", "ytick.color"], ink),
         "axes.prop_cycle": cycler(linestyle=["-", "--", "-.", ":"]) * cycler(color=colours.split()),
         "axes.grid": True, "grid.color": grid, "axes.spines.top": False, "axes.spines.right": False,
-        "legend.frameon": False, "legend.fontsize": 9, "legend.title_fontsize": 9,
-        "svg.fonttype": "none", "pdf.fonttype": 42, "savefig.dpi": 200,
+        "legend.edgecolor": "none", "legend.fontsize": 9, "legend.title_fontsize": 9,
+        "legend.handlelength": 3, "savefig.dpi": 200,
+        "svg.fonttype": "none", "pdf.fonttype": 42,
     }  # fmt: skip
 
 
@@ -211,37 +222,39 @@ def draw(runs: list[Run], cfg: Config) -> Any:
         figure = Figure(figsize=(12.8 if has_hella else 6.4, 4), layout="constrained")
         panels = figure.subplots(1, 1 + has_hella, squeeze=False)[0]
         loss, hella = panels[0], panels[-1]
+        faint = {"alpha": 0.3, "linewidth": 0.7}
         for run, name, look in zip(runs, names, itertools.cycle(matplotlib.rcParams["axes.prop_cycle"])):
-            points = {"marker": "o", "markersize": 5, "markeredgecolor": loss.get_facecolor()}
+            points = {"marker": "o", "markersize": 4.5, "markeredgecolor": loss.get_facecolor()}
             loss.plot([], [], **look, **points, label=label_of(run, name))
             if "train" in run.log:
-                loss.plot(*run.curve("train", cfg.x), color=look["color"], alpha=0.3, linewidth=0.7)
+                loss.plot(*run.curve("train", cfg.x), color=look["color"], linestyle="-", **faint)
                 loss.plot(*run.curve("train", cfg.x, window), **look)
             if "val" in run.log:
                 loss.plot(*run.curve("val", cfg.x), **{**look, **points, "linestyle": ""})
             if "hella" in run.log:
                 hella.plot(*run.curve("hella", cfg.x), **look, **points)
         reached = np.fmin.reduce([run.best("val") for run in runs])
-        draw_references(loss, VAL_LOSS, runs, "{:.2f}", lowest=reached - 1)
+        draw_references(loss, VAL_LOSS, runs, "{:.2f}".format, lowest=reached - 1)
         if has_hella:
-            draw_references(hella, HELLASWAG, runs, "{:.1%}")
-            hella.set_ylabel("HellaSwag acc_norm, completion style")
-            hella.yaxis.set_major_formatter("{x:.0%}")
-        mean = f"mean of {window} steps, faint: each; " if window > 1 else ""
-        loss.set_title(f"line: training loss, {mean}points: validation loss", fontsize=9, loc="left")
-        loss.set_ylabel("loss (nats a token)")
+            draw_references(hella, HELLASWAG, runs, percent)
+            hella.set_title("acc_norm, completion style", fontsize=9, loc="left")
+            hella.set_ylabel("HellaSwag")
+            hella.yaxis.set_major_formatter(percent)
+        mean = f", mean of {window} steps (faint: each step)" if window > 1 else ""
+        loss.set_title(f"lines: training loss{mean}; points: validation loss", fontsize=9, loc="left")
+        loss.set(ylabel="loss (nats a token)", ylim=(None, cfg.max_loss))
         finish_axes(figure, panels, cfg, are_many)
     return figure
 
 
-def draw_references(axes: Any, table: dict, runs: list[Run], form: str, lowest: float = -np.inf):
+def draw_references(axes: Any, table: dict, runs: list[Run], form: Callable, lowest: float = -np.inf):
     """The grey lines for the runs' sizes, named with their sources; none below lowest."""
     sizes = dict.fromkeys(run.size() for run in runs)
     lines = [line for size in sizes for line in table.get(size, {}).items()]
     dashes = itertools.cycle([(0, (6, 3)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2))])
     for (name, value), dash in zip(lines, dashes):
         if value >= lowest:
-            label = f"{name}: {form.format(value)}"
+            label = f"{name}: {form(value)}"
             axes.axhline(value, color=GREY, linestyle=dash, linewidth=1.2, label=label)
 
 
@@ -254,13 +267,13 @@ def finish_axes(figure: Any, panels: list, cfg: Config, are_many: bool):
         axes.xaxis.set_major_formatter(short)
     title = "best validation loss" + (", HellaSwag" if len(panels) > 1 else "")
     for axes in panels[are_many:]:
-        axes.legend(title=title if axes is panels[0] else None)
+        axes.legend(title=title if axes is panels[0] else None, alignment="left")
     if are_many:
         handles, labels = panels[0].get_legend_handles_labels()
         width, height = figure.get_size_inches()
         width += 0.6 + 0.07 * max(map(len, labels))
-        figure.set_size_inches(width, max(height, 0.6 + 0.18 * len(labels)))
-        figure.legend(handles, labels, title=title, loc="outside right upper")
+        figure.set_size_inches(width, max(height, 0.6 + 0.19 * len(labels)))
+        figure.legend(handles, labels, title=title, alignment="left", loc="outside right upper")
 
 
 def main(cfg: Config) -> Path | None:
@@ -281,7 +294,7 @@ def main(cfg: Config) -> Path | None:
     if cfg.text:
         width = max(10, shutil.get_terminal_size().columns - 40)
         for run, name in zip(runs, names_of(runs)):
-            print(text(run, name, mean_of(runs, cfg), width))
+            print(text(run, name, width))
         if not cfg.out:
             return None
     figure = draw(runs, cfg)

@@ -36,7 +36,7 @@ def test_the_notebook_runs_on_a_checkpoint(tmp_path):
     committed = pictures_in(notebook)
     notebook.cells[1].source = f"MODEL = {str(run)!r}"
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(ROOT)}}).execute()
-    assert pictures_in(notebook) == committed == 9
+    assert pictures_in(notebook) == committed == 8
     printed = "".join(output.get("text", "") for output in outputs_of(notebook))
     assert "transformer.wte.weight" in printed and "acc chooses" in printed and "run, steps 0 to 2" in printed
     first, last = re.findall(r"loss (\S+) at first, (\S+) at the end", printed)[0]

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from helpers import ROOT, run_script
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import plot
@@ -142,8 +143,8 @@ def test_the_command_draws_two_runs_into_one_picture(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
     found = words(out)
     for expected in (
-        "best validation loss, HellaSwag", "a: 9.250, 26.2%", "b: 8.500, 26.2%", "loss (nats a token)",
-        "GPT-2 124M (build-nanogpt): 29.6%", "GPT-3 Small (Brown et al., 2020): 33.7%",
+        "best validation loss, HellaSwag", "a: 9.250, 26.25%", "b: 8.500, 26.25%", "loss (nats a token)",
+        "GPT-2 124M (build-nanogpt): 29.55%", "GPT-3 Small (Brown et al., 2020): 33.7%",
     ):  # fmt: skip
         assert expected in found, expected
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["compare.svg"]
@@ -160,9 +161,9 @@ def test_each_run_is_drawn_in_a_look_of_its_own(tmp_path):
 def test_the_names_of_many_runs_can_be_read(tmp_path, number, name):
     """Inside the picture, beside the panels, none over another."""
     figure = figure_of(*(make_run(tmp_path / f"{name}{i}") for i in range(number)))
-    figure.canvas.draw()
+    FigureCanvasAgg(figure).draw()
     texts = figure.legends[0].get_texts()
-    assert [text.get_text() for text in texts] == [f"{name}{i}: 9.250, 26.2%" for i in range(number)]
+    assert [text.get_text() for text in texts] == [f"{name}{i}: 9.250, 26.25%" for i in range(number)]
     boxes = [text.get_window_extent() for text in texts]
     for box, below in zip(boxes, boxes[1:]):
         assert box.y0 >= below.y1 - 1
@@ -175,10 +176,10 @@ def test_the_names_of_many_runs_can_be_read(tmp_path, number, name):
 
 def test_runs_of_the_same_name_have_their_paths(tmp_path):
     runs = [make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")]
-    assert legend(figure_of(*runs).axes[0]) == [f"{run}: 9.250, 26.2%" for run in runs]
+    assert legend(figure_of(*runs).axes[0]) == [f"{run}: 9.250, 26.25%" for run in runs]
 
 
-SMALLEST = ["GPT-2 124M (build-nanogpt): 29.6%", "GPT-3 Small (Brown et al., 2020): 33.7%"]
+SMALLEST = ["GPT-2 124M (build-nanogpt): 29.55%", "GPT-3 Small (Brown et al., 2020): 33.7%"]
 
 
 @pytest.mark.parametrize(
@@ -188,15 +189,15 @@ SMALLEST = ["GPT-2 124M (build-nanogpt): 29.6%", "GPT-3 Small (Brown et al., 202
         ({"model_size": "774M", "n_layer": 4}, SMALLEST),
         (
             {"model_size": "350M", "n_layer": None},
-            ["GPT-2 350M (llm.c): 37.5%", "GPT-3 Medium (Brown et al., 2020): 43.6%"],
+            ["GPT-2 350M (llm.c): 37.52%", "GPT-3 Medium (Brown et al., 2020): 43.6%"],
         ),
         (
             {"model_size": "774M"},
-            ["GPT-2 774M (llm.c): 43.2%", "GPT-3 Large (Brown et al., 2020): 51.0%"],
+            ["GPT-2 774M (llm.c): 43.2%", "GPT-3 Large (Brown et al., 2020): 51%"],
         ),
         (
             {"model_size": "124M", "init_from": "gpt2-xl"},
-            ["GPT-2 1558M (build-nanogpt): 48.9%", "GPT-3 XL (Brown et al., 2020): 54.7%"],
+            ["GPT-2 1558M (build-nanogpt): 48.93%", "GPT-3 XL (Brown et al., 2020): 54.7%"],
         ),
     ],
 )
@@ -204,7 +205,7 @@ def test_the_grey_lines_are_those_of_the_models_size(tmp_path, settings, lines):
     hella = figure_of(make_run(tmp_path / "run", **settings)).axes[1]
     assert legend(hella) == lines
     drawn = [line.get_ydata()[0] for line in hella.lines if line.get_color() == plot.GREY]
-    assert [f"{height:.1%}" for height in drawn] == [line[-5:] for line in lines]
+    assert [f"{100 * height:.4g}%" for height in drawn] == [line.rpartition(" ")[2] for line in lines]
 
 
 def test_gpt2s_loss_is_drawn_where_a_run_comes_near_it_and_is_of_its_size(tmp_path):
@@ -220,9 +221,15 @@ def test_a_logarithmic_axis(tmp_path):
     run = make_run(tmp_path / "run", total_batch_tokens=500_000)
     figure = figure_of(run, log=True, x="tokens")
     assert [axes.get_xscale() for axes in figure.axes] == ["log", "log"]
-    figure.canvas.draw()
+    FigureCanvasAgg(figure).draw()
     assert "1M" in [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
     assert figure.axes[0].get_xlim()[0] > 100_000  # step 0 has no place on it, and does not stretch it
+
+
+def test_the_steep_beginning_can_be_left_out(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert figure_of(run, max_loss=9.6).axes[0].get_ylim() == (pytest.approx(9.2, abs=0.1), 9.6)
+    assert figure_of(run).axes[0].get_ylim()[1] > 10.9
 
 
 @pytest.mark.parametrize(("theme", "paper"), [("light", (255, 255, 255)), ("dark", (13, 17, 23))])
@@ -278,10 +285,14 @@ def test_the_newest_run_is_drawn_by_default(tmp_path, monkeypatch):
 
 
 def test_a_curve_as_bars():
-    x = np.array([0.0, 7.0])
-    assert plot.sparkline(x, np.array([7.0, 0.0]), 7, 8) == "█▇▆▅▄▃▂▁"
-    assert plot.sparkline(x, np.array([0.0, 7.0]), 14, 15) == "▁▂▃▄▅▆▇████████"  # it ends in the middle
-    assert plot.sparkline(x, np.array([2.0, 2.0]), 7, 3) == "▁▁▁"
+    down = np.arange(8.0)[::-1]
+    assert plot.sparkline(np.linspace(0, 1, 8), down, 8) == "█▇▆▅▄▃▂▁"
+    assert plot.sparkline(np.linspace(0, 0.5, 8), down, 15) == "█▇▆▅▄▃▂▁       "  # it ends in the middle
+    assert plot.sparkline(np.array([0.0, 1.0]), np.array([2.0, 3.0]), 5) == "▁   █"  # and nothing is made up
+    assert (
+        plot.sparkline(np.array([0.0, 0.01, 1.0]), np.array([0.0, 4.0, 9.0]), 5) == "▁   █"
+    )  # means, 2 and 9
+    assert plot.sparkline(np.array([0.0, 1.0]), np.array([2.0, 2.0]), 2) == "▁▁"
 
 
 def test_the_command_prints_the_curves_of_each_run_and_draws_only_if_told(tmp_path):
@@ -291,7 +302,7 @@ def test_the_command_prints_the_curves_of_each_run_and_draws_only_if_told(tmp_pa
     assert done.returncode == 0, done.stderr
     title_a, train, val, title_b, hella = done.stdout.splitlines()
     assert (title_a, title_b) == ("a, steps 0 to 7", "b, steps 0 to 2,000")
-    assert train.startswith("train      14 █") and train.endswith("▁ 7, best 7")
+    assert train.startswith("train      14 █") and train.endswith("▁ 7")
     assert val.startswith("val        10 █") and val.endswith("▁ 3, best 3")
     assert hella.startswith("hella    0.25 ▁") and hella.endswith("█ 0.3, best 0.3")
     assert not list(tmp_path.rglob("*.png"))
