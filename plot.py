@@ -108,7 +108,7 @@ class Run:
 
     def size(self) -> str:
         """The published size that the model has; 124M where it has none of them."""
-        name = self.settings.get("init_from") or self.settings.get("model_size")
+        name = str(self.settings.get("init_from") or self.settings.get("model_size"))
         is_published = all(self.settings.get(key) is None for key in ("n_layer", "n_head", "n_embd"))
         size = HUB_NAMES.get(name, name)
         return size if is_published and size in HELLASWAG else "124M"
@@ -132,8 +132,7 @@ def read_log(run: Path) -> dict[str, np.ndarray]:
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Means of `window` (odd) values around each, (n,) to (n,); near the ends the window narrows on both
-    sides."""
+    """Means of `window` (odd) values around each, (n,) to (n,); near the ends of fewer, on both sides."""
     place = np.arange(len(values))
     half = np.minimum(window // 2, np.minimum(place, place[::-1]))
     sums = np.append(0, np.cumsum(values))
@@ -194,7 +193,7 @@ def sparkline(x: np.ndarray, y: np.ndarray, width: int) -> str:
     return "".join("▁▂▃▄▅▆▇█"[round(level)] if level >= 0 else " " for level in levels)
 
 
-def style(theme: str) -> dict[str, Any]:
+def style(theme: str) -> dict[Any, Any]:
     """matplotlib's settings. Text in SVG and PDF stays text, that can be searched and edited."""
     from cycler import cycler
 
@@ -206,8 +205,7 @@ def style(theme: str) -> dict[str, Any]:
         "axes.prop_cycle": cycler(linestyle=["-", "--", "-.", ":"]) * cycler(color=colours.split()),
         "axes.grid": True, "grid.color": grid, "axes.spines.top": False, "axes.spines.right": False,
         "legend.edgecolor": "none", "legend.fontsize": 9, "legend.title_fontsize": 9,
-        "legend.handlelength": 3, "savefig.dpi": 200,
-        "svg.fonttype": "none", "pdf.fonttype": 42,
+        "legend.handlelength": 3, "savefig.dpi": 200, "svg.fonttype": "none", "pdf.fonttype": 42,
     }  # fmt: skip
 
 
@@ -222,12 +220,12 @@ def draw(runs: list[Run], cfg: Config) -> Any:
         figure = Figure(figsize=(12.8 if has_hella else 6.4, 4), layout="constrained")
         panels = figure.subplots(1, 1 + has_hella, squeeze=False)[0]
         loss, hella = panels[0], panels[-1]
-        faint = {"alpha": 0.3, "linewidth": 0.7}
         for run, name, look in zip(runs, names, itertools.cycle(matplotlib.rcParams["axes.prop_cycle"])):
             points = {"marker": "o", "markersize": 4.5, "markeredgecolor": loss.get_facecolor()}
             loss.plot([], [], **look, **points, label=label_of(run, name))
             if "train" in run.log:
-                loss.plot(*run.curve("train", cfg.x), color=look["color"], linestyle="-", **faint)
+                raw = {"color": look["color"], "linestyle": "-", "linewidth": 0.7, "alpha": 0.3}
+                loss.plot(*run.curve("train", cfg.x), **raw)
                 loss.plot(*run.curve("train", cfg.x, window), **look)
             if "val" in run.log:
                 loss.plot(*run.curve("val", cfg.x), **{**look, **points, "linestyle": ""})
@@ -242,7 +240,9 @@ def draw(runs: list[Run], cfg: Config) -> Any:
             hella.yaxis.set_major_formatter(percent)
         mean = f", mean of {window} steps (faint: each step)" if window > 1 else ""
         loss.set_title(f"lines: training loss{mean}; points: validation loss", fontsize=9, loc="left")
-        loss.set(ylabel="loss (nats a token)", ylim=(None, cfg.max_loss))
+        loss.set_ylabel("loss (nats a token)")
+        if cfg.max_loss:
+            loss.set_ylim(top=cfg.max_loss)
         finish_axes(figure, panels, cfg, are_many)
     return figure
 
@@ -272,7 +272,7 @@ def finish_axes(figure: Any, panels: list, cfg: Config, are_many: bool):
         handles, labels = panels[0].get_legend_handles_labels()
         width, height = figure.get_size_inches()
         width += 0.6 + 0.07 * max(map(len, labels))
-        figure.set_size_inches(width, max(height, 0.6 + 0.19 * len(labels)))
+        figure.set_size_inches(width, max(height, 0.6 + 0.21 * len(labels)))
         figure.legend(handles, labels, title=title, alignment="left", loc="outside right upper")
 
 
