@@ -4,10 +4,9 @@
     python plot.py log/a log/b --x tokens --log --theme dark --out compare.pdf
     python plot.py --text                            # as characters, in the terminal: over ssh, too
 
-The training loss is faint as it was logged, and over that a centred mean: of --smooth steps, and near the
-ends of as many as there are on both sides, so that it does not lag. The grey lines are those of the run's
-size, or of 124M where its shape is not a published one; the one of the loss, GPT-2's on FineWeb-Edu, is drawn
-where a run comes within 1 of it.
+The training loss is faint as it was logged, and over that a mean of --smooth steps, centred, so that it does
+not lag. The grey lines are for the run's size, or for 124M where its shape is not a published one; that of the
+loss, GPT-2's on FineWeb-Edu, is drawn where a run comes within 1 of it.
 """
 
 import itertools
@@ -58,7 +57,7 @@ class Config:
     """The picture's horizontal axis; hours are summed from the log's tokens per second, so they are without
     evaluation and checkpoints."""
     smooth: int | None = None
-    """Steps of the training loss's mean; 1 for none; by default a fiftieth of the longest run's."""
+    """Steps of the training loss's mean; 1 for none; by default a fiftieth of the run's."""
     log: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """A logarithmic horizontal axis."""
     max_loss: float | None = None
@@ -101,6 +100,11 @@ class Run:
         hours = np.cumsum(batch_tokens / toks) / 3600  # when each of the logged steps ended
         return np.interp(steps, [logged[0], *(logged + 1)], [0, *hours])
 
+    def window(self, cfg: Config) -> int:
+        """The steps of --smooth, made odd."""
+        default = len(self.log.get("train", ())) // 50
+        return (default if cfg.smooth is None else cfg.smooth) // 2 * 2 + 1
+
     def best(self, stream: str) -> float:
         """A stream's lowest value, or HellaSwag's highest; nan where there is none."""
         extreme = np.fmax if stream == "hella" else np.fmin  # which pass over nan
@@ -132,19 +136,13 @@ def read_log(run: Path) -> dict[str, np.ndarray]:
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Means of `window` (odd) values around each, (n,) to (n,); near the ends of fewer, on both sides."""
+    """Means of `window` (odd) values around each, (n,) to (n,). At the beginning, where losses fall steeply,
+    they reach back only a quarter of the way, and as far ahead; at the end, as far as there are values."""
     place = np.arange(len(values))
-    half = np.minimum(window // 2, np.minimum(place, place[::-1]))
+    before = np.minimum(window // 2, place // 4)
+    after = np.minimum(before, place[::-1])
     sums = np.append(0, np.cumsum(values))
-    return (sums[place + half + 1] - sums[place - half]) / (2 * half + 1)
-
-
-def mean_of(runs: list[Run], cfg: Config) -> int:
-    """The steps of --smooth, made odd, or those of the default."""
-    if cfg.smooth is not None and cfg.smooth < 1:
-        raise ValueError(f"--smooth is {cfg.smooth}; it must be at least 1, which is no smoothing")
-    longest = max(len(run.log.get("train", ())) for run in runs)
-    return (longest // 50 if cfg.smooth is None else cfg.smooth) // 2 * 2 + 1
+    return (sums[place + after + 1] - sums[place - before]) / (before + after + 1)
 
 
 def names_of(runs: list[Run]) -> list[str]:
@@ -214,19 +212,19 @@ def draw(runs: list[Run], cfg: Config) -> Any:
     import matplotlib
     from matplotlib.figure import Figure
 
-    window, names, are_many = mean_of(runs, cfg), names_of(runs), len(runs) > 5
+    names, windows = names_of(runs), sorted({run.window(cfg) for run in runs if "train" in run.log})
     has_hella = any("hella" in run.log for run in runs)
     with matplotlib.rc_context(style(cfg.theme)):
         figure = Figure(figsize=(12.8 if has_hella else 6.4, 4), layout="constrained")
         panels = figure.subplots(1, 1 + has_hella, squeeze=False)[0]
         loss, hella = panels[0], panels[-1]
         for run, name, look in zip(runs, names, itertools.cycle(matplotlib.rcParams["axes.prop_cycle"])):
-            points = {"marker": "o", "markersize": 4.5, "markeredgecolor": loss.get_facecolor()}
+            points = {"marker": "o", "markersize": 4}
             loss.plot([], [], **look, **points, label=label_of(run, name))
             if "train" in run.log:
                 raw = {"color": look["color"], "linestyle": "-", "linewidth": 0.7, "alpha": 0.3}
                 loss.plot(*run.curve("train", cfg.x), **raw)
-                loss.plot(*run.curve("train", cfg.x, window), **look)
+                loss.plot(*run.curve("train", cfg.x, run.window(cfg)), **look)
             if "val" in run.log:
                 loss.plot(*run.curve("val", cfg.x), **{**look, **points, "linestyle": ""})
             if "hella" in run.log:
@@ -238,12 +236,13 @@ def draw(runs: list[Run], cfg: Config) -> Any:
             hella.set_title("acc_norm, completion style", fontsize=9, loc="left")
             hella.set_ylabel("HellaSwag")
             hella.yaxis.set_major_formatter(percent)
-        mean = f", mean of {window} steps (faint: each step)" if window > 1 else ""
+        steps = " to ".join(str(window) for window in dict.fromkeys([*windows[:1], *windows[-1:]]))
+        mean = f", mean of {steps} steps (faint: each step)" if windows[-1:] > [1] else ""
         loss.set_title(f"lines: training loss{mean}; points: validation loss", fontsize=9, loc="left")
         loss.set_ylabel("loss (nats a token)")
-        if cfg.max_loss:
-            loss.set_ylim(top=cfg.max_loss)
-        finish_axes(figure, panels, cfg, are_many)
+        if cfg.max_loss is not None:
+            cut_above(loss, cfg.max_loss)
+        finish_axes(figure, panels, cfg, are_many=len(runs) > 1)
     return figure
 
 
@@ -258,8 +257,16 @@ def draw_references(axes: Any, table: dict, runs: list[Run], form: Callable, low
             axes.axhline(value, color=GREY, linestyle=dash, linewidth=1.2, label=label)
 
 
+def cut_above(axes: Any, top: float):
+    """Shows nothing above top, and gives what is below the whole height."""
+    lowest = axes.dataLim.y0
+    if not top > lowest:
+        raise ValueError(f"--max-loss is {top}; it must be above the lowest loss, {lowest:.3f}")
+    axes.set_ylim(lowest - 0.05 * (top - lowest), top)
+
+
 def finish_axes(figure: Any, panels: list, cfg: Config, are_many: bool):
-    """The horizontal axes, and the legends: inside, or that of many runs beside, where the figure grows."""
+    """The horizontal axes and the legends, that of several runs beside the panels: there the figure grows."""
     for axes in panels:
         if cfg.log:
             axes.set_xscale("log", nonpositive="mask")
@@ -290,6 +297,8 @@ def main(cfg: Config) -> Path | None:
     out = out if out.suffix else out.with_suffix(".png")
     if out.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out {out} ends in {out.suffix}; it must be one of {', '.join(SUFFIXES)}")
+    if cfg.smooth is not None and cfg.smooth < 1:
+        raise ValueError(f"--smooth is {cfg.smooth}; it must be at least 1, which is no smoothing")
     runs = [Run(folder) for folder in folders]
     if cfg.text:
         width = max(10, shutil.get_terminal_size().columns - 40)

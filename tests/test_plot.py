@@ -39,8 +39,10 @@ def curves(axes: Any) -> list[tuple[list[float], list[float]]]:
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in lines]
 
 
-def legend(axes: Any) -> list[str]:
-    return [text.get_text() for text in axes.get_legend().get_texts()]
+def legend(of: Any) -> list[str]:
+    """Of a panel, or of a whole figure."""
+    found = of.legends[0] if hasattr(of, "legends") else of.get_legend()
+    return [text.get_text() for text in found.get_texts()]
 
 
 def words(svg: Path) -> list[str]:
@@ -61,19 +63,14 @@ def test_a_log_is_read_by_stream_and_half_a_last_line_is_left_out(tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    ("values", "window", "means"),
-    [
-        ([4, 1, 7, 4, 10], 1, [4, 1, 7, 4, 10]),
-        ([4, 1, 7, 4, 10], 3, [4, 4, 4, 7, 10]),
-        ([4, 1, 7, 4, 10], 99, [4, 4, 5.2, 7, 10]),
-        ([10, 9, 8, 7, 6, 5, 4], 5, [10, 9, 8, 7, 6, 5, 4]),  # a straight line: no lag, no bend at the ends
-        ([3], 5, [3]),
-        ([], 5, []),
-    ],
-)
-def test_the_mean_is_centred(values, window, means):
-    assert plot.smoothed(np.array(values, dtype=float), window).tolist() == pytest.approx(means)
+def test_the_mean_is_centred_narrow_at_the_beginning_and_one_sided_at_the_end():
+    values = np.array([9.0, 4, 1, 7, 4, 10, 1, 4, 7, 4, 4, 10])
+    means = [9, 4, 1, 7, (7 + 4 + 10) / 3, 5, 5, 4, (1 + 4 + 7 + 4 + 4) / 5, 29 / 5, 25 / 4, 18 / 3]
+    assert plot.smoothed(values, 5).tolist() == pytest.approx(means)
+    assert plot.smoothed(values, 1).tolist() == values.tolist()
+    assert plot.smoothed(values[:0], 5).tolist() == []
+    line = np.arange(1000.0)
+    assert plot.smoothed(line, 101)[:950] == pytest.approx(line[:950])  # no lag, no bend
 
 
 def test_steps_tokens_and_hours(tmp_path):
@@ -118,22 +115,25 @@ def test_an_axis_that_the_run_cannot_give_is_refused(tmp_path, unit, settings, l
 
 
 def test_the_raw_curve_is_faint_beneath_its_mean(tmp_path):
-    losses = [9.0, 7.0, 8.0, 6.0, 7.0]
+    losses = [9.0, 9, 9, 9, 7, 8, 6, 7]
     run = make_run(tmp_path / "run", "".join(f"{i} train {loss}\n" for i, loss in enumerate(losses)))
     axes = figure_of(run, smooth=2).axes[0]  # even: 3
     raw, mean = (line for line in axes.lines if len(line.get_xdata()))
     assert list(raw.get_ydata()) == losses and raw.get_alpha() < 0.5
-    assert list(mean.get_ydata()) == pytest.approx([9, 8, 7, 7, 7]) and mean.get_alpha() is None
+    assert list(mean.get_ydata()) == pytest.approx([9, 9, 9, 9, 8, 7, 7, 6.5]) and mean.get_alpha() is None
     assert "mean of 3 steps" in axes.get_title(loc="left")
-    axes = figure_of(run).axes[0]  # a fiftieth of five steps is none
+    axes = figure_of(run).axes[0]  # a fiftieth of eight steps is none
     assert [y for _, y in curves(axes)] == [losses, losses] and "mean" not in axes.get_title(loc="left")
-    with pytest.raises(ValueError, match="--smooth is 0"):
-        figure_of(run, smooth=0)
 
 
-def test_by_default_the_mean_is_over_a_fiftieth_of_the_longest_run(tmp_path):
-    runs = [make_run(tmp_path / f"{n}", "".join(f"{i} train 5\n" for i in range(n))) for n in (100, 350)]
-    assert "mean of 7 steps" in figure_of(*runs).axes[0].get_title(loc="left")
+def test_by_default_the_mean_is_over_a_fiftieth_of_a_runs_steps(tmp_path):
+    logs = {n: "".join(f"{i} train {i % 2}\n" for i in range(n)) for n in (100, 350)}
+    runs = [make_run(tmp_path / f"{n}", log) for n, log in logs.items()]
+    axes = figure_of(*runs).axes[0]
+    assert "mean of 3 to 7 steps" in axes.get_title(loc="left")
+    _, (_, short), _, (_, long) = curves(axes)
+    assert {round(3 * y) for y in short[4:-1]} == {1, 2} and {round(7 * y) for y in long[12:-3]} == {3, 4}
+    assert "mean of 9 steps" in figure_of(*runs, smooth=9).axes[0].get_title(loc="left")
 
 
 def test_the_command_draws_two_runs_into_one_picture(tmp_path):
@@ -157,7 +157,7 @@ def test_each_run_is_drawn_in_a_look_of_its_own(tmp_path):
     assert len(looks) == 20
 
 
-@pytest.mark.parametrize(("number", "name"), [(12, "run"), (30, "gpt2-124M_2026-11-21_10-30-")])
+@pytest.mark.parametrize(("number", "name"), [(2, "run"), (12, "run"), (30, "gpt2-124M_2026-11-21_10-30-")])
 def test_the_names_of_many_runs_can_be_read(tmp_path, number, name):
     """Inside the picture, beside the panels, none over another."""
     figure = figure_of(*(make_run(tmp_path / f"{name}{i}") for i in range(number)))
@@ -176,7 +176,7 @@ def test_the_names_of_many_runs_can_be_read(tmp_path, number, name):
 
 def test_runs_of_the_same_name_have_their_paths(tmp_path):
     runs = [make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")]
-    assert legend(figure_of(*runs).axes[0]) == [f"{run}: 9.250, 26.25%" for run in runs]
+    assert legend(figure_of(*runs)) == [f"{run}: 9.250, 26.25%" for run in runs]
 
 
 SMALLEST = ["GPT-2 124M (build-nanogpt): 29.55%", "GPT-3 Small (Brown et al., 2020): 33.7%"]
@@ -213,7 +213,7 @@ def test_gpt2s_loss_is_drawn_where_a_run_comes_near_it_and_is_of_its_size(tmp_pa
     near = make_run(tmp_path / "near", "0 val 10.0\n100 val 4.0\n")
     large = make_run(tmp_path / "large", "0 val 10.0\n100 val 3.0\n", model_size="774M")
     reference = "GPT-2 124M on FineWeb-Edu (build-nanogpt): 3.29"
-    assert reference in legend(figure_of(far, near).axes[0])
+    assert reference in legend(figure_of(far, near)) + legend(figure_of(near).axes[0])
     assert reference not in legend(figure_of(far).axes[0]) + legend(figure_of(large).axes[0])
 
 
@@ -228,8 +228,10 @@ def test_a_logarithmic_axis(tmp_path):
 
 def test_the_steep_beginning_can_be_left_out(tmp_path):
     run = make_run(tmp_path / "run")
-    assert figure_of(run, max_loss=9.6).axes[0].get_ylim() == (pytest.approx(9.2, abs=0.1), 9.6)
+    assert figure_of(run, max_loss=9.75).axes[0].get_ylim() == (pytest.approx(9.225), 9.75)
     assert figure_of(run).axes[0].get_ylim()[1] > 10.9
+    with pytest.raises(ValueError, match=r"--max-loss is 9\.0; it must be above the lowest loss, 9\.250"):
+        figure_of(run, max_loss=9.0)
 
 
 @pytest.mark.parametrize(("theme", "paper"), [("light", (255, 255, 255)), ("dark", (13, 17, 23))])
@@ -264,9 +266,10 @@ def test_a_log_with_only_some_of_the_streams_is_drawn(tmp_path, log):
 
 
 def test_a_loss_that_is_not_finite_leaves_the_others_as_they_are(tmp_path):
-    log = "0 train 9\n1 train nan\n2 train inf\n3 train 8\n4 train 7\n4 val nan\n5 val 6\n"
+    losses = [9, 9, "nan", 9, "inf", 9, 8, 7]
+    log = "".join(f"{i} train {loss}\n" for i, loss in enumerate(losses)) + "4 val nan\n5 val 6\n"
     axes = figure_of(make_run(tmp_path / "run", log), smooth=3).axes[0]
-    assert curves(axes)[1:] == [([0, 3, 4], pytest.approx([9, 8, 7])), ([5], [6])]
+    assert curves(axes)[1:] == [([0, 1, 3, 5, 6, 7], pytest.approx([9, 9, 9, 9, 8, 7.5])), ([5], [6])]
     assert legend(axes) == ["run: 6.000"]
 
 
@@ -336,6 +339,7 @@ def test_a_malformed_line_is_refused_with_file_and_number(tmp_path, line):
             "loss.xyz ends in .xyz; it must be one of .png, .svg, .pdf",
         ),
         (["{tmp}/empty"], "empty/log.txt"),
+        (["{tmp}/run", "--smooth", "0"], "--smooth is 0; it must be at least 1"),
         (["{tmp}/cut"], "cut/config.json"),
     ],
 )
