@@ -5,8 +5,8 @@
     python plot.py --text                            # as characters, in the terminal: over ssh, too
 
 The training loss is faint as it was logged, and over that a mean of --smooth steps, centred, so that it does
-not lag. The grey lines are for the run's size, or for 124M where its shape is not a published one; that of the
-loss, GPT-2's on FineWeb-Edu, is drawn where a run comes within 1 of it.
+not lag. The grey lines are for the run's size, or for 124M where its shape is not a published one. GPT-2's
+loss, on FineWeb-Edu, is drawn where a run comes within 1 of it.
 """
 
 import itertools
