@@ -1,26 +1,50 @@
 """Draws runs: training and validation loss, and HellaSwag, beside GPT-2's and GPT-3's own figures.
 
-python plot.py                           # the newest run, into log/<run>/loss.png
-python plot.py log/a log/b --out compare.png
+    python plot.py                                   # the newest run, into log/<run>/loss.png
+    python plot.py log/a log/b --x tokens --log --theme dark --out compare.pdf
+    python plot.py --text                            # as characters, in the terminal: over ssh, too
+
+The training loss is faint as it was logged, and over that a mean of --smooth steps, centred, so that it does
+not lag. The grey lines are for the run's size, or for 124M where its shape is not a published one. GPT-2's
+loss, on FineWeb-Edu, is drawn where a run comes within 1 of it.
 """
 
+import itertools
+import json
 import re
+import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
 LOG_ROOT = Path(__file__).resolve().parent / "log"
+SUFFIXES = (".png", ".svg", ".pdf")
+X_LABELS = {"step": "step", "tokens": "tokens of training", "hours": "hours of training (no evaluation)"}
 
-# Validation loss: OpenAI's GPT-2 124M on FineWeb's validation shard, measured by build-nanogpt (play.ipynb
-# there).
-GPT2_VAL_LOSS = 3.2924
-# HellaSwag acc_norm, completion style: GPT-2 124M (build-nanogpt, hellaswag.py) and GPT-3 Small (GPT-3 paper,
-# table H.1).
-HELLASWAG = {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}
+# On build-nanogpt's validation shard (play.ipynb there).
+VAL_LOSS = {"124M": {"GPT-2 124M on FineWeb-Edu (build-nanogpt)": 3.2924}}
+# acc_norm, completion style. GPT-2: hellaswag.py of build-nanogpt, dev/vislog.ipynb of llm.c. GPT-3, of 125M,
+# 350M, 760M and 1.3B: its paper, table H.1, zero-shot.
+HELLASWAG = {
+    "124M": {"GPT-2 124M (build-nanogpt)": 0.2955, "GPT-3 Small (Brown et al., 2020)": 0.337},
+    "350M": {"GPT-2 350M (llm.c)": 0.3752, "GPT-3 Medium (Brown et al., 2020)": 0.436},
+    "774M": {"GPT-2 774M (llm.c)": 0.4320, "GPT-3 Large (Brown et al., 2020)": 0.510},
+    "1558M": {"GPT-2 1558M (build-nanogpt)": 0.4893, "GPT-3 XL (Brown et al., 2020)": 0.547},
+}
+HUB_NAMES = {"gpt2": "124M", "gpt2-medium": "350M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
+
+# Paper, ink, grid, and for the runs colours that the colour-blind tell apart (Okabe and Ito, 2008), but for
+# those that are hard to see on this paper.
+THEMES = {
+    "light": ("#ffffff", "#24292f", "#e3e6ea", "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9"),
+    "dark": ("#0d1117", "#d6dde4", "#262c34", "#56b4e9 #e69f00 #009e73 #cc79a7 #f0e442 #d55e00"),
+}
+GREY = "#808890"
 
 
 @dataclass(frozen=True)
@@ -28,7 +52,70 @@ class Config:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Run folders; by default the newest under log/."""
     out: str = ""
-    """The picture; by default loss.png in the first run's folder."""
+    """The picture, .png, .svg or .pdf; by default loss.png in the first run's folder."""
+    x: Literal["step", "tokens", "hours"] = "step"
+    """The picture's horizontal axis; hours are summed from the log's tokens per second, so they are without
+    evaluation and checkpoints."""
+    smooth: int | None = None
+    """Steps of the training loss's mean; 1 for none; by default a fiftieth of the run's."""
+    log: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """A logarithmic horizontal axis."""
+    max_loss: float | None = None
+    """Losses above this are outside the picture, which leaves more room for those of the end."""
+    theme: Literal["light", "dark"] = "light"
+    """Colours."""
+    text: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the curves as lines of characters; a picture only with --out."""
+
+
+class Run:
+    """A run's folder: its log by stream, and its settings, none where there is no config.json."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.log = folder, read_log(folder)
+        path = folder / "config.json"
+        try:
+            self.settings: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+
+    def curve(self, stream: str, unit: str, window: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """A stream's x, in the unit, and smoothed values; those that are not finite are left out."""
+        steps, values = self.log[stream].T
+        finite = np.isfinite(values)
+        return self.x(steps[finite], unit), smoothed(values[finite], window)
+
+    def x(self, steps: np.ndarray, unit: str) -> np.ndarray:
+        """What had been trained when these steps began. Raises ValueError if the run does not tell."""
+        if unit == "step":
+            return steps
+        batch_tokens = self.settings.get("total_batch_tokens")
+        if not batch_tokens:
+            raise ValueError(f"--x {unit} needs total_batch_tokens in {self.folder / 'config.json'}")
+        if unit == "tokens":
+            return steps * batch_tokens
+        if "toks" not in self.log:
+            raise ValueError(f"--x hours needs the stream toks in {self.folder / 'log.txt'}")
+        logged, toks = self.log["toks"].T
+        hours = np.cumsum(batch_tokens / toks) / 3600  # when each of the logged steps ended
+        return np.interp(steps, [logged[0], *(logged + 1)], [0, *hours])
+
+    def window(self, cfg: Config) -> int:
+        """The steps of --smooth, made odd."""
+        default = len(self.log.get("train", ())) // 50
+        return (default if cfg.smooth is None else cfg.smooth) // 2 * 2 + 1
+
+    def best(self, stream: str) -> float:
+        """A stream's lowest value, or HellaSwag's highest; nan where there is none."""
+        extreme = np.fmax if stream == "hella" else np.fmin  # which pass over nan
+        return extreme.reduce(self.log[stream][:, 1]) if stream in self.log else np.nan
+
+    def size(self) -> str:
+        """The published size that the model has; 124M where it has none of them."""
+        name = str(self.settings.get("init_from") or self.settings.get("model_size"))
+        is_published = all(self.settings.get(key) is None for key in ("n_layer", "n_head", "n_embd"))
+        size = HUB_NAMES.get(name, name)
+        return size if is_published and size in HELLASWAG else "124M"
 
 
 def read_log(run: Path) -> dict[str, np.ndarray]:
@@ -37,9 +124,7 @@ def read_log(run: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; give a run folder, log/<run>")
     streams: dict[str, list[tuple[int, float]]] = {}
-    *lines, _ = path.read_text(encoding="utf-8").split(
-        "\n"
-    )  # a last line that is only half there is left out
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # a last line that is half there is left out
     for number, line in enumerate(lines, 1):
         match = re.fullmatch(r"(\d+) (\w+) (-?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|inf|nan))", line)
         if not match:
@@ -50,65 +135,180 @@ def read_log(run: Path) -> dict[str, np.ndarray]:
     return {name: np.array(points) for name, points in streams.items()}
 
 
-def draw(runs: list[Path], out: Path):
-    """Writes the picture: losses on the left and, where a run has it, HellaSwag on the right."""
+def smoothed(values: np.ndarray, window: int) -> np.ndarray:
+    """Means of `window` (odd) values around each, (n,) to (n,). At the beginning, where losses fall steeply,
+    they reach back only a quarter of the way, and as far ahead; at the end, as far as there are values."""
+    place = np.arange(len(values))
+    before = np.minimum(window // 2, place // 4)
+    after = np.minimum(before, place[::-1])
+    sums = np.append(0, np.cumsum(values))
+    return (sums[place + after + 1] - sums[place - before]) / (before + after + 1)
+
+
+def names_of(runs: list[Run]) -> list[str]:
+    """The folders' names, or their paths where two have the same name."""
+    names = [run.folder.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+
+
+def label_of(run: Run, name: str) -> str:
+    """The name and what the run reached."""
+    forms = {"val": "{:.3f}".format, "hella": percent}
+    bests = [form(run.best(stream)) for stream, form in forms.items() if stream in run.log]
+    return f"{name}: {', '.join(bests)}" if bests else name
+
+
+def short(number: float, _: int | None = None) -> str:
+    """1500000 as 1.5M."""
+    size, letter = next(((s, c) for s, c in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if number >= s), (1, ""))
+    return f"{number / size:g}{letter}"
+
+
+def percent(share: float, _: int | None = None) -> str:
+    return f"{100 * share:.4g}%"
+
+
+def text(run: Run, name: str, width: int) -> str:
+    """The run's curves as lines of bars, one under the other."""
+    streams = [stream for stream in ("train", "val", "hella") if stream in run.log]
+    last = max((run.log[stream][-1, 0] for stream in streams), default=0)
+    lines = [f"{name}, steps 0 to {last:,.0f}"]
+    for stream in streams:
+        steps, values = run.curve(stream, "step")
+        if len(values):
+            best = "" if stream == "train" else f", best {run.best(stream):.4g}"
+            bars = sparkline(steps / (last or 1), values, width)
+            lines.append(f"{stream:5} {values[0]:7.4g} {bars} {values[-1]:.4g}{best}")
+    return "\n".join(lines)
+
+
+def sparkline(x: np.ndarray, y: np.ndarray, width: int) -> str:
+    """Bars for x from 0 to 1, each as high as the mean of its values, and blanks where there is none."""
+    place = np.rint(x * (width - 1)).astype(int)
+    counts = np.bincount(place, minlength=width)
+    means = np.bincount(place, y, width) / np.where(counts, counts, np.nan)
+    levels = 7 * (means - np.nanmin(means)) / (np.nanmax(means) - np.nanmin(means) or 1)
+    return "".join("▁▂▃▄▅▆▇█"[round(level)] if level >= 0 else " " for level in levels)
+
+
+def style(theme: str) -> dict[Any, Any]:
+    """matplotlib's settings. Text in SVG and PDF stays text, that can be searched and edited."""
+    from cycler import cycler
+
+    paper, ink, grid, colours = THEMES[theme]
+    return {
+        **dict.fromkeys(["figure.facecolor", "axes.facecolor"], paper),
+        **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor"], ink),
+        **dict.fromkeys(["xtick.color", "ytick.color"], ink),
+        "axes.prop_cycle": cycler(linestyle=["-", "--", "-.", ":"]) * cycler(color=colours.split()),
+        "axes.grid": True, "grid.color": grid, "axes.spines.top": False, "axes.spines.right": False,
+        "legend.edgecolor": "none", "legend.fontsize": 9, "legend.title_fontsize": 9,
+        "legend.handlelength": 3, "savefig.dpi": 200, "svg.fonttype": "none", "pdf.fonttype": 42,
+    }  # fmt: skip
+
+
+def draw(runs: list[Run], cfg: Config) -> Any:
+    """A matplotlib figure: the losses and, where a run has it, HellaSwag on their right."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names, windows = names_of(runs), sorted({run.window(cfg) for run in runs if "train" in run.log})
+    has_hella = any("hella" in run.log for run in runs)
+    with matplotlib.rc_context(style(cfg.theme)):
+        figure = Figure(figsize=(12.8 if has_hella else 6.4, 4), layout="constrained")
+        panels = figure.subplots(1, 1 + has_hella, squeeze=False)[0]
+        loss, hella = panels[0], panels[-1]
+        for run, name, look in zip(runs, names, itertools.cycle(matplotlib.rcParams["axes.prop_cycle"])):
+            points = {"marker": "o", "markersize": 4}
+            loss.plot([], [], **look, **points, label=label_of(run, name))
+            if "train" in run.log:
+                raw = {"color": look["color"], "linestyle": "-", "linewidth": 0.7, "alpha": 0.3}
+                loss.plot(*run.curve("train", cfg.x), **raw)
+                loss.plot(*run.curve("train", cfg.x, run.window(cfg)), **look)
+            if "val" in run.log:
+                loss.plot(*run.curve("val", cfg.x), **{**look, **points, "linestyle": ""})
+            if "hella" in run.log:
+                hella.plot(*run.curve("hella", cfg.x), **look, **points)
+        reached = np.fmin.reduce([run.best("val") for run in runs])
+        draw_references(loss, VAL_LOSS, runs, "{:.2f}".format, lowest=reached - 1)
+        if has_hella:
+            draw_references(hella, HELLASWAG, runs, percent)
+            hella.set_title("acc_norm, completion style", fontsize=9, loc="left")
+            hella.set_ylabel("HellaSwag")
+            hella.yaxis.set_major_formatter(percent)
+        steps = " to ".join(str(window) for window in dict.fromkeys([*windows[:1], *windows[-1:]]))
+        mean = f", mean of {steps} steps (faint: each step)" if windows[-1:] > [1] else ""
+        loss.set_title(f"lines: training loss{mean}; points: validation loss", fontsize=9, loc="left")
+        loss.set_ylabel("loss (nats a token)")
+        if cfg.max_loss is not None:
+            cut_above(loss, cfg.max_loss)
+        finish_axes(figure, panels, cfg, are_many=len(runs) > 1)
+    return figure
+
+
+def draw_references(axes: Any, table: dict, runs: list[Run], form: Callable, lowest: float = -np.inf):
+    """The grey lines for the runs' sizes, named with their sources; none below lowest."""
+    sizes = dict.fromkeys(run.size() for run in runs)
+    lines = [line for size in sizes for line in table.get(size, {}).items()]
+    dashes = itertools.cycle([(0, (6, 3)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2))])
+    for (name, value), dash in zip(lines, dashes):
+        if value >= lowest:
+            label = f"{name}: {form(value)}"
+            axes.axhline(value, color=GREY, linestyle=dash, linewidth=1.2, label=label)
+
+
+def cut_above(axes: Any, top: float):
+    """Shows nothing above top, and gives what is below the whole height."""
+    lowest = axes.dataLim.y0
+    if not top > lowest:
+        raise ValueError(f"--max-loss is {top}; it must be above the lowest loss, {lowest:.3f}")
+    axes.set_ylim(lowest - 0.05 * (top - lowest), top)
+
+
+def finish_axes(figure: Any, panels: list, cfg: Config, are_many: bool):
+    """The horizontal axes and the legends, that of several runs beside the panels: there the figure grows."""
+    for axes in panels:
+        if cfg.log:
+            axes.set_xscale("log", nonpositive="mask")
+        axes.set_xlabel(X_LABELS[cfg.x])
+        axes.xaxis.set_major_formatter(short)
+    title = "best validation loss" + (", HellaSwag" if len(panels) > 1 else "")
+    for axes in panels[are_many:]:
+        axes.legend(title=title if axes is panels[0] else None, alignment="left")
+    if are_many:
+        handles, labels = panels[0].get_legend_handles_labels()
+        width, height = figure.get_size_inches()
+        width += 0.6 + 0.07 * max(map(len, labels))
+        figure.set_size_inches(width, max(height, 0.6 + 0.21 * len(labels)))
+        figure.legend(handles, labels, title=title, alignment="left", loc="outside right upper")
+
+
+def main(cfg: Config) -> Path | None:
+    """Prints the curves, or writes the picture and prints where it is."""
     import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    logs = [read_log(run) for run in runs]
-    panels = 2 if any("hella" in log for log in logs) else 1
-    figure, axes = plt.subplots(1, panels, figsize=(8 * panels, 5), squeeze=False, layout="constrained")
-    loss, hella = axes[0][0], axes[0][-1]
-    for i, (run, log) in enumerate(zip(runs, logs)):
-        label = f"{run.name}: " if len(runs) > 1 else ""
-        if "train" in log:
-            loss.plot(*log["train"].T, color=f"C{i}", alpha=0.35, linewidth=1, label=f"{label}training loss")
-        if "val" in log:
-            best = log["val"][:, 1].min()
-            name = f"{label}validation loss (best {best:.3f})"
-            loss.plot(*log["val"].T, color=f"C{i}", linewidth=2, marker="o", markersize=3, label=name)
-        if panels == 2 and "hella" in log:
-            best = log["hella"][:, 1].max()
-            name = f"{label}acc_norm (best {100 * best:.1f}%)"
-            hella.plot(
-                log["hella"][:, 0],
-                100 * log["hella"][:, 1],
-                color=f"C{i}",
-                label=name,
-                marker="o",
-                markersize=3,
-            )
-    reached = min((log["val"][:, 1].min() for log in logs if "val" in log), default=np.inf)
-    if reached < GPT2_VAL_LOSS + 1:  # a run far from it would only be squeezed by the line
-        loss.axhline(GPT2_VAL_LOSS, color="gray", linestyle="--", linewidth=1, label="GPT-2 124M on FineWeb")
-    loss.set(xlabel="step", ylabel="loss (nats a token)", title=runs[0].name if len(runs) == 1 else "loss")
-    if panels == 2:
-        for (name, value), style in zip(HELLASWAG.items(), ("--", ":")):
-            hella.axhline(
-                100 * value, color="gray", linestyle=style, linewidth=1, label=f"{name} ({100 * value:.1f}%)"
-            )
-        hella.set(xlabel="step", ylabel="HellaSwag (%)", title="HellaSwag")
-    for axis in {loss, hella}:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis.has_data():
-            axis.legend(frameon=False)
-    figure.savefig(out, dpi=150)
-    plt.close(figure)
-
-
-def main(cfg: Config) -> Path:
-    runs = [Path(run) for run in cfg.runs]
-    if not runs:
+    folders = [Path(run) for run in cfg.runs]
+    if not folders:
         found = [path.parent for path in LOG_ROOT.glob("*/log.txt")]
         if not found:
             raise FileNotFoundError(f"{LOG_ROOT} holds no run; train one: `python train_gpt2.py demo`")
-        runs = [max(found, key=lambda run: (run / "log.txt").stat().st_mtime)]
-    out = Path(cfg.out) if cfg.out else runs[0] / "loss.png"
+        folders = [max(found, key=lambda run: (run / "log.txt").stat().st_mtime)]
+    out = Path(cfg.out) if cfg.out else folders[0] / "loss.png"
     out = out if out.suffix else out.with_suffix(".png")
-    draw(runs, out)
+    if out.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--out {out} ends in {out.suffix}; it must be one of {', '.join(SUFFIXES)}")
+    if cfg.smooth is not None and cfg.smooth < 1:
+        raise ValueError(f"--smooth is {cfg.smooth}; it must be at least 1, which is no smoothing")
+    runs = [Run(folder) for folder in folders]
+    if cfg.text:
+        width = max(10, shutil.get_terminal_size().columns - 40)
+        for run, name in zip(runs, names_of(runs)):
+            print(text(run, name, width))
+        if not cfg.out:
+            return None
+    figure = draw(runs, cfg)
+    with matplotlib.rc_context(style(cfg.theme)):
+        figure.savefig(out)
     print(out)
     return out
 

@@ -1,6 +1,7 @@
-"""play.ipynb runs from top to bottom, offline, on a small run."""
+"""play.ipynb runs from top to bottom, offline, on a small run; what is committed of it is one whole pass."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import nbformat
@@ -11,6 +12,15 @@ import tokenizer
 import train_gpt2
 
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "play.ipynb"
+
+
+def outputs_of(notebook) -> list:
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def pictures_in(notebook) -> int:
+    return sum("image/png" in output.get("data", {}) for output in outputs_of(notebook))
 
 
 def test_the_notebook_runs_on_a_checkpoint(tmp_path):
@@ -22,11 +32,21 @@ def test_the_notebook_runs_on_a_checkpoint(tmp_path):
         sample_every=0, device="cpu", dtype="float32",
     )  # fmt: skip
     run = train_gpt2.main(cfg)
-    notebook = nbformat.read(ROOT / "play.ipynb", as_version=4)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    committed = pictures_in(notebook)
     notebook.cells[1].source = f"MODEL = {str(run)!r}"
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    printed = "".join(output.get("text", "") for output in outputs)
-    assert len(pictures) == 2
-    assert "transformer.wte.weight" in printed and "goes on with" in printed
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(ROOT)}}).execute()
+    assert pictures_in(notebook) == committed == 8
+    printed = "".join(output.get("text", "") for output in outputs_of(notebook))
+    assert "transformer.wte.weight" in printed and "acc chooses" in printed and "run, steps 0 to 2" in printed
+    first, last = re.findall(r"loss (\S+) at first, (\S+) at the end", printed)[0]
+    assert abs(float(first) - 10.82) < 0.3 and float(last) < 0.05  # the batch is learnt by heart
+    assert "and it recites it fine." in printed.partition("at the end")[2]
+
+
+def test_the_committed_outputs_are_of_one_pass_and_small():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [output for output in outputs_of(notebook) if output.output_type == "error"]
+    assert NOTEBOOK.stat().st_size < 700_000

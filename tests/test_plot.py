@@ -1,44 +1,60 @@
-"""plot.py: a log read line by line, pictures of one and of two runs, and what it refuses."""
+"""plot.py: a log read line by line, what is drawn of it (in the figure, or the text of an SVG), the curves in
+the terminal, and what is refused."""
 
+import json
 import os
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from helpers import ROOT, run_script
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import plot
-from plot import Config
+from plot import Config, Run
 
 LOG = "0 val 10.9\n0 hella 0.25\n0 lr 0.0001\n1 train 10.8\n2 train 9.5\n2 val 9.25\n2 hella 0.2625\n"
 
 
-def make_run(folder: Path, log: str = LOG) -> Path:
+def make_run(folder: Path, log: str = LOG, **settings: Any) -> Path:
     folder.mkdir(parents=True)
     (folder / "log.txt").write_text(log, encoding="utf-8")
+    if settings:
+        (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
 
 
-def picture(path: Path) -> np.ndarray:
-    """The pixels (height, width, 3) of what must be a PNG."""
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        return np.asarray(image.convert("RGB")).astype(int)
+def figure_of(*runs: Path, **options: Any) -> Any:
+    return plot.draw([Run(run) for run in runs], Config(**options))
 
 
-def inked(pixels: np.ndarray, colour: tuple[int, int, int]) -> int:
-    """How many pixels are close to a colour."""
-    return int((np.abs(pixels - np.array(colour)).max(axis=-1) < 30).sum())
+def curves(axes: Any) -> list[tuple[list[float], list[float]]]:
+    """What is drawn on the axes but the grey lines, in order."""
+    lines = [line for line in axes.lines if line.get_color() != plot.GREY and len(line.get_xdata())]
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in lines]
 
 
-BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # matplotlib's first two
+def legend(of: Any) -> list[str]:
+    """Of a panel, or of a whole figure."""
+    found = of.legends[0] if hasattr(of, "legends") else of.get_legend()
+    return [text.get_text() for text in found.get_texts()]
 
 
-def test_a_log_is_read_by_stream(tmp_path):
-    log = plot.read_log(make_run(tmp_path / "run"))
+def words(svg: Path) -> list[str]:
+    return [element.text or "" for element in ElementTree.parse(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+# -----------------------------------------------------------------------------
+# reading and arithmetic
+
+
+def test_a_log_is_read_by_stream_and_half_a_last_line_is_left_out(tmp_path):
+    log = plot.read_log(make_run(tmp_path / "run", LOG + "3 train 8."))
     assert {name: points.tolist() for name, points in log.items()} == {
         "val": [[0, 10.9], [2, 9.25]],
         "hella": [[0, 0.25], [2, 0.2625]],
@@ -47,42 +63,215 @@ def test_a_log_is_read_by_stream(tmp_path):
     }
 
 
-def test_the_command_draws_two_runs_into_one_picture(tmp_path):
-    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", LOG.replace("9.", "8."))]
-    out = tmp_path / "compare.png"
-    done = run_script("plot.py", *map(str, runs), "--out", str(out))
-    assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
-    pixels = picture(out)
-    height, width, _ = pixels.shape
-    assert (width, height) == (2400, 750)  # two panels
-    for half in (pixels[:, : width // 2], pixels[:, width // 2 :]):  # loss, HellaSwag: both runs are in both
-        assert inked(half, BLUE) > 100 and inked(half, ORANGE) > 100
-    assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["compare.png"]
+def test_the_mean_is_centred_narrow_at_the_beginning_and_one_sided_at_the_end():
+    values = np.array([9.0, 4, 1, 7, 4, 10, 1, 4, 7, 4, 4, 10])
+    means = [9, 4, 1, 7, (7 + 4 + 10) / 3, 5, 5, 4, (1 + 4 + 7 + 4 + 4) / 5, 29 / 5, 25 / 4, 18 / 3]
+    assert plot.smoothed(values, 5).tolist() == pytest.approx(means)
+    assert plot.smoothed(values, 1).tolist() == values.tolist()
+    assert plot.smoothed(values[:0], 5).tolist() == []
+    line = np.arange(1000.0)
+    assert plot.smoothed(line, 101)[:950] == pytest.approx(line[:950])  # no lag, no bend
 
 
-def test_one_run_goes_into_its_folder_without_a_panel_that_it_does_not_need(tmp_path, capsys):
-    run = make_run(tmp_path / "run", "1 train 10.8\n2 train 9.5\n2 val 9.25\n")
-    assert plot.main(Config(runs=(str(run),))) == run / "loss.png"
-    assert capsys.readouterr().out == f"{run / 'loss.png'}\n"
-    pixels = picture(run / "loss.png")
-    assert pixels.shape[:2] == (750, 1200)
-    assert inked(pixels, BLUE) > 100 and inked(pixels, ORANGE) == 0
+def test_steps_tokens_and_hours(tmp_path):
+    """Steps of 900 tokens that take 9, 3 and 18 s: a validation after step 2 is 12 s into the training."""
+    log = "0 val 9\n0 train 9\n0 toks 100\n1 train 8\n1 toks 300\n2 val 7\n2 train 6\n2 toks 50\n3 val 5\n"
+    run = make_run(tmp_path / "run", log, total_batch_tokens=900)
+    expected = {
+        "step": ([0, 1, 2], [0, 2, 3], "step"),
+        "tokens": ([0, 900, 1800], [0, 1800, 2700], "tokens of training"),
+        "hours": ([0, 9 / 3600, 12 / 3600], [0, 12 / 3600, 30 / 3600], "hours of training (no evaluation)"),
+    }
+    for unit, (train, val, label) in expected.items():
+        axes = figure_of(run, x=unit).axes[0]
+        (_, (x, y), (val_x, val_y)) = curves(axes)
+        assert x == pytest.approx(train) and y == [9, 8, 6]
+        assert val_x == pytest.approx(val) and val_y == [9, 7, 5]
+        assert axes.get_xlabel() == label
+
+
+def test_a_run_that_began_late_counts_its_hours_from_there(tmp_path):
+    run = make_run(tmp_path / "run", "5 train 9\n5 toks 1\n6 train 8\n6 toks 1\n", total_batch_tokens=3600)
+    assert Run(run).curve("train", "hours")[0].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
-    "log", ["1 train 5.0\n2 train 4.0\n", "0 val 3.5\n9 val 3.2\n", "5 hella 0.3\n", "1 val nan\n"]
+    ("unit", "settings", "log", "reason"),
+    [
+        ("tokens", {}, LOG, "total_batch_tokens in .*config.json"),
+        ("hours", {}, LOG, "total_batch_tokens in .*config.json"),
+        ("hours", {"total_batch_tokens": 8}, LOG, "toks in .*log.txt"),
+    ],
+)
+def test_an_axis_that_the_run_cannot_give_is_refused(tmp_path, unit, settings, log, reason):
+    run = make_run(tmp_path / "run", log, **settings)
+    with pytest.raises(ValueError, match=reason):
+        plot.main(Config(runs=(str(run),), x=unit))
+    assert not (run / "loss.png").exists()
+
+
+# -----------------------------------------------------------------------------
+# the picture
+
+
+def test_the_raw_curve_is_faint_beneath_its_mean(tmp_path):
+    losses = [9.0, 9, 9, 9, 7, 8, 6, 7]
+    run = make_run(tmp_path / "run", "".join(f"{i} train {loss}\n" for i, loss in enumerate(losses)))
+    axes = figure_of(run, smooth=2).axes[0]  # even: 3
+    raw, mean = (line for line in axes.lines if len(line.get_xdata()))
+    assert list(raw.get_ydata()) == losses and raw.get_alpha() < 0.5
+    assert list(mean.get_ydata()) == pytest.approx([9, 9, 9, 9, 8, 7, 7, 6.5]) and mean.get_alpha() is None
+    assert "mean of 3 steps" in axes.get_title(loc="left")
+    axes = figure_of(run).axes[0]  # a fiftieth of eight steps is none
+    assert [y for _, y in curves(axes)] == [losses, losses] and "mean" not in axes.get_title(loc="left")
+
+
+def test_by_default_the_mean_is_over_a_fiftieth_of_a_runs_steps(tmp_path):
+    logs = {n: "".join(f"{i} train {i % 2}\n" for i in range(n)) for n in (100, 350)}
+    runs = [make_run(tmp_path / f"{n}", log) for n, log in logs.items()]
+    axes = figure_of(*runs).axes[0]
+    assert "mean of 3 to 7 steps" in axes.get_title(loc="left")
+    _, (_, short), _, (_, long) = curves(axes)
+    assert {round(3 * y) for y in short[4:-1]} == {1, 2} and {round(7 * y) for y in long[12:-3]} == {3, 4}
+    assert "mean of 9 steps" in figure_of(*runs, smooth=9).axes[0].get_title(loc="left")
+
+
+def test_the_command_draws_two_runs_into_one_picture(tmp_path):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", LOG.replace("9.25", "8.5"))]
+    out = tmp_path / "compare.svg"
+    done = run_script("plot.py", *map(str, runs), "--out", str(out))
+    assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
+    found = words(out)
+    for expected in (
+        "best validation loss, HellaSwag", "a: 9.250, 26.25%", "b: 8.500, 26.25%", "loss (nats a token)",
+        "GPT-2 124M (build-nanogpt): 29.55%", "GPT-3 Small (Brown et al., 2020): 33.7%",
+    ):  # fmt: skip
+        assert expected in found, expected
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["compare.svg"]
+
+
+def test_each_run_is_drawn_in_a_look_of_its_own(tmp_path):
+    runs = [make_run(tmp_path / f"{i}") for i in range(20)]
+    lines = figure_of(*runs).axes[1].lines
+    looks = {(line.get_color(), line.get_linestyle()) for line in lines if line.get_color() != plot.GREY}
+    assert len(looks) == 20
+
+
+@pytest.mark.parametrize(("number", "name"), [(2, "run"), (12, "run"), (30, "gpt2-124M_2026-11-21_10-30-")])
+def test_the_names_of_many_runs_can_be_read(tmp_path, number, name):
+    """Inside the picture, beside the panels, none over another."""
+    figure = figure_of(*(make_run(tmp_path / f"{name}{i}") for i in range(number)))
+    FigureCanvasAgg(figure).draw()
+    texts = figure.legends[0].get_texts()
+    assert [text.get_text() for text in texts] == [f"{name}{i}: 9.250, 26.25%" for i in range(number)]
+    boxes = [text.get_window_extent() for text in texts]
+    for box, below in zip(boxes, boxes[1:]):
+        assert box.y0 >= below.y1 - 1
+    panels, whole = [axes.get_window_extent() for axes in figure.axes], figure.bbox
+    for box in boxes:
+        assert max(panel.x1 for panel in panels) < box.x0 < box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 < box.y1 <= whole.y1
+    assert min(panel.width for panel in panels) > 500  # they have kept their room
+
+
+def test_runs_of_the_same_name_have_their_paths(tmp_path):
+    runs = [make_run(tmp_path / "x" / "run"), make_run(tmp_path / "y" / "run")]
+    assert legend(figure_of(*runs)) == [f"{run}: 9.250, 26.25%" for run in runs]
+
+
+SMALLEST = ["GPT-2 124M (build-nanogpt): 29.55%", "GPT-3 Small (Brown et al., 2020): 33.7%"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        ({}, SMALLEST),
+        ({"model_size": "774M", "n_layer": 4}, SMALLEST),
+        (
+            {"model_size": "350M", "n_layer": None},
+            ["GPT-2 350M (llm.c): 37.52%", "GPT-3 Medium (Brown et al., 2020): 43.6%"],
+        ),
+        (
+            {"model_size": "774M"},
+            ["GPT-2 774M (llm.c): 43.2%", "GPT-3 Large (Brown et al., 2020): 51%"],
+        ),
+        (
+            {"model_size": "124M", "init_from": "gpt2-xl"},
+            ["GPT-2 1558M (build-nanogpt): 48.93%", "GPT-3 XL (Brown et al., 2020): 54.7%"],
+        ),
+    ],
+)
+def test_the_grey_lines_are_those_of_the_models_size(tmp_path, settings, lines):
+    hella = figure_of(make_run(tmp_path / "run", **settings)).axes[1]
+    assert legend(hella) == lines
+    drawn = [line.get_ydata()[0] for line in hella.lines if line.get_color() == plot.GREY]
+    assert [f"{100 * height:.4g}%" for height in drawn] == [line.rpartition(" ")[2] for line in lines]
+
+
+def test_gpt2s_loss_is_drawn_where_a_run_comes_near_it_and_is_of_its_size(tmp_path):
+    far = make_run(tmp_path / "far", "0 val 10.0\n100 val 5.0\n")
+    near = make_run(tmp_path / "near", "0 val 10.0\n100 val 4.0\n")
+    large = make_run(tmp_path / "large", "0 val 10.0\n100 val 3.0\n", model_size="774M")
+    reference = "GPT-2 124M on FineWeb-Edu (build-nanogpt): 3.29"
+    assert reference in legend(figure_of(far, near)) + legend(figure_of(near).axes[0])
+    assert reference not in legend(figure_of(far).axes[0]) + legend(figure_of(large).axes[0])
+
+
+def test_a_logarithmic_axis(tmp_path):
+    run = make_run(tmp_path / "run", total_batch_tokens=500_000)
+    figure = figure_of(run, log=True, x="tokens")
+    assert [axes.get_xscale() for axes in figure.axes] == ["log", "log"]
+    FigureCanvasAgg(figure).draw()
+    assert "1M" in [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+    assert figure.axes[0].get_xlim()[0] > 100_000  # step 0 has no place on it, and does not stretch it,
+    assert not np.isfinite(figure.axes[0].transData.transform((0, 9))[0])  # nor does a line come from there
+
+
+def test_the_steep_beginning_can_be_left_out(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert figure_of(run, max_loss=9.75).axes[0].get_ylim() == (pytest.approx(9.225), 9.75)
+    assert figure_of(run).axes[0].get_ylim()[1] > 10.9
+    with pytest.raises(ValueError, match=r"--max-loss is 9\.0; it must be above the lowest loss, 9\.250"):
+        figure_of(run, max_loss=9.0)
+
+
+@pytest.mark.parametrize(("theme", "paper"), [("light", (255, 255, 255)), ("dark", (13, 17, 23))])
+def test_a_png_in_the_themes_colours(tmp_path, theme, paper):
+    run = make_run(tmp_path / "run", "1 train 10.8\n2 train 9.5\n2 val 9.25\n")
+    assert plot.main(Config(runs=(str(run),), theme=theme)) == run / "loss.png"
+    with Image.open(run / "loss.png") as image:
+        assert (image.format, image.size) == ("PNG", (1280, 800))  # one panel: there is no HellaSwag
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    distance = np.abs(pixels - np.array(paper)).max(axis=-1)
+    assert (pixels[0, 0] == paper).all() and 0.8 < (distance < 8).mean() < 0.999
+    blue = [int(plot.THEMES[theme][3][i : i + 2], 16) for i in (1, 3, 5)]
+    assert (np.abs(pixels - blue).max(axis=-1) < 8).sum() > 500
+
+
+@pytest.mark.parametrize(("name", "begin"), [("a.pdf", b"%PDF"), ("a.SVG", b"<?xml"), ("a", b"\x89PNG")])
+def test_the_suffix_chooses_the_format(tmp_path, name, begin):
+    run = make_run(tmp_path / "run")
+    out = plot.main(Config(runs=(str(run),), out=str(tmp_path / name)))
+    assert out and out.read_bytes().startswith(begin)
+    assert out.name == (name if "." in name else "a.png")
+
+
+@pytest.mark.parametrize(
+    "log",
+    ["1 train 5.0\n2 train 4.0\n", "0 val 3.5\n9 val 3.2\n", "5 hella 0.3\n", "1 val nan\n", "1 lr 0.1\n"],
 )
 def test_a_log_with_only_some_of_the_streams_is_drawn(tmp_path, log):
     run = make_run(tmp_path / "run", log)
-    assert picture(plot.main(Config(runs=(str(run),)))).shape[0] == 750
+    assert plot.main(Config(runs=(str(run),), text=True, out=str(tmp_path / "a.svg")))
+    assert "loss (nats a token)" in words(tmp_path / "a.svg")
 
 
-def test_gpt2s_line_is_drawn_where_the_loss_comes_near_it(tmp_path):
-    gray = (128, 128, 128)
-    far = make_run(tmp_path / "far", "0 val 10.0\n100 val 5.0\n")
-    near = make_run(tmp_path / "near", "0 val 10.0\n100 val 4.0\n")
-    far_ink, near_ink = (inked(picture(plot.main(Config(runs=(str(run),)))), gray) for run in (far, near))
-    assert near_ink > far_ink + 500
+def test_a_loss_that_is_not_finite_leaves_the_others_as_they_are(tmp_path):
+    losses = [9, 9, "nan", 9, "inf", 9, 8, 7]
+    log = "".join(f"{i} train {loss}\n" for i, loss in enumerate(losses)) + "4 val nan\n5 val 6\n"
+    axes = figure_of(make_run(tmp_path / "run", log), smooth=3).axes[0]
+    assert curves(axes)[1:] == [([0, 1, 3, 5, 6, 7], pytest.approx([9, 9, 9, 9, 8, 7.5])), ([5], [6])]
+    assert legend(axes) == ["run: 6.000"]
 
 
 def test_the_newest_run_is_drawn_by_default(tmp_path, monkeypatch):
@@ -93,6 +282,40 @@ def test_the_newest_run_is_drawn_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "LOG_ROOT", tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match=r"train_gpt2\.py demo"):
         plot.main(Config())
+
+
+# -----------------------------------------------------------------------------
+# the terminal
+
+
+def test_a_curve_as_bars():
+    down = np.arange(8.0)[::-1]
+    assert plot.sparkline(np.linspace(0, 1, 8), down, 8) == "█▇▆▅▄▃▂▁"
+    assert plot.sparkline(np.linspace(0, 0.5, 8), down, 15) == "█▇▆▅▄▃▂▁       "  # it ends in the middle
+    assert plot.sparkline(np.array([0.0, 1.0]), np.array([2.0, 3.0]), 5) == "▁   █"  # and nothing is made up
+    assert (
+        plot.sparkline(np.array([0.0, 0.01, 1.0]), np.array([0.0, 4.0, 9.0]), 5) == "▁   █"
+    )  # means, 2 and 9
+    assert plot.sparkline(np.array([0.0, 1.0]), np.array([2.0, 2.0]), 2) == "▁▁"
+
+
+def test_the_command_prints_the_curves_of_each_run_and_draws_only_if_told(tmp_path):
+    run = make_run(tmp_path / "a", "".join(f"{i} train {14 - i}\n{i} val {10 - i}\n" for i in range(8)))
+    runs = [run, make_run(tmp_path / "b", "0 hella 0.25\n2000 hella 0.3\n")]
+    done = run_script("plot.py", *map(str, runs), "--text")
+    assert done.returncode == 0, done.stderr
+    title_a, train, val, title_b, hella = done.stdout.splitlines()
+    assert (title_a, title_b) == ("a, steps 0 to 7", "b, steps 0 to 2,000")
+    assert train.startswith("train      14 █") and train.endswith("▁ 7")
+    assert val.startswith("val        10 █") and val.endswith("▁ 3, best 3")
+    assert hella.startswith("hella    0.25 ▁") and hella.endswith("█ 0.3, best 0.3")
+    assert not list(tmp_path.rglob("*.png"))
+    done = run_script("plot.py", str(run), "--text", "--out", str(tmp_path / "a.png"))
+    assert len(done.stdout.splitlines()) == 4 and (tmp_path / "a.png").exists()
+
+
+# -----------------------------------------------------------------------------
+# refusals
 
 
 @pytest.mark.parametrize(
@@ -112,13 +335,19 @@ def test_a_malformed_line_is_refused_with_file_and_number(tmp_path, line):
         (["{tmp}/nowhere"], "nowhere/log.txt"),
         (["{tmp}/run", "{tmp}/nowhere"], "nowhere/log.txt"),
         (["{tmp}/run", "--out", "{tmp}/no/such/folder.png"], "folder.png"),
-        (["{tmp}/run", "--out", "{tmp}/loss.xyz"], "xyz"),
+        (
+            ["{tmp}/run", "--out", "{tmp}/loss.xyz"],
+            "loss.xyz ends in .xyz; it must be one of .png, .svg, .pdf",
+        ),
         (["{tmp}/empty"], "empty/log.txt"),
+        (["{tmp}/run", "--smooth", "0"], "--smooth is 0; it must be at least 1"),
+        (["{tmp}/cut"], "cut/config.json"),
     ],
 )
 def test_what_cannot_be_drawn_exits_2_with_the_reason(tmp_path, monkeypatch, capsys, args, reason):
     make_run(tmp_path / "run")
     make_run(tmp_path / "empty", "")
+    (make_run(tmp_path / "cut") / "config.json").write_text('{"model', encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["plot.py", *(arg.format(tmp=tmp_path) for arg in args)])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "plot.py"), run_name="__main__")
