@@ -269,8 +269,12 @@ class GPT(nn.Module):
         """An empty cache, one part a layer, with room for `size` tokens (by default block_size)."""
         return [KVCache(size or self.config.block_size) for _ in range(self.config.n_layer)]
 
+    def stream(self, idx: torch.Tensor, max_new_tokens: int, **options) -> Iterator[torch.Tensor]:
+        """The tokens of `stream_with_logits`, each (B,)."""
+        return (token for token, _ in self.stream_with_logits(idx, max_new_tokens, **options))
+
     @torch.no_grad()
-    def stream(
+    def stream_with_logits(
         self,
         idx: torch.Tensor,
         max_new_tokens: int,
@@ -281,9 +285,10 @@ class GPT(nn.Module):
         stop_token: int | None = END_OF_TEXT,
         generator: torch.Generator | None = None,
         use_cache: bool = True,
-    ) -> Iterator[torch.Tensor]:
-        """Continues the prompts idx (B, T), T >= 1; yields the next token of each, (B,), until max_new_tokens
-        are made or every row has met stop_token (rows that end early repeat it).
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Continues the prompts idx (B, T), T >= 1; yields the next token of each, (B,), and the network's
+        own logits for it, (B, V), until max_new_tokens are made or every row has met stop_token (rows that
+        end early repeat it).
 
         temperature 0 is greedy. top_k and top_p (nucleus: Holtzman et al., 2019) narrow the choice; both in
         Hugging Face's order, after repetition_penalty (CTRL: Keskar et al., 2019, section 4.1) and
@@ -298,14 +303,15 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             x = self.hidden(unread, cache) if cache else self.hidden(context)
             logits = self.lm_head(x[:, -1])[:, :choices]  # (B, V); some published files have padding rows
+            adjusted = logits
             if repetition_penalty != 1.0:
                 penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-                logits = torch.where(seen, penalised, logits)
-            token = sample(logits, temperature, top_k, top_p, generator)  # (B,)
+                adjusted = torch.where(seen, penalised, logits)
+            token = sample(adjusted, temperature, top_k, top_p, generator)  # (B,)
             if stop_token is not None:
                 token = torch.where(done, stop_token, token)
                 done |= token == stop_token
-            yield token
+            yield token, logits
             if done.all():
                 return
             unread = token[:, None]
@@ -316,7 +322,8 @@ class GPT(nn.Module):
                 cache = self.new_cache() if cache else None
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
-        """The prompts idx (B, T) and their continuations, (B, T + new); `options` are those of `stream`."""
+        """The prompts idx (B, T) and their continuations, (B, T + new); `options` are those of
+        `stream_with_logits`."""
         return torch.cat([idx, *(t[:, None] for t in self.stream(idx, max_new_tokens, **options))], dim=1)
 
     @classmethod
@@ -403,7 +410,7 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """One token id a row, (B,), from logits (B, V); see `GPT.stream` for the options."""
+    """One token id a row, (B,), from logits (B, V); see `GPT.stream_with_logits` for the options."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / temperature

@@ -1,8 +1,17 @@
-"""generate.py: what the command prints, equality with transformers, streaming, conversation, refusals."""
+"""generate.py: what the command prints, equality with transformers, stop strings, probabilities, conversation
+on a real terminal, refusals."""
 
+import contextlib
+import io
 import json
+import os
+import random
 import runpy
+import select
+import signal
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,7 +50,12 @@ def continuation(folder: Path, prompt: str, **options) -> str:
     """In this process: the text that generate.py's settings give."""
     cfg = Config(**options)
     model, _ = generate.load_model(str(folder), "cpu")
-    return "".join(generate.stream_text(model, generate.encode_prompt(prompt, cfg), cfg))
+    return "".join(piece.text for piece in pieces_of(model, prompt, cfg))
+
+
+def pieces_of(model: generate.GPT, prompt: str, cfg: Config) -> list[generate.Piece]:
+    steps = generate.stream_pieces(model, generate.encode_prompt(prompt, cfg), cfg)
+    return [piece for (pieces,) in steps for piece in pieces]
 
 
 def test_greedy_output_is_the_prompt_and_the_text_of_transformers_pipeline(folder):
@@ -126,10 +140,10 @@ def test_the_text_ends_at_end_of_text_and_keeps_characters_that_span_tokens(scri
 
 def test_text_streams_in_whole_characters_token_by_token(scripted):
     model, _ = generate.load_model(str(scripted), "cpu")
-    pieces = list(generate.stream_text(model, tokenizer.encode(PROMPT), Config(temperature=0)))
-    assert "".join(pieces) == MIXED
-    assert len(pieces) == len(tokenizer.encode(MIXED)) + 1  # one a token, some empty, and the rest
-    assert "" in pieces[:-1] and "�" not in "".join(pieces)
+    pieces = pieces_of(model, PROMPT, Config(temperature=0))
+    assert "".join(piece.text for piece in pieces) == MIXED
+    assert [piece.token for piece in pieces] == tokenizer.encode(MIXED)  # some with no text yet
+    assert "" in [piece.text for piece in pieces] and "�" not in "".join(piece.text for piece in pieces)
 
 
 def test_a_text_cut_inside_a_character_ends_with_a_replacement_sign(scripted):
@@ -139,10 +153,160 @@ def test_a_text_cut_inside_a_character_ends_with_a_replacement_sign(scripted):
     assert text == tokenizer.decode(ids[:cut]) and text.endswith("�")
 
 
-def test_samples_made_as_a_batch_end_at_end_of_text_too(scripted):
-    model, _ = generate.load_model(str(scripted), "cpu")
-    cfg = Config(temperature=0, num_samples=2)
-    assert generate.sample_texts(model, tokenizer.encode(PROMPT), cfg) == [MIXED, MIXED]
+def test_samples_made_as_a_batch_end_at_end_of_text_too(scripted, capsys):
+    out = generated(capsys, scripted, prompt=PROMPT, temperature=0, num_samples=2)
+    assert out == f"{PROMPT}{MIXED}\n\n{PROMPT}{MIXED}\n"
+
+
+# Stop strings
+
+
+def before_the_stop(text: str, stops: list[str]) -> str:
+    """By the definition: character by character, until one of the stop strings is complete."""
+    for end in range(len(text) + 1):
+        for stop in sorted(stops, key=len, reverse=True):
+            if text[:end].endswith(stop):
+                return text[: end - len(stop)]
+    return text
+
+
+@pytest.mark.parametrize(
+    ("text", "stops"),
+    [
+        ("one two three", ["two"]),
+        ("one two three", ["four", "three"]),
+        ("one two three", ["one"]),
+        ("one two three", ["twofold", "e three "]),
+        ("abababac", ["abac"]),  # begins again inside what was held back
+        ("abcd", ["c", "abcd"]),  # the first that is complete, not the first that begins
+        ("xabc", ["bc", "abc"]),
+        ("a 日本語 🙂 b", ["本", "🙂"]),
+        ("a 日本語", ["語!"]),
+        ("nothing", []),
+    ],
+)
+def test_a_text_ends_before_its_first_stop_string_however_it_is_cut_into_tokens(text, stops):
+    expected = before_the_stop(text, stops)
+    data, rng = text.encode(), random.Random(0)
+    id_of = tokenizer.ranks()
+    for _ in range(50):
+        sample, shown, rest = generate.Sample(stops), "", data
+        while rest and not sample.done:
+            size = rng.choice([n for n in range(1, 6) if rest[:n] in id_of])
+            pieces, rest = sample.add(id_of[rest[:size]], 0.5), rest[size:]
+            shown += "".join(piece.text for piece in pieces)
+            assert expected.startswith(shown)  # nothing is shown that a stop string would take back
+        assert shown + "".join(piece.text for piece in sample.end()) == expected
+
+
+def test_only_what_may_become_a_stop_string_is_held_back():
+    sample = generate.Sample(["zebra crossing"])
+    words = [b"A", b" z", b"eb", b"ra", b" cross", b"es", b"."]
+    shown = ["".join(p.text for p in sample.add(tokenizer.ranks()[word], 0.5)) for word in words]
+    assert shown == ["A", "", "", "", "", " zebra crosses", "."]
+
+
+def test_the_flag_stop_ends_the_making_too(scripted, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(generate.GPT, "lm_head", lambda self, x: calls.append(1) or lm_head(self, x))
+    options = dict(prompt=PROMPT, temperature=0)
+    for number in (1, 2):
+        calls.clear()
+        out = generated(capsys, scripted, stop=("nowhere", "本語"), num_samples=number, **options)
+        assert out == "\n\n".join([PROMPT + " naïve 日"] * number) + "\n"
+        assert len(calls) < len(tokenizer.encode(MIXED))
+    flags = ("--prompt", PROMPT, "--temperature", "0", "--stop", "x", "--stop", "語 ")
+    assert command(scripted, *flags, stdin="this is not asked for") == PROMPT + " naïve 日本\n"
+
+
+def test_a_stop_string_may_name_a_line_end_and_an_empty_one_stops_nothing():
+    assert generate.Sample(["\\n", ""]).stops == ["\n"]
+
+
+# Prompts from files and pipes
+
+
+def test_a_prompt_comes_from_a_file_or_from_standard_input(scripted, tmp_path, capsys):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes("日 is\r\n".encode())  # the 3 tokens that the script expects
+    assert len(tokenizer.encode("日 is")) == 3
+    out = tmp_path / "out.json"
+    text = generated(capsys, scripted, prompt_file=str(path), temperature=0, json=str(out))
+    assert text == "日 is" + MIXED + "\n"
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert (result["prompt"], result["prompt_file"]) == ("日 is", str(path))
+    assert command(scripted, "--prompt-file", "-", "--temperature", "0", stdin="日 is\n") == text
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["--prompt-file", "{tmp}/none.txt"], "none.txt"),
+        (["--prompt-file", "{tmp}/latin1.txt"], "latin1.txt: 'utf-8' codec can't decode"),
+        (["--prompt-file", "a.txt", "--prompt", "b"], "--prompt and --prompt-file"),
+        (["--interactive", "--prompt", "b"], "leave --prompt out"),
+        (["--interactive", "--prompt-file", "a.txt"], "leave --prompt-file out"),
+        (["--interactive", "--num-samples", "2"], "leave --num-samples out"),
+        (["--interactive", "--json", "a.json"], "leave --json out"),
+    ],
+)
+def test_a_prompt_that_cannot_be_had_exits_2_with_the_reason(monkeypatch, capsys, tmp_path, args, reason):
+    (tmp_path / "latin1.txt").write_bytes("naïve".encode("latin-1"))
+    assert run_as_main(monkeypatch, *(arg.format(tmp=tmp_path) for arg in args)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and reason in captured.err and captured.err.startswith("generate.py: ")
+
+
+# Probabilities
+
+
+def test_probabilities_are_the_models_own_whatever_the_settings(folder, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out.json"
+    options = dict(temperature=2, top_k=5, top_p=0.9, repetition_penalty=3, max_tokens=12, num_samples=2)
+    generated(capsys, folder, prompt=PROMPT, show_probs=True, json=str(out), **options)
+    result = json.loads(out.read_text(encoding="utf-8"))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    for text, tokens in zip(result["texts"], result["tokens"], strict=True):
+        ids = tokenizer.encode(PROMPT) + [token["id"] for token in tokens]
+        with torch.no_grad():
+            logp = theirs(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+        expected = [logp[position - 1, ids[position]].exp().item() for position in range(3, len(ids))]
+        assert [token["probability"] for token in tokens] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+        assert len(tokens) == 12 and text == tokenizer.decode(ids)
+        joined = PROMPT + "".join(token["text"] for token in tokens)
+        assert text in (joined, joined + "�")  # the last character may be cut
+    generated(capsys, folder, prompt=PROMPT, json=str(out), **options)
+    assert "tokens" not in json.loads(out.read_text(encoding="utf-8"))
+
+
+def test_without_colours_probabilities_are_a_table_on_standard_error(scripted, capsys):
+    options = dict(model=str(scripted), device="cpu", prompt=PROMPT, temperature=0.0)
+    generate.main(Config(**options, show_probs=True, num_samples=2))  # pyright: ignore
+    captured = capsys.readouterr()
+    assert captured.out == f"{PROMPT}{MIXED}\n\n{PROMPT}{MIXED}\n"
+    lines = captured.err.splitlines()
+    ids = tokenizer.encode(MIXED)
+    assert [line for line in lines if "sample" in line] == [lines[0], lines[len(ids) + 1]]
+    for line, token in zip(lines[1:], ids):
+        probability, id, text = line.split(maxsplit=2)
+        assert 0 < float(probability) < 1
+        assert (int(id), text) == (token, repr(tokenizer.decode([token])))
+
+
+def test_samples_stand_side_by_side_on_a_terminal():
+    texts = ["one two three four five six", "日本語の文章です " * 2 + "\n\n    indented", "a\rb"]
+    assert generate.columns(texts, 72).split("\n") == [
+        f"{'one two three four':25}日本語の文章です{'':9}a",
+        f"{'five six':25}日本語の文章です{'':9}b",
+        "",
+        f"{'':25}    indented",
+    ]
+    assert generate.columns(texts, 65) == "\n\n".join(texts)  # too narrow
+
+
+# Narrow and wide choices
 
 
 @pytest.mark.parametrize(
@@ -175,6 +339,17 @@ def test_an_empty_prompt_begins_a_text_of_its_own(tmp_path, capsys):
     assert capsys.readouterr().out == "Once\n"
 
 
+# Conversation
+
+
+def conversation(monkeypatch, capsys, folder: Path, *lines: str, **options) -> tuple[str, list[str]]:
+    """What a conversation through a pipe prints, and its lines on standard error."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    generate.main(Config(model=str(folder), device="cpu", interactive=True, **options))
+    captured = capsys.readouterr()
+    return captured.out, captured.err.splitlines()[1:]  # the first says what to do
+
+
 def test_a_conversation_through_a_pipe_continues_the_text_so_far(folder):
     options = dict(temperature=1.5, max_tokens=5)
     flags = ("--interactive", "--temperature", "1.5", "--max-tokens", "5")
@@ -183,6 +358,230 @@ def test_a_conversation_through_a_pipe_continues_the_text_so_far(folder):
     second = continuation(folder, first + "\nTwo", **options, seed=2)
     assert second != continuation(folder, "Two", **options, seed=2)
     assert out == first + "\nTwo" + second + "\n"
+
+
+def test_a_setting_changes_what_follows_and_reset_forgets_the_text(folder, monkeypatch, capsys):
+    settings = ("/set max-tokens 4", "/set --top_k=7", '/set stop "\\n" x', "/set temperature 0", "/show")
+    lines = ("One", *settings, "Two", "/reset", "Three", '/set stop ""', "/show")
+    out, err = conversation(monkeypatch, capsys, folder, *lines, max_tokens=5)
+    first = "One" + continuation(folder, "One", max_tokens=5, seed=1)
+    options = dict(max_tokens=4, temperature=0, stop=("\n", "x"))
+    second = continuation(folder, first + "\nTwo", **options)
+    third = continuation(folder, "Three", **options)
+    assert out == f"{first}\nTwo{second}\nThree{third}\n"
+    shown = ["max-tokens 4", "temperature 0.0", "top-k 7", r"stop ('\\n', 'x')", "seed 0"]
+    assert f"model {folder}" in err and not [line for line in shown if line not in err]
+    assert "stop ('',)" in err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--temperature", "-1"), ("--top-p", "1.5"), ("--max-tokens", "many"), ("--temprature", "1")],
+)
+def test_a_bad_setting_gets_the_flags_message_and_the_session_goes_on(
+    folder, monkeypatch, capsys, flag, value
+):
+    assert run_as_main(monkeypatch, flag, value) == 2
+    said = capsys.readouterr().err
+    out, err = conversation(
+        *(monkeypatch, capsys, folder, f"/set {flag.removeprefix('--')} {value}", "One"), max_tokens=5
+    )
+    assert out == "One" + continuation(folder, "One", max_tokens=5, seed=1) + "\n"
+    reason = next(line for line in said.removeprefix("generate.py: ").splitlines() if flag in line)
+    assert reason.strip(" │") in [line.strip(" │") for line in err]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("/set model gpt2", "--model stays as it is"),
+        ("/set no-interactive", "--no-interactive stays as it is"),
+        ("/set num-samples 3", "leave --num-samples out"),
+        ('/set stop "', "No closing quotation"),
+        ("/set temperature", "Missing value"),
+        ("/set help", "Unrecognized"),
+        ("/set", "/set NAME VALUE"),
+        ("/help", "/reset"),
+        ("/temperature 3", "/set NAME VALUE"),
+    ],
+)
+def test_what_is_no_setting_and_no_command_is_said(folder, monkeypatch, capsys, line, reason):
+    out, err = conversation(monkeypatch, capsys, folder, line, " /no command", max_tokens=5)
+    assert out == " /no command" + continuation(folder, " /no command", max_tokens=5, seed=1) + "\n"
+    assert reason in "\n".join(err)
+
+
+def test_probabilities_can_be_asked_for_in_a_conversation(folder, monkeypatch, capsys):
+    lines = ("One", "/set show-probs", "Two", "/set no-show-probs", "Three")
+    _, err = conversation(monkeypatch, capsys, folder, *lines, max_tokens=3)
+    assert len([line for line in err if line.startswith("sample 1")]) == 1
+
+
+# On a terminal, and Ctrl-C
+
+
+class Terminal:
+    """generate.py on a pseudo-terminal, as a person would use it."""
+
+    def __init__(self, folder: Path, *args: str, **env: str):
+        import fcntl
+        import pty
+        import struct
+        import termios
+
+        self.screen, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        words = [sys.executable, str(ROOT / "generate.py"), "--model", str(folder), "--device", "cpu", *args]
+        clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS")}
+        env = {**clean, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "PYTHONUTF8": "1", **env}
+        self.process = subprocess.Popen(
+            words, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+        )  # fmt: skip
+        os.close(slave)
+        self.seen = ""
+
+    def read(self) -> bool:
+        """Waits for more on the screen; False at the end."""
+        if not select.select([self.screen], [], [], 60)[0]:
+            raise AssertionError(f"nothing more after 60 s:\n{self.seen}")
+        data = b""
+        with contextlib.suppress(OSError):  # how Linux says that nobody writes any more
+            data = os.read(self.screen, 4096)
+        self.seen += data.decode("utf-8", errors="replace")
+        return bool(data)
+
+    def wait_for(self, text: str) -> str:
+        """Reads until the text has come; returns what has come up to there, and forgets it."""
+        while text not in self.seen:
+            assert self.read(), f"{text!r} did not come:\n{self.seen}"
+        before, _, self.seen = self.seen.partition(text)
+        return before + text
+
+    def type(self, text: str):
+        os.write(self.screen, text.encode())
+
+    def end(self) -> int:
+        """Reads to the end; the exit code."""
+        while self.read():
+            pass
+        os.close(self.screen)
+        return self.process.wait(timeout=60)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    """Terminal, ended with the test."""
+    opened = []
+
+    def start(*args, **env) -> Terminal:
+        opened.append(Terminal(*args, **env))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.process.kill()
+        one.process.wait()
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory) -> Path:
+    """A checkpoint that says " and on" for ever."""
+    ids = tokenizer.encode(" and on") * 32
+    return save_checkpoint(tmp_path_factory.mktemp("run"), scripted_model(ids[:64]))
+
+
+def test_a_conversation_on_a_terminal_edits_lines_and_remembers_them(terminal, endless, tmp_path):
+    flags = ("--interactive", "--temperature", "0", "--max-tokens", "1000000")
+    first = terminal(endless, *flags, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    first.wait_for("> ")
+    history = tmp_path / "cache" / "gpt2_generate_history"
+    assert history.stat().st_mode & 0o777 == 0o600
+    first.type("Twee\x02\x02\x08o\x04\x04\n")  # back, back, delete before, o, delete, delete: To
+    first.wait_for("To and on and on")
+    first.type("\x03")  # Ctrl-C stops the text
+    first.wait_for("> ")
+    first.type("nonsense\x03")  # and clears a line
+    first.wait_for("> ")
+    first.type("/set max-tokens 2\n")
+    first.wait_for("> ")
+    first.type("/reset\n")
+    first.wait_for("> ")
+    first.type("\x1b[A\x1b[A\x1b[A\n")  # three lines up
+    first.wait_for("To and on\r\n")
+    first.wait_for("> ")
+    first.type("\x04")  # Ctrl-D ends
+    assert first.end() == 0
+    assert history.read_text(encoding="utf-8").splitlines() == ["To", "/set max-tokens 2", "/reset", "To"]
+    second = terminal(endless, *flags, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    second.wait_for("> ")
+    second.type("\x1b[A\x1b[A\n")
+    second.wait_for("/reset")
+    second.wait_for("> ")
+    second.type("\x04")
+    assert second.end() == 0
+
+
+def test_a_history_that_cannot_be_kept_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    generate.keep_history()
+    assert capsys.readouterr().err.startswith("the history is not kept: ")
+
+
+def test_on_a_terminal_tokens_are_coloured_and_samples_stand_side_by_side(terminal, scripted):
+    flags = ("--prompt", PROMPT, "--temperature", "0")
+    coloured = terminal(scripted, *flags, "--show-probs")
+    assert coloured.end() == 0
+    text, _, legend = coloured.seen.partition("\r\n")
+    assert 0 < text.count("\x1b[38;5;196m") == text.count("\x1b[0m") < len(tokenizer.encode(MIXED))
+    assert text.replace("\x1b[38;5;196m", "").replace("\x1b[0m", "") == PROMPT + MIXED  # none is likely
+    assert "\x1b[38;5;208mfrom 1%\x1b[0m" in legend and "from 50%" in legend
+    plain = terminal(scripted, *flags, "--show-probs", NO_COLOR="1")
+    assert plain.end() == 0
+    assert "\x1b" not in plain.seen and "sample 1: probability" in plain.seen
+    several = terminal(scripted, *flags, "--num-samples", "2")
+    assert several.end() == 0
+    assert several.seen == generate.columns([PROMPT + MIXED] * 2, 80).replace("\n", "\r\n") + "\r\n"
+
+
+@pytest.mark.parametrize("flags", [(), ("--prompt-file", "-")])
+def test_ctrl_c_ends_a_single_text_with_130_and_no_traceback(terminal, endless, flags):
+    one = terminal(endless, *flags, "--temperature", "0", "--max-tokens", "1000000")
+    if flags:
+        one.type("Go\n\x04")
+    one.wait_for(" and on")
+    one.type("\x03")
+    assert one.end() == 130
+    assert "Traceback" not in one.seen
+
+
+def test_ctrl_c_stops_a_text_also_where_lines_come_through_a_pipe(endless):
+    words = [sys.executable, str(ROOT / "generate.py"), "--model", str(endless), "--device", "cpu"]
+    flags = ["--interactive", "--temperature", "0", "--max-tokens", "1000000"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([*words, *flags], stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8")
+    try:
+        assert process.stdin and process.stdout
+        process.stdin.write("Go\n/set max-tokens 2\n/reset\nStop\n")
+        process.stdin.flush()
+        assert process.stdout.read(9) == "Go and on"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert out.endswith("\nStop and on\n") and "Traceback" not in err
+    assert process.returncode == 0
+
+
+def test_a_reader_that_has_enough_is_no_error(endless):
+    command = f"{sys.executable} {ROOT / 'generate.py'} --model {endless} --device cpu --max-tokens 3000"
+    words = ["bash", "-o", "pipefail", "-c", f"{command} | head -c 20"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, len(done.stdout), done.stderr) == (0, 20, "")
+
+
+# Refusals
 
 
 def run_as_main(monkeypatch, *args: str) -> int | str | None:

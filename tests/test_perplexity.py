@@ -1,10 +1,13 @@
-"""perplexity.py: against Hugging Face's strided recipe and figures worked out by hand; what it refuses."""
+"""perplexity.py: against Hugging Face's strided recipe, lm_eval, and figures worked out by hand; what it
+refuses."""
 
 import json
 import math
+import random
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,9 +66,161 @@ def test_the_figures_are_those_of_hugging_faces_strided_recipe(folder, stride, l
     model, _ = perplexity.load_model(str(folder), "cpu")
     expected, tokens = strided_recipe(folder, ids, stride)
     for batch_size in (1, 3):
-        total, count = perplexity.total_nll(model, np.array(ids, dtype=np.uint16), stride, batch_size)
+        windows = perplexity.strided(np.array(ids, dtype=np.uint16), CONTEXT, stride)
+        total, count = perplexity.total_nll(model, windows, batch_size)
         assert count == tokens
         assert total == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def guide_perplexity(folder: Path, ids: list[int], stride: int) -> float:
+    """The guide's own bookkeeping: transformers' mean loss of each window, labels of -100 for what the window
+    before it held, and as its weight the number of labels less one."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    total, weights, before = 0.0, 0, 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + CONTEXT, len(ids))
+        window = torch.tensor([ids[begin:end]])
+        labels = window.clone()
+        labels[:, : before - end] = -100
+        weight = int((labels != -100).sum()) - 1
+        total += model(window, labels=labels).loss.double().item() * weight
+        weights, before = weights + weight, end
+        if end == len(ids):
+            break
+    return math.exp(total / weights)
+
+
+@pytest.mark.parametrize(("stride", "length"), [(CONTEXT, 110), (16, CONTEXT), (16, 110), (10, 100)])
+def test_the_guides_own_figure_differs_by_its_weights_alone(folder, stride, length):
+    ids = tokenizer.encode(TEXT)[:length]
+    model, _ = perplexity.load_model(str(folder), "cpu")
+    windows = perplexity.strided(np.array(ids, dtype=np.uint16), CONTEXT, stride)
+    means, weights = [], []
+    for number, window in enumerate(windows):
+        total, count = perplexity.total_nll(model, [window])
+        means.append(total / count)
+        weights.append(count - (number > 0 and stride < CONTEXT))
+    theirs = guide_perplexity(folder, ids, stride)
+    assert theirs == pytest.approx(math.exp(np.average(means, weights=weights)), rel=1e-5)
+    total, count = perplexity.total_nll(model, windows)
+    is_same = stride == CONTEXT or len(windows) == 1
+    assert theirs == pytest.approx(math.exp(total / count), rel=1e-5 if is_same else 0.02)
+
+
+# lm_eval
+
+LINES = [
+    *("", "= Ann Example =", ""),
+    'Ann Example ( born 1 @.@ 5 years ago ) said : " it \'s 1 @,@ 000 m . "',
+    *("= = Early life = =", "", "She lived at 20 ° N in the ' 90s , [ in ] a well @-@ known { place } .", ""),
+    *("= = = Naïve 日本語 = = =", "", "The Smiths ' house ; N houses ! Why ?", ""),
+    *("= Bob ( a song ) =", "", "Bob sang = = and = it rained .", "", "= Cy =", "", "A short page ."),
+]
+METRICS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+ARTICLES = "".join(f" {line} \n" if line else " \n" for line in LINES)
+
+
+def lm_evals_figures(folder: Path, tmp_path: Path, texts: list[str], **task) -> dict:
+    """What the lm_eval package finds for a rolling task over these texts."""
+    from lm_eval import evaluator
+    from lm_eval.models import huggingface
+
+    data = tmp_path / "pages.jsonl"
+    data.write_text("".join(json.dumps({"page": text}) + "\n" for text in texts), encoding="utf-8")
+    config = {
+        "task": "invented",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "metric_list": [{"metric": name} for name in METRICS],
+        **task,
+    }
+    make_lm: Any = huggingface.HFLM  # lm_eval's decorators hide these signatures from type checkers
+    simple_evaluate: Any = evaluator.simple_evaluate
+    lm = make_lm(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2)
+    return simple_evaluate(lm, tasks=[config], bootstrap_iters=0)["results"]["invented"]
+
+
+def assert_same_figures(ours: dict, theirs: dict):
+    ours = {**ours, "byte_perplexity": 2 ** ours["bits_per_byte"]}
+    assert [ours[name] for name in METRICS] == pytest.approx(
+        [theirs[f"{name},none"] for name in METRICS], 1e-4
+    )
+
+
+@pytest.mark.parametrize("as_shards", [False, True])
+def test_the_wikitext_protocol_gives_the_figures_of_lm_evals_task(folder, tmp_path, as_shards):
+    from lm_eval.tasks.wikitext import preprocess_wikitext
+
+    pages = perplexity.wikitext_pages(ARTICLES)
+    theirs = lm_evals_figures(
+        *(folder, tmp_path, pages),
+        doc_to_target=preprocess_wikitext.wikitext_detokenizer,
+        process_results=preprocess_wikitext.process_results,
+    )
+    data = write_text(tmp_path, ARTICLES)
+    if as_shards:  # cut elsewhere: pages are found in the text of all
+        half = ARTICLES.index("= = Early")
+        shard(tmp_path / "data", "tiny_val_000000.npy", [ARTICLES[:half], ARTICLES[half:]])
+        data = str(tmp_path / "data")
+    cfg = Config(data=data, model=str(folder), device="cpu", protocol="wikitext", batch_size=3)
+    ours = perplexity.main(cfg)
+    assert_same_figures(ours, theirs)
+    assert (ours["documents"], ours["stride"]) == (3, CONTEXT)
+    assert ours["tokens"] == sum(len(tokenizer.encode(perplexity.detokenize(page))) for page in pages)
+    assert ours["bytes"] == sum(len(page.encode()) for page in pages)
+
+
+def test_the_rolling_protocol_gives_lm_evals_figures_for_each_document(folder, tmp_path):
+    texts = [TEXT, "one", " two words ", TEXT[:90], "a" + TEXT[:60]]
+    theirs = lm_evals_figures(folder, tmp_path, texts, doc_to_target="{{page}}")
+    shard(tmp_path / "data", "tiny_val_000000.npy", texts)
+    cfg = Config(data=str(tmp_path / "data"), model=str(folder), device="cpu", protocol="rolling")
+    ours = perplexity.main(cfg)
+    assert_same_figures(ours, theirs)
+    assert (ours["documents"], ours["tokens"]) == (5, sum(len(tokenizer.encode(text)) for text in texts))
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 15, 16, 17, 40])
+def test_rolling_windows_are_lm_evals(length):
+    from lm_eval.utils import get_rolling_token_windows
+
+    ids = np.arange(100, 100 + length, dtype=np.uint16)
+    theirs = get_rolling_token_windows(ids.tolist(), prefix_token=50256, max_seq_len=8, context_len=1)
+    ours = [
+        (window.tokens[:-1].tolist(), window.tokens[-window.scored :].tolist())
+        for window in perplexity.rolling(ids, 8)
+    ]
+    assert ours == list(theirs)
+
+
+def test_text_is_detokenized_as_lm_eval_does():
+    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+
+    signs = [*" \n'\"()[]{}:;.!?,=°Na1", "  ", "s '", "'s", "@-@", "@,@", "@.@", "日本", "= = =", "= = = ="]
+    rng = random.Random(0)
+    for _ in range(2000):
+        words = [rng.choice(signs) for _ in range(rng.randint(1, 25))]
+        for text in ("".join(words), " ".join(words)):
+            assert perplexity.detokenize(text) == wikitext_detokenizer({"page": text})
+
+
+def test_pages_begin_with_headings_of_the_first_level():
+    pages = perplexity.wikitext_pages(ARTICLES)
+    assert [page.split("\n")[0] for page in pages] == [
+        " = Ann Example = ",
+        " = Bob ( a song ) = ",
+        " = Cy = ",
+    ]
+    assert " \n" + "\n".join(pages) == ARTICLES
+    assert perplexity.wikitext_pages("no\nheading") == ["no\nheading"]
+    assert perplexity.wikitext_pages(" \n") == [" \n"]
+
+
+# The command
 
 
 def test_the_command_gives_token_word_and_byte_figures(folder, tmp_path):
@@ -80,7 +235,7 @@ def test_the_command_gives_token_word_and_byte_figures(folder, tmp_path):
     total, count = strided_recipe(folder, ids, 10)
     assert count == len(ids) - 1 == result["tokens"]
     assert (result["model"], result["data"]) == (str(folder), data)
-    assert (result["context"], result["stride"]) == (CONTEXT, 10)
+    assert (result["protocol"], result["context"], result["stride"]) == ("stride", CONTEXT, 10)
     assert result["words"] == len(TEXT.split())
     assert result["bytes"] == len(TEXT.encode())
     assert result["token_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
@@ -88,7 +243,8 @@ def test_the_command_gives_token_word_and_byte_figures(folder, tmp_path):
     assert result["bits_per_byte"] == pytest.approx(total / math.log(2) / result["bytes"], rel=1e-5)
     for figure in ("token_perplexity", "word_perplexity"):
         assert f"{result[figure]:.2f}" in done.stdout
-    assert f"{result['bits_per_byte']:.4f}" in done.stdout and "stride 10" in done.stdout
+    assert f"{result['bits_per_byte']:.4f}" in done.stdout
+    assert f"protocol stride, context {CONTEXT}, stride 10" in done.stdout
 
 
 def test_without_overlap_the_unscored_first_tokens_count_as_the_average(folder, tmp_path, capsys):
@@ -136,6 +292,8 @@ def test_a_split_of_shards_is_scored_as_one_stream_and_counted_document_by_docum
         (dict(data="{tmp}/latin1.txt"), []),
         (dict(data="{tmp}/text.txt", stride="33"), ["--stride is 33", "32"]),
         (dict(data="{tmp}/text.txt", stride="-1"), ["--stride is -1"]),
+        (dict(data="{tmp}/text.txt", stride="8", protocol="wikitext"), ["--stride is 8", "wikitext"]),
+        (dict(data="{tmp}/void", protocol="rolling"), ["void", "no text"]),
         (dict(data="{tmp}/text.txt", batch_size="0"), ["batch-size", "0"]),
         (dict(data="{tmp}/text.txt", batch_size="-2"), ["batch-size", "-2"]),
         (dict(data="{tmp}/text.txt", limit="-5"), ["limit", "-5"]),
@@ -152,6 +310,7 @@ def test_what_cannot_be_scored_exits_2_with_the_reason(
     (tmp_path / "latin1.txt").write_bytes("naïve".encode("latin-1"))
     (tmp_path / "empty").mkdir()
     shard(tmp_path / "shards", "tiny_val_000000.npy", ["one two"])
+    shard(tmp_path / "void", "tiny_val_000000.npy", ["", ""])
     args = [f"--{name.replace('_', '-')}={value.format(tmp=tmp_path)}" for name, value in options.items()]
     monkeypatch.setattr(sys, "argv", ["perplexity.py", "--model", str(folder), "--device", "cpu", *args])
     with pytest.raises(SystemExit) as stop:
