@@ -6,6 +6,7 @@
     python train_gpt2.py --init-from gpt2 --dataset-path data/mine --warmup-steps 20 --max-steps 500
     python train_gpt2.py --resume            # goes on with the newest run; or --resume log/<run>
     python train_gpt2.py --hub-repo org/name # checkpoints go to the Hub, too; there: --resume hf://org/name
+    python train_gpt2.py --version           # of all that matters, for a report of a fault
 
 On disk: log/<run>/log.txt, a line a fact: <step> <stream> <value> with streams train val hella lr norm toks,
 and skip and spike where there is such a step; log/<run>/config.json; log/<run>/step_000250/, a checkpoint
@@ -44,12 +45,14 @@ import torch.distributed as dist
 import tyro
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import checkpoint
 import hellaswag
 import remote
 import shards
 import tokenizer
+import trackers
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent
@@ -157,6 +160,8 @@ class Config:
     """Keep the checkpoints of steps that this divides."""
     hub_repo: str = ""
     """Send checkpoints to this model repository of the Hugging Face Hub (org/name), in the background."""
+    tracker: trackers.Name = "none"
+    """Send the log's curves to TensorBoard, Weights & Biases or Trackio, too (trackers.py)."""
     # numerical faults
     max_bad_steps: int = 5
     """Steps in a row whose loss or gradient is not finite, after which the run saves and stops."""
@@ -200,6 +205,7 @@ FREE_TO_CHANGE = {
     "dataset_path", "cache_gb", "init_from", "run_name", "log_dir", "resume", "override", "val_every",
     "val_tokens", "hellaswag_every", "hellaswag_limit", "sample_every", "sample_prompt", "checkpoint_every",
     "checkpoint_minutes", "keep_last", "keep_every", "max_bad_steps", "timeout_seconds", "hub_repo",
+    "tracker",
 }  # fmt: skip
 
 # What --override cannot change: the saved tensors would not fit.
@@ -285,6 +291,7 @@ def find_checkpoint(cfg: Config) -> Path | None:
 
 def check(cfg: Config, world_size: int):
     """Raises ValueError for values that cannot work, with the value, the bound and the nearest that does."""
+    trackers.check(cfg.tracker)
     positive = (
         "seq_len", "batch_size", "total_batch_tokens", "learning_rate", "num_gpus", "val_tokens", "cache_gb",
         "max_bad_steps", "timeout_seconds",
@@ -594,7 +601,8 @@ def validation_loss(model: GPT, reader: shards.ShardReader, cfg: Config, process
     windows = min(reader.num_windows, max(1, cfg.val_tokens // cfg.seq_len))
     positions = range(0, windows * cfg.seq_len, cfg.seq_len)
     mine, total = positions[process.rank :: process.world_size], 0.0
-    for i in range(0, len(mine), cfg.batch_size):
+    hidden = None if process.rank == 0 else True  # None: shown on a terminal only
+    for i in tqdm(range(0, len(mine), cfg.batch_size), "validation", leave=False, disable=hidden):
         x, y = (t.to(process.device) for t in reader.read(mine[i : i + cfg.batch_size]))
         total += model(x, y).item() * x.size(0)
     return process.sum(total)[0] / windows
@@ -619,10 +627,11 @@ def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
 
 
 class RunLog:
-    """log.txt, a line a fact: `<step> <stream> <value>`. Only rank 0 writes."""
+    """log.txt, a line a fact: `<step> <stream> <value>`, and the same to a tracker. Only rank 0 writes."""
 
     def __init__(self, folder: Path, rank: int, resumed_step: int | None):
         self.file = None
+        self.tracker: trackers.Tracker | None = None
         if rank:
             return
         path = folder / "log.txt"
@@ -642,6 +651,8 @@ class RunLog:
         if self.file:
             self.file.writelines(f"{step} {stream} {value:.6g}\n" for stream, value in values.items())
             self.file.flush()
+        if self.tracker:
+            self.tracker.write(step, values)
 
 
 # -----------------------------------------------------------------------------
@@ -744,10 +755,25 @@ def shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
+def summary(cfg: Config, run: Path) -> str:
+    """What the log has of the whole run, however often it was resumed."""
+    streams: dict[str, list[tuple[float, int]]] = {}
+    for line in (run / "log.txt").read_text(encoding="utf-8").splitlines():
+        step, stream, value = line.split()
+        streams.setdefault(stream, []).append((float(value), int(step)))
+    seconds = sum(cfg.total_batch_tokens / toks for toks, _ in streams.get("toks", []))
+    text = f"{cfg.max_steps:,} steps of {cfg.total_batch_tokens:,} tokens, {format_seconds(seconds)} of training"
+    if "val" in streams:
+        text += "; best validation loss {:.4f} at step {}".format(*min(streams["val"]))
+    if "hella" in streams:
+        text += "; HellaSwag acc_norm {:.2%} at step {}".format(*streams["hella"][-1])
+    return text
+
+
 def finish(cfg: Config, run: Path, last_checkpoint: Path | None):
-    """Draws the run's curves and says what to do next."""
+    """Draws the run's curves and says what came of it and what to do next."""
     here = shown(run)
-    print(f"\nDone. The log is in {here}/log.txt.")
+    print(f"\n{summary(cfg, run)}\nDone. The log is in {here}/log.txt.")
     if cfg.val_every:
         command = [sys.executable, str(ROOT / "plot.py"), str(run)]
         if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0:
@@ -800,6 +826,8 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         )
     if cfg.hub_repo and rank == 0:
         check_hub(cfg)
+    if cfg.resume in ("", "newest") and rank == 0:
+        trackers.check_login(cfg.tracker)
 
     # ---- data
     data = find_data(cfg, process)
@@ -855,7 +883,8 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     say(f"data   {shown(data.folder)}: {train_data.num_tokens:,} training tokens, {epochs:.2f} epochs")
     say(f"batch  {cfg.total_batch_tokens:,} tokens = {cfg.batch_size} sequences x {cfg.seq_len} tokens x "
         f"{world_size} processes x {accumulation} micro-steps")  # fmt: skip
-    say(f"device {device}, {str(dtype).removeprefix('torch.')} ({why})")
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    say(f"device {device}{gpu}, {str(dtype).removeprefix('torch.')} ({why})")
     if cfg.fsdp:
         say(f"fsdp   {1 / world_size:.0%} of weights, gradients and optimizer state on each process")
     if val_data:
@@ -869,6 +898,11 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     if resumed and rank == 0:
         for folder in checkpoint.abandon(run, resumed["step"]):
             say(f"note   a newer checkpoint is now {shown(folder)}")
+    tracker_id = resumed.get("tracker_id") or secrets.token_hex(4)
+    if cfg.tracker != "none" and rank == 0:
+        log.tracker = at_end.enter_context(
+            trackers.Tracker(cfg.tracker, run, tracker_id, settings, resumed.get("step"))
+        )
 
     # ---- what wraps the model; evaluation and checkpoints use raw_model
     model: torch.nn.Module = raw_model
@@ -881,7 +915,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             outcome = compile_blocks(raw_model, x, y, autocast)
         else:
             model, outcome = compiled(raw_model, x, y, autocast)
-        say(outcome)
+        say(f"note   {outcome}")
     if world_size > 1 and not is_sharded:
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
         # After its first backward pass DDP puts the gradients in another order, and adds them up in another.
@@ -894,7 +928,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     if cfg.hellaswag_every:
         hellaswag_items, problem = find_hellaswag(cfg, process)
         if problem:
-            say(f"HellaSwag is left out: {problem}")
+            say(f"note   HellaSwag is left out: {problem}")
     peak_flops = device_peak_flops(device, dtype) * world_size
 
     # ---- the loop: max_steps + 1 times, the last only evaluates and saves
@@ -953,6 +987,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
                 "best_val_loss": best_val_loss,
                 "hellaswag": hellaswag_score,
                 "bad_steps": bad_steps,
+                "tracker_id": tracker_id,
                 "recent_losses": list(recent_losses),
                 "versions": {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")},
             }
@@ -1107,6 +1142,9 @@ def torchrun(processes: int, argv: list[str]):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--version"]:
+        print(checkpoint.versions())
+        sys.exit()
     try:
         cfg = parse_args(sys.argv[1:])
         if cfg.num_gpus > 1 and "RANK" not in os.environ:
