@@ -44,7 +44,6 @@ from model import END_OF_TEXT, GPT, HUB_NAMES, SIZES, GPTConfig, config_to_hf, t
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 STEP_NAME = re.compile(r"step_(\d{6,})")
-PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "gigatoken", "transformers", "datasets", "huggingface_hub")
 ROOT = Path(__file__).resolve().parent
 LOG_ROOT = ROOT / "log"
 
@@ -530,8 +529,9 @@ def versions() -> str:
     with contextlib.suppress(OSError, IndexError):  # Linux has its full name
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         processor = re.findall(r"^model name\s*: (.*)", text, flags=re.MULTILINE)[0]
-    packages = dict.fromkeys(PACKAGES, "not installed")
-    for name in PACKAGES:
+    names = "torch numpy safetensors tiktoken gigatoken transformers datasets huggingface_hub".split()
+    packages = dict.fromkeys(names, "not installed")
+    for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
     facts = {

@@ -57,7 +57,7 @@ def download(url: str, path: Path, sha256: str, tries: int = 4) -> Path:
                 with requests.get(url, headers=headers, stream=True, timeout=10) as response:
                     response.raise_for_status()
                     size = int(response.headers.get("Content-Length", 0)) or None
-                    bar = tqdm(desc=path.name, total=size, unit="B", unit_scale=True, leave=False, disable=None)
+                    bar = tqdm(desc=path.name, total=size, unit="B", unit_scale=True, disable=None)
                     with bar, open(partial, "ab" if response.status_code == 206 else "wb") as f:
                         for block in response.iter_content(1 << 16):
                             bar.update(f.write(block))

@@ -1,12 +1,14 @@
 """A run's curves sent to TensorBoard, Weights & Biases or Trackio, beside its log.txt.
 
-    python train_gpt2.py --tracker tensorboard     # into log/<run>/tensorboard; to look: tensorboard --logdir log
-    python train_gpt2.py --tracker wandb           # after `wandb login`; or WANDB_MODE=offline, into log/<run>/wandb
+    python train_gpt2.py --tracker tensorboard     # to look: tensorboard --logdir log
+    python train_gpt2.py --tracker wandb           # after `wandb login`; or with WANDB_MODE=offline
     python train_gpt2.py --tracker trackio         # to look: trackio show --project gpt2
+
+On disk: log/<run>/tensorboard, log/<run>/wandb, or Trackio's own folder (TRACKIO_DIR).
 
 Each is a package of its own, which only its own class imports. Curves have the same names in every tool
 and run, against the step and the tokens seen before it. The project is gpt2, or WANDB_PROJECT; what the
-tools themselves read from the environment (WANDB_MODE, TRACKIO_DIR, TRACKIO_SPACE_ID, ...) counts.
+tools themselves read from the environment (WANDB_ENTITY, TRACKIO_SPACE_ID, ...) counts.
 
 A resumed run goes on with the same curves, cut back like its log to the step of the checkpoint: in wandb,
 which takes no step back, the repeated steps keep the values that they had. What a tool has not got yet of
@@ -184,8 +186,8 @@ class Tracker(contextlib.AbstractContextManager):
 
     def give_up(self, error: Exception):
         self.tool = None
-        reason = f"{type(error).__name__}: {error}"
-        print(f"note   --tracker {self.name} failed ({reason}); training goes on, log.txt has all", flush=True)
+        failure = f"--tracker {self.name} failed ({type(error).__name__}: {error})"
+        print(f"note   {failure}; training goes on, and log.txt has all", flush=True)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any):
         if self.tool:

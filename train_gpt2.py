@@ -762,7 +762,7 @@ def summary(cfg: Config, run: Path) -> str:
         step, stream, value = line.split()
         streams.setdefault(stream, []).append((float(value), int(step)))
     seconds = sum(cfg.total_batch_tokens / toks for toks, _ in streams.get("toks", []))
-    text = f"{cfg.max_steps:,} steps of {cfg.total_batch_tokens:,} tokens, {format_seconds(seconds)} of training"
+    text = f"{cfg.max_steps:,} steps of {cfg.total_batch_tokens:,} tokens in {format_seconds(seconds)}"
     if "val" in streams:
         text += "; best validation loss {:.4f} at step {}".format(*min(streams["val"]))
     if "hella" in streams:

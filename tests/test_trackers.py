@@ -1,4 +1,4 @@
-"""trackers.py: what TensorBoard, wandb and Trackio have written, offline, read back; and what they may not do."""
+"""trackers.py: what TensorBoard, wandb and Trackio have written, read back; what they must not do; failures."""
 
 import base64
 import dataclasses
@@ -157,8 +157,8 @@ def test_wandb_has_one_run_across_a_kill(launch, config, offline):
     run = killed_and_resumed(launch, dataclasses.replace(config, tracker="wandb"), offline)
     first, second = (wandb_records(file) for file in sorted(run.glob("wandb/offline-run-*/*.wandb")))
     of_run = [record.run for record in first + second if record.HasField("run")]
-    assert {r.run_id for r in of_run} == {json.loads((run / "step_000012/state.json").read_text())["tracker_id"]}
-    assert {(r.project, r.display_name) for r in of_run} == {("gpt2", "run")}
+    tracker_id = json.loads((run / "step_000012/state.json").read_text(encoding="utf-8"))["tracker_id"]
+    assert {(r.run_id, r.project, r.display_name) for r in of_run} == {(tracker_id, "gpt2", "run")}
     again = wandb_curves(second)
     assert [x * config.total_batch_tokens for x, _ in again["tokens"]] == [y for _, y in again.pop("tokens")]
     assert_same(again, of_log(run, first_step=4))
