@@ -529,9 +529,9 @@ def versions() -> str:
     with contextlib.suppress(OSError, IndexError):  # Linux has its full name
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         processor = re.findall(r"^model name\s*: (.*)", text, flags=re.MULTILINE)[0]
-    names = "torch numpy safetensors tiktoken gigatoken transformers datasets huggingface_hub".split()
+    names = ("torch", "numpy", "tiktoken", "gigatoken", "transformers", "datasets", "huggingface_hub")
     packages = dict.fromkeys(names, "not installed")
-    for name in names:
+    for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
     facts = {

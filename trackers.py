@@ -92,12 +92,12 @@ class TensorBoard:
 
 class Wandb:
     """A run of the same id however often it is resumed. Without network wandb itself tries again and again,
-    and keeps a copy of everything in the run's folder."""
+    and keeps a copy of everything in the run's folder. Offline, each start has a folder of its own with the
+    whole curves: the newest is the one to `wandb sync`."""
 
     def __init__(self, run: Path, run_id: str, settings: dict[str, Any], first_step: int, is_new: bool):
         import wandb
 
-        is_known = any((run / "wandb").glob(f"*-{run_id}"))
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.name,
@@ -109,7 +109,7 @@ class Wandb:
             settings=wandb.Settings(finish_timeout=FINISH_SECONDS),
         )
         self.where = os.path.relpath(Path(self.run.dir).parent)
-        self.has_before = self.run.starting_step or (first_step if is_known else 0)
+        self.has_before = self.run.starting_step
 
     def write(self, step: int, tokens: int, values: dict[str, float]):
         if step >= self.run.starting_step:
@@ -141,7 +141,9 @@ class Trackio:
         self.run.log({**values, "tokens": tokens}, step=step)
 
     def close(self, exit_code: int):
-        self.run.finish()
+        import trackio
+
+        trackio.finish()
 
 
 class Tracker(contextlib.AbstractContextManager):
@@ -159,14 +161,15 @@ class Tracker(contextlib.AbstractContextManager):
         self.tool: TensorBoard | Wandb | Trackio | None = None
         tools = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
         try:
-            self.tool = tools[name](run, run_id, settings, resumed_step or 0, resumed_step is None)
+            tool = tools[name](run, run_id, settings, resumed_step or 0, resumed_step is None)
         except Exception as error:  # whatever a network or a library raises
             if resumed_step is None:
                 raise ValueError(f"--tracker {name}: {error}") from error
             self.give_up(error)
         else:
-            print(f"track  {name}: {self.tool.where}", flush=True)
-            self.catch_up(run / "log.txt", self.tool.has_before)
+            self.tool = tool
+            print(f"track  {name}: {tool.where}", flush=True)
+            self.catch_up(run / "log.txt", tool.has_before)
 
     def catch_up(self, log: Path, first_step: int):
         """Sends what the log has of this step and those after it."""

@@ -1,4 +1,4 @@
-"""trackers.py: what TensorBoard, wandb and Trackio have written, read back; what they must not do; failures."""
+"""trackers.py: what TensorBoard, wandb and Trackio have written, read back; what they must not do."""
 
 import base64
 import dataclasses
@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import struct
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,11 @@ def offline(tmp_path) -> list[partial]:
     items = tmp_path / "items.jsonl"
     items.write_text(f"{json.dumps(ITEM)}\n" * 2, encoding="utf-8")
     environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), **SECRETS}
-    return [partial(score_items, items), partial(os.environ.update, environment)]
+    return [partial(score_items, items), partial(set_variables, environment)]
+
+
+def set_variables(environment: dict[str, str]):
+    os.environ.update(environment)
 
 
 def in_step(step: int, do: Any, *args: Any):
@@ -54,7 +59,8 @@ def in_step(step: int, do: Any, *args: Any):
     before(GPT, "forward", count)
 
 
-def die():
+def die(after_seconds: float):
+    time.sleep(after_seconds)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -74,7 +80,7 @@ def tensorboard_curves(folder: Path) -> Curves:
 def wandb_records(file: Path) -> list[Any]:
     """The records of a .wandb file: after 7 bytes a log of LevelDB's format, blocks of 32 KiB with chunks in
     them, each with a checksum, a length and a type (1: whole; 2, 3, 4: first, middle, last part)."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     data, at, part, records = file.read_bytes(), 7, b"", []
     assert data.startswith(b":W&B")
@@ -134,9 +140,11 @@ def assert_same(found: Curves, wanted: Curves):
 # -----------------------------------------------------------------------------
 
 
-def killed_and_resumed(launch, config: Config, offline: list[partial], **changes: Any) -> Path:
-    """A run that is killed in step 7, and goes on at 4."""
-    launch(config, patches=[*offline, partial(in_step, 7, die)]).wait()
+def killed_and_resumed(
+    launch, config: Config, offline: list[partial], pause: float = 0.0, **changes: Any
+) -> Path:
+    """A run that is killed in step 7, after a pause, and goes on at 4."""
+    launch(config, patches=[*offline, partial(in_step, 7, die, pause)]).wait()
     launch(dataclasses.replace(config, **changes), "--resume", patches=offline).finish()
     return Path(config.log_dir) / config.run_name
 
@@ -153,20 +161,22 @@ def test_tensorboard_shows_what_the_log_has_across_a_kill(launch, config, offlin
     assert_same(tensorboard_curves(run / "tensorboard" / "by_tokens"), wanted)
 
 
-def test_wandb_has_one_run_across_a_kill(launch, config, offline):
+def test_wandb_has_one_run_across_a_kill_and_its_newest_folder_the_whole_curves(launch, config, offline):
     run = killed_and_resumed(launch, dataclasses.replace(config, tracker="wandb"), offline)
-    first, second = (wandb_records(file) for file in sorted(run.glob("wandb/offline-run-*/*.wandb")))
-    of_run = [record.run for record in first + second if record.HasField("run")]
+    first, second = sorted(run.glob("wandb/offline-run-*/*.wandb"))
     tracker_id = json.loads((run / "step_000012/state.json").read_text(encoding="utf-8"))["tracker_id"]
-    assert {(r.run_id, r.project, r.display_name) for r in of_run} == {(tracker_id, "gpt2", "run")}
-    again = wandb_curves(second)
-    assert [x * config.total_batch_tokens for x, _ in again["tokens"]] == [y for _, y in again.pop("tokens")]
-    assert_same(again, of_log(run, first_step=4))
-    assert wandb_curves(first)["train/loss"][:4] == of_log(run)["train/loss"][:4]
+    assert first.name == second.name == f"run-{tracker_id}.wandb"
+    records = wandb_records(second)
+    (of_run,) = (record.run for record in records if record.HasField("run"))
+    assert (of_run.run_id, of_run.project, of_run.display_name) == (tracker_id, "gpt2", "run")
+    found = wandb_curves(records)
+    assert all(tokens == step * config.total_batch_tokens for step, tokens in found.pop("tokens"))
+    assert_same(found, of_log(run))
 
 
-def test_trackio_shows_what_the_log_has_across_a_kill(launch, config, offline, tmp_path):
-    run = killed_and_resumed(launch, dataclasses.replace(config, tracker="trackio"), offline)
+@pytest.mark.parametrize("pause", [0, 2], ids=["before it has written", "when it has written"])
+def test_trackio_shows_what_the_log_has_across_a_kill(pause, launch, config, offline, tmp_path):
+    run = killed_and_resumed(launch, dataclasses.replace(config, tracker="trackio"), offline, pause)
     found = trackio_curves(tmp_path / "trackio")
     assert all(tokens == step * config.total_batch_tokens for step, tokens in found.pop("tokens"))
     assert_same(found, of_log(run))
@@ -187,34 +197,31 @@ def test_a_tracker_that_is_new_to_a_run_is_told_its_whole_log(tool, launch, conf
     assert_same({name: found[name] for name in found.keys() - {"tokens"}}, of_log(run))
 
 
-def test_the_settings_are_sent_as_hyperparameters(launch, config, offline, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+def hyperparameters(tool: str, run: Path, trackio: Path) -> dict[str, Any]:
+    if tool == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[attr-defined]
 
-    for tool in TOOLS:
-        name = dict(run_name=tool, tracker=tool, max_steps=2, checkpoint_every=0)
-        launch(dataclasses.replace(config, **name), patches=offline).finish()
-    log = tmp_path / "log"
-    summaries = EventAccumulator(str(log / "tensorboard" / "tensorboard")).Reload().SummaryMetadata
-    start = HParamsPluginData.FromString(summaries("_hparams_/session_start_info").plugin_data.content)
-    sent = [{key: value.number_value for key, value in start.session_start_info.hparams.items()}]
-    (file,) = (log / "wandb").glob("wandb/offline-run-*/*.wandb")
-    (of_run,) = (record.run for record in wandb_records(file) if record.HasField("run"))
-    sent.append({update.key: json.loads(update.value_json) for update in of_run.config.update})
-    ((_, text),) = trackio_table(tmp_path / "trackio", "configs", "config")
-    sent.append(json.loads(text))
-    for settings in sent:
-        assert settings["learning_rate"] == 3e-3 and settings["n_embd"] == 4 and settings["seed"] == 1337
+        summary = EventAccumulator(str(run / tool)).Reload().SummaryMetadata("_hparams_/session_start_info")
+        sent = HParamsPluginData.FromString(summary.plugin_data.content).session_start_info.hparams
+        return {key: value.number_value for key, value in sent.items()}
+    if tool == "wandb":
+        (file,) = run.glob("wandb/offline-run-*/*.wandb")
+        (of_run,) = (record.run for record in wandb_records(file) if record.HasField("run"))
+        return {update.key: json.loads(update.value_json) for update in of_run.config.update}
+    ((_, text),) = trackio_table(trackio, "configs", "config")
+    return json.loads(text)
 
 
 @pytest.mark.fault(26)
 @pytest.mark.parametrize("tool", TOOLS)
-def test_a_tracker_writes_no_secrets(tool, launch, config, offline, tmp_path):
-    training = launch(dataclasses.replace(config, tracker=tool), patches=offline)
+def test_the_settings_are_sent_as_hyperparameters_and_no_secrets(tool, launch, config, offline, tmp_path):
+    training = launch(dataclasses.replace(config, tracker=tool, max_steps=4), patches=offline)
     printed = training.finish()
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert any(tool in str(path) for path in files)
-    for content in [printed.encode(), *(path.read_bytes() for path in files)]:
+    sent = hyperparameters(tool, tmp_path / "log" / "run", tmp_path / "trackio")
+    for name in ("learning_rate", "n_embd", "seed", "total_batch_tokens"):
+        assert sent[name] == getattr(config, name)
+    for content in [printed.encode(), *(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())]:
         for secret in SECRETS.values():
             assert secret.encode() not in content
             assert base64.b64encode(secret.encode())[:-4] not in content
@@ -247,24 +254,21 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything(tool, launch
     assert not Path(config.log_dir).exists()
 
 
-def no_account(base_url: str, key: str):
-    os.environ.update(WANDB_MODE="online", WANDB_BASE_URL=base_url, NETRC="/nonexistent", WANDB_API_KEY=key)
-
-
 NOWHERE = "http://127.0.0.1:9"
+ONLINE = {"WANDB_MODE": "online", "WANDB_BASE_URL": NOWHERE, "NETRC": "/nonexistent"}
 
 
 @pytest.mark.parametrize("key", ["", "0" * 40], ids=["no key", "no network"])
 def test_wandb_without_a_login_is_refused_before_anything(key, launch, config):
     cfg = dataclasses.replace(config, tracker="wandb")
-    training = launch(cfg, patches=[partial(no_account, NOWHERE, key)])
+    training = launch(cfg, patches=[partial(set_variables, {**ONLINE, "WANDB_API_KEY": key})])
     assert training.wait(timeout=120) == [2]
     assert "--tracker wandb: " in training.printed() and "WANDB_MODE=offline" in training.printed()
     assert not Path(config.log_dir).exists()
 
 
 def test_a_run_goes_on_without_a_tracker_that_lets_it_no_longer_in(launch, config, offline):
-    patches = [*offline, partial(no_account, NOWHERE, "")]
+    patches = [*offline, partial(set_variables, {**ONLINE, "WANDB_API_KEY": ""})]
     run = killed_and_resumed(launch, config, patches, tracker="wandb")
     assert len(of_log(run)["train/loss"]) == 12
 
@@ -293,5 +297,5 @@ def test_a_tracker_that_fails_in_mid_run_is_told_once_and_training_goes_on(tool,
 def test_training_goes_on_where_trackios_server_does_not_answer(launch, config, offline):
     server = {"TRACKIO_SERVER_URL": f"{NOWHERE}/?write_token=x"}
     cfg = dataclasses.replace(config, tracker="trackio")
-    launch(cfg, patches=[*offline, partial(os.environ.update, server)]).finish()
+    launch(cfg, patches=[*offline, partial(set_variables, server)]).finish()
     assert len(of_log(Path(config.log_dir) / "run")["train/loss"]) == 12
