@@ -991,9 +991,10 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
                 "recent_losses": list(recent_losses),
                 "versions": {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")},
             }
+            files = tokenizer.hf_files(config.block_size)
             weights, optimizer_state = checkpoint.gather_state(raw_model, optimizers)
             if rank == 0:
-                saver.begin(step, config, weights, optimizer_state, state, tokenizer.hf_files())
+                saver.begin(step, config, weights, optimizer_state, state, files)
             last_checkpoint, saved_at = run / f"step_{step:06d}", time.monotonic()
             say(f"step {step:>6} | saving {shown(last_checkpoint)}; training paused for "
                 f"{1000 * (time.perf_counter() - begin):.0f} ms")  # fmt: skip
