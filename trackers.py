@@ -68,10 +68,10 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import hparams
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self.where = os.path.relpath(run / "tensorboard")
-        self.has_before = first_step if (run / "tensorboard").exists() else 0
+        self.where = run / "tensorboard"
+        self.has_before = first_step if self.where.exists() else 0
         first_token = first_step * settings["total_batch_tokens"]
-        self.by_step = SummaryWriter(self.where, purge_step=first_step)
+        self.by_step = SummaryWriter(str(self.where), purge_step=first_step)
         self.by_tokens = SummaryWriter(f"{self.where}/by_tokens", purge_step=first_token)
         plain = {key: "" if value is None else value for key, value in settings.items()}
         for summary in hparams(plain, {"train/loss": 0, "val/loss": 0}):
@@ -108,7 +108,7 @@ class Wandb:
             allow_val_change=True,
             settings=wandb.Settings(finish_timeout=FINISH_SECONDS),
         )
-        self.where = os.path.relpath(Path(self.run.dir).parent)
+        self.where = Path(self.run.dir).parent
         self.has_before = self.run.starting_step
 
     def write(self, step: int, tokens: int, values: dict[str, float]):
@@ -130,12 +130,11 @@ class Trackio:
         self.run = trackio.init(PROJECT, run.name, config=settings, resume=resume, embed=False)
         # What it had not written when the run was killed it is told again.
         self.has_before = max(0, min(first_step, self.run._next_step - 1))
-        local = SQLiteStorage.get_project_db_path(PROJECT)
-        if local.exists():
-            with contextlib.closing(sqlite3.connect(local)) as database, database:
+        self.where = SQLiteStorage.get_project_db_path(PROJECT)
+        if self.where.exists():
+            with contextlib.closing(sqlite3.connect(self.where)) as database, database:
                 later = "DELETE FROM metrics WHERE run_id = ? AND step >= ?"
                 database.execute(later, (self.run.id, self.has_before))
-        self.where = self.run.url or str(local)
 
     def write(self, step: int, tokens: int, values: dict[str, float]):
         self.run.log({**values, "tokens": tokens}, step=step)
@@ -161,15 +160,13 @@ class Tracker(contextlib.AbstractContextManager):
         self.tool: TensorBoard | Wandb | Trackio | None = None
         tools = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
         try:
-            tool = tools[name](run, run_id, settings, resumed_step or 0, resumed_step is None)
+            self.tool = tools[name](run, run_id, settings, resumed_step or 0, resumed_step is None)
         except Exception as error:  # whatever a network or a library raises
             if resumed_step is None:
                 raise ValueError(f"--tracker {name}: {error}") from error
             self.give_up(error)
-        else:
-            self.tool = tool
-            print(f"track  {name}: {tool.where}", flush=True)
-            self.catch_up(run / "log.txt", tool.has_before)
+        if self.tool:
+            self.catch_up(run / "log.txt", self.tool.has_before)
 
     def catch_up(self, log: Path, first_step: int):
         """Sends what the log has of this step and those after it."""
@@ -182,7 +179,7 @@ class Tracker(contextlib.AbstractContextManager):
         """values: by the streams of log.txt."""
         if self.tool:
             try:
-                named = {CURVES[stream]: value for stream, value in values.items()}
+                named = {CURVES.get(stream, stream): value for stream, value in values.items()}
                 self.tool.write(step, step * self.tokens_a_step, named)
             except Exception as error:
                 self.give_up(error)

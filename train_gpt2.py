@@ -762,7 +762,8 @@ def summary(cfg: Config, run: Path) -> str:
         step, stream, value = line.split()
         streams.setdefault(stream, []).append((float(value), int(step)))
     seconds = sum(cfg.total_batch_tokens / toks for toks, _ in streams.get("toks", []))
-    text = f"{cfg.max_steps:,} steps of {cfg.total_batch_tokens:,} tokens in {format_seconds(seconds)}"
+    text = f"{cfg.max_steps:,} steps of {cfg.total_batch_tokens:,} tokens, "
+    text += f"{format_seconds(seconds)} of training"
     if "val" in streams:
         text += "; best validation loss {:.4f} at step {}".format(*min(streams["val"]))
     if "hella" in streams:
@@ -900,9 +901,10 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             say(f"note   a newer checkpoint is now {shown(folder)}")
     tracker_id = resumed.get("tracker_id") or secrets.token_hex(4)
     if cfg.tracker != "none" and rank == 0:
-        log.tracker = at_end.enter_context(
-            trackers.Tracker(cfg.tracker, run, tracker_id, settings, resumed.get("step"))
-        )
+        tracker = trackers.Tracker(cfg.tracker, run, tracker_id, settings, resumed.get("step"))
+        log.tracker = at_end.enter_context(tracker)
+        if tracker.tool:
+            say(f"track  {cfg.tracker}, into {shown(tracker.tool.where)}")
 
     # ---- what wraps the model; evaluation and checkpoints use raw_model
     model: torch.nn.Module = raw_model
