@@ -18,6 +18,7 @@ import errno
 import hashlib
 import importlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -29,6 +30,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -514,6 +516,34 @@ def pick_device(name: str, spare_memory: bool = False) -> torch.device:
         # 0.18 TFLOP/s, both with errors of 2e-6).
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
     return device
+
+
+def versions() -> str:
+    """What a report of a fault must say: this commit, the packages and the machine, a line each."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "not a git clone"
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):  # Linux has its full name
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        processor = re.findall(r"^model name\s*: (.*)", text, flags=re.MULTILINE)[0]
+    names = ("torch", "numpy", "tiktoken", "gigatoken", "transformers", "datasets", "huggingface_hub")
+    packages = dict.fromkeys(names, "not installed")
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
+    facts = {
+        "commit": commit,
+        "python": platform.python_version(),
+        **packages,
+        "system": platform.platform(),
+        "cpu": f"{processor}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}",
+        "gpu": ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+        or ("Apple MPS" if torch.backends.mps.is_available() else "none"),
+    }
+    return "\n".join(f"{name:16}{fact}" for name, fact in facts.items())
 
 
 def pick_dtype(name: str, device: torch.device, before: str | None = None) -> tuple[torch.dtype, str]:

@@ -41,6 +41,7 @@ def download(url: str, path: Path, sha256: str, tries: int = 4) -> Path:
     Raises OSError, naming the URL, when all tries fail or the bytes are not the expected ones.
     """
     import requests
+    from tqdm import tqdm
 
     if path.is_file():
         return path
@@ -55,9 +56,11 @@ def download(url: str, path: Path, sha256: str, tries: int = 4) -> Path:
                 headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
                 with requests.get(url, headers=headers, stream=True, timeout=10) as response:
                     response.raise_for_status()
-                    with open(partial, "ab" if response.status_code == 206 else "wb") as f:
+                    size = int(response.headers.get("Content-Length", 0)) or None
+                    bar = tqdm(desc=path.name, total=size, unit="B", unit_scale=True, disable=None)
+                    with bar, open(partial, "ab" if response.status_code == 206 else "wb") as f:
                         for block in response.iter_content(1 << 16):
-                            f.write(block)
+                            bar.update(f.write(block))
                         f.flush()
                         os.fsync(f.fileno())
             except requests.RequestException as error:

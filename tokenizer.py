@@ -181,8 +181,8 @@ def as_awkward(strings: "pa.Array") -> Any:
 
 
 @functools.lru_cache(maxsize=1)
-def hf_files() -> dict[str, str]:
-    """tokenizer.json and tokenizer_config.json, as transformers wants them in a model directory."""
+def hf_tokenizer() -> str:
+    """tokenizer.json, as the Hugging Face libraries read it."""
     # Hugging Face writes tokens as printable characters: bytes that are not printable move up to U+0100
     # onwards (openai/gpt-2, src/encoder.py, bytes_to_unicode).
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) not in " \u00a0\u00ad"]
@@ -208,14 +208,19 @@ def hf_files() -> dict[str, str]:
             "merges": merges,
         },
     }
+    return json.dumps(tokenizer_json, ensure_ascii=False)
+
+
+def hf_files(positions: int) -> dict[str, str]:
+    """tokenizer.json and tokenizer_config.json, as transformers wants them in the directory of a model of so
+    many positions."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": positions,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
         "bos_token": END_OF_TEXT_STRING,
         "eos_token": END_OF_TEXT_STRING,
         "unk_token": END_OF_TEXT_STRING,
         "clean_up_tokenization_spaces": False,
     }
-    return {
-        "tokenizer.json": json.dumps(tokenizer_json, ensure_ascii=False),
-        "tokenizer_config.json": json.dumps(config, indent=2),
-    }
+    return {"tokenizer.json": hf_tokenizer(), "tokenizer_config.json": json.dumps(config, indent=2)}

@@ -7,6 +7,7 @@
     python train_gpt2.py --resume            # goes on with the newest run; or --resume log/<run>
     python train_gpt2.py --dry-run           # what it would take: memory, hours, money; --eval-only evaluates
     python train_gpt2.py --hub-repo org/name # checkpoints go to the Hub, too; there: --resume hf://org/name
+    python train_gpt2.py --version           # of all that matters, for a report of a fault
 
 On disk: log/<run>/log.txt, a line a fact: <step> <stream> <value> with streams train val hella lr norm toks,
 and skip and spike where there is such a step; log/<run>/config.json; log/<run>/step_000250/, a checkpoint
@@ -45,6 +46,7 @@ import torch.distributed as dist
 import tyro
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import checkpoint
 import hellaswag
@@ -52,6 +54,7 @@ import plan
 import remote
 import shards
 import tokenizer
+import trackers
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent
@@ -171,6 +174,8 @@ class Config:
     """Keep the checkpoints of steps that this divides."""
     hub_repo: str = ""
     """Send checkpoints to this model repository of the Hugging Face Hub (org/name), in the background."""
+    tracker: trackers.Name = "none"
+    """Send the log's curves to TensorBoard, Weights & Biases or Trackio, too (trackers.py)."""
     # numerical faults
     max_bad_steps: int = 5
     """Steps in a row whose loss or gradient is not finite, after which the run saves and stops."""
@@ -214,7 +219,7 @@ FREE_TO_CHANGE = {
     "dataset_path", "cache_gb", "init_from", "run_name", "log_dir", "resume", "override", "val_every",
     "val_tokens", "hellaswag_every", "hellaswag_limit", "sample_every", "sample_prompt", "checkpoint_every",
     "checkpoint_minutes", "keep_last", "keep_every", "max_bad_steps", "timeout_seconds", "hub_repo",
-    "max_hours", "eval_only", "dry_run", "dollars_per_gpu_hour",
+    "max_hours", "eval_only", "dry_run", "dollars_per_gpu_hour", "tracker",
 }  # fmt: skip
 
 # What --override cannot change: the saved tensors would not fit.
@@ -297,6 +302,7 @@ def find_checkpoint(cfg: Config) -> Path | None:
 
 def check(cfg: Config, world_size: int):
     """Raises ValueError for values that cannot work, with the value, the bound and the nearest that does."""
+    trackers.check(cfg.tracker)
     positive = (
         "seq_len", "batch_size", "total_batch_tokens", "learning_rate", "num_gpus", "val_tokens", "cache_gb",
         "max_bad_steps", "timeout_seconds",
@@ -655,7 +661,8 @@ def validation_loss(model: GPT, reader: shards.ShardReader, cfg: Config, process
     windows = min(reader.num_windows, max(1, cfg.val_tokens // cfg.seq_len))
     positions = range(0, windows * cfg.seq_len, cfg.seq_len)
     mine, total = positions[process.rank :: process.world_size], 0.0
-    for i in range(0, len(mine), cfg.batch_size):
+    hidden = None if process.rank == 0 else True  # None: shown on a terminal only
+    for i in tqdm(range(0, len(mine), cfg.batch_size), "validation", leave=False, disable=hidden):
         x, y = (t.to(process.device) for t in reader.read(mine[i : i + cfg.batch_size]))
         total += model(x, y).item() * x.size(0)
     return process.sum(total)[0] / windows
@@ -680,10 +687,12 @@ def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
 
 
 class RunLog:
-    """log.txt, a line a fact: `<step> <stream> <value>`. One process writes, if any."""
+    """log.txt, a line a fact: `<step> <stream> <value>`, and the same to a tracker. One process writes, if
+    any."""
 
     def __init__(self, folder: Path, writes: bool, resumed_step: int | None):
         self.file = None
+        self.tracker: trackers.Tracker | None = None
         if not writes:
             return
         path = folder / "log.txt"
@@ -703,6 +712,8 @@ class RunLog:
         if self.file:
             self.file.writelines(f"{step} {stream} {value:.6g}\n" for stream, value in values.items())
             self.file.flush()
+        if self.tracker:
+            self.tracker.write(step, values)
 
 
 # -----------------------------------------------------------------------------
@@ -828,10 +839,26 @@ def shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
+def summary(cfg: Config, run: Path) -> str:
+    """What the log has of the whole run, however often it was resumed."""
+    streams: dict[str, list[tuple[float, int]]] = {}
+    for line in (run / "log.txt").read_text(encoding="utf-8").splitlines():
+        step, stream, value = line.split()
+        streams.setdefault(stream, []).append((float(value), int(step)))
+    seconds = sum(cfg.total_batch_tokens / toks for toks, _ in streams.get("toks", []))
+    text = f"{cfg.max_steps:,} steps of {cfg.total_batch_tokens:,} tokens, "
+    text += f"{format_seconds(seconds)} of training"
+    if "val" in streams:
+        text += "; best validation loss {:.4f} at step {}".format(*min(streams["val"]))
+    if "hella" in streams:
+        text += "; HellaSwag acc_norm {:.2%} at step {}".format(*streams["hella"][-1])
+    return text
+
+
 def finish(cfg: Config, run: Path, last_checkpoint: Path | None):
-    """Draws the run's curves and says what to do next."""
+    """Draws the run's curves and says what came of it and what to do next."""
     here = shown(run)
-    print(f"\nDone. The log is in {here}/log.txt.")
+    print(f"\n{summary(cfg, run)}\nDone. The log is in {here}/log.txt.")
     if cfg.val_every:
         command = [sys.executable, str(ROOT / "plot.py"), str(run)]
         if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0:
@@ -885,6 +912,8 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         )
     if cfg.hub_repo and rank == 0 and not cfg.eval_only:
         check_hub(cfg)
+    if cfg.resume in ("", "newest") and rank == 0 and not cfg.eval_only:
+        trackers.check_login(cfg.tracker)
 
     # ---- data
     data = find_data(cfg, process)
@@ -941,7 +970,8 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     say(f"model  {description}; {cfg.optimizer}")
     say(f"data   {shown(data.folder)}: {train_data.num_tokens:,} training tokens, {epochs:.2f} epochs")
     say(describe_batch(cfg, batch_size, world_size, batch_why))
-    say(f"device {device}, {str(dtype).removeprefix('torch.')} ({why})")
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    say(f"device {device}{gpu}, {str(dtype).removeprefix('torch.')} ({why})")
     if cfg.fsdp:
         say(f"fsdp   {1 / world_size:.0%} of weights, gradients and optimizer state on each process")
     if val_data:
@@ -958,6 +988,12 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     if resumed and rank == 0 and not cfg.eval_only:
         for folder in checkpoint.abandon(run, resumed["step"]):
             say(f"note   a newer checkpoint is now {shown(folder)}")
+    tracker_id = resumed.get("tracker_id") or secrets.token_hex(4)
+    if cfg.tracker != "none" and rank == 0 and not cfg.eval_only:
+        tracker = trackers.Tracker(cfg.tracker, run, tracker_id, settings, resumed.get("step"))
+        log.tracker = at_end.enter_context(tracker)
+        if tracker.tool:
+            say(f"track  {cfg.tracker}, into {shown(tracker.tool.where)}")
 
     # ---- what wraps the model; evaluation and checkpoints use raw_model
     model: torch.nn.Module = raw_model
@@ -970,7 +1006,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             outcome = compile_blocks(raw_model, x, y, autocast)
         else:
             model, outcome = compiled(raw_model, x, y, autocast)
-        say(outcome)
+        say(f"note   {outcome}")
     if world_size > 1 and not is_sharded and not cfg.eval_only:
         model = replicated(model, cfg, device)
         # After its first backward pass DDP puts the gradients in another order, and adds them up in another.
@@ -983,7 +1019,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     if cfg.hellaswag_every:
         hellaswag_items, problem = find_hellaswag(cfg, process)
         if problem:
-            say(f"HellaSwag is left out: {problem}")
+            say(f"note   HellaSwag is left out: {problem}")
     peak_flops = device_peak_flops(device, dtype) * world_size
 
     # ---- the loop: max_steps + 1 times, the last only evaluates and saves
@@ -1045,12 +1081,14 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
                 "best_val_loss": best_val_loss,
                 "hellaswag": hellaswag_score,
                 "bad_steps": bad_steps,
+                "tracker_id": tracker_id,
                 "recent_losses": list(recent_losses),
                 "versions": {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")},
             }
+            files = tokenizer.hf_files(config.block_size)
             weights, optimizer_state = checkpoint.gather_state(raw_model, optimizers)
             if rank == 0:
-                saver.begin(step, config, weights, optimizer_state, state, tokenizer.hf_files())
+                saver.begin(step, config, weights, optimizer_state, state, files)
             last_checkpoint, saved_at = run / f"step_{step:06d}", time.monotonic()
             say(f"step {step:>6} | saving {shown(last_checkpoint)}; training paused for "
                 f"{1000 * (time.perf_counter() - begin):.0f} ms")  # fmt: skip
@@ -1263,6 +1301,9 @@ def torchrun(processes: int, argv: list[str]):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--version"]:
+        print(checkpoint.versions())
+        sys.exit()
     try:
         cfg = parse_args(sys.argv[1:])
         if cfg.num_gpus > 1 and "RANK" not in os.environ and not cfg.dry_run:

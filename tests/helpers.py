@@ -60,7 +60,8 @@ def save_checkpoint(run: Path, model: GPT, step: int = 1, **state) -> Path:
     optimizer = {
         f"state.transformer.{name}.exp_avg": torch.full((3, 2), float(step)) for name in ("wte", "wpe")
     }
-    files = tokenizer.hf_files() if model.config.vocab_size == VOCAB_SIZE else {"tokenizer.json": "{}"}
+    whole = model.config.vocab_size == VOCAB_SIZE
+    files = tokenizer.hf_files(model.config.block_size) if whole else {"tokenizer.json": "{}"}
     return checkpoint.save(run, step, model.config, model.state_dict(), optimizer, state, files)
 
 

@@ -8,4 +8,4 @@ import torch.distributed.checkpoint.state_dict  # noqa: F401
 import tokenizer
 import train_gpt2  # noqa: F401
 
-tokenizer.hf_files()  # it remembers
+tokenizer.hf_tokenizer()  # it remembers

@@ -232,7 +232,7 @@ def hugging_face(tmp_path_factory):
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    for name, content in tokenizer.hf_files().items():
+    for name, content in tokenizer.hf_files(32).items():
         (folder / name).write_text(content, encoding="utf-8")
     return AutoTokenizer.from_pretrained(folder)
 
@@ -243,6 +243,13 @@ def test_transformers_gives_the_same_ids_and_decodes_them_back(hugging_face, tex
     ids = hugging_face(text)["input_ids"]
     assert ids == tokenizer.encode(text)
     assert hugging_face.decode(ids) == text
+
+
+def test_transformers_gives_what_the_model_takes_and_no_more_than_fits(hugging_face):
+    assert hugging_face.model_max_length == 32
+    # transformers 5 has these names by itself; 4 reads them from the file.
+    assert hugging_face.init_kwargs["model_input_names"] == ["input_ids", "attention_mask"]
+    assert len(hugging_face("one " * 100, truncation=True)["input_ids"]) == 32
 
 
 def test_transformers_knows_end_of_text(hugging_face):

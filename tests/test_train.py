@@ -34,6 +34,13 @@ def cli(*args: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, encoding="utf-8")
 
 
+def test_version_says_what_a_report_of_a_fault_needs():
+    result = cli("--version")
+    facts = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert result.returncode == 0 and {"commit", "system", "cpu", "gpu", "transformers"} <= facts.keys()
+    assert (facts["torch"], facts["numpy"]) == (torch.__version__, np.__version__)
+
+
 def test_the_learning_rate_warms_up_peaks_and_ends_at_a_tenth():
     cfg = train_gpt2.PRESETS["gpt2"]
     rate = [train_gpt2.learning_rate(step, cfg) for step in range(cfg.max_steps + 1)]
@@ -400,7 +407,7 @@ def test_training_goes_on_without_hellaswag_where_it_cannot_be_had(config, tmp_p
     monkeypatch.setattr(hellaswag.download, "__defaults__", nowhere)
     run = train_gpt2.main(dataclasses.replace(config, hellaswag_every=1, max_steps=1))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "HellaSwag" in line]
-    assert line.startswith("HellaSwag is left out") and nowhere[0] in line and "--data" in line
+    assert line.startswith("note   HellaSwag is left out") and nowhere[0] in line and "--data" in line
     assert len(lines_of(run)) == 1 and not lines_of(run, "hella")
 
 

@@ -1,0 +1,197 @@
+"""A run's curves sent to TensorBoard, Weights & Biases or Trackio, beside its log.txt.
+
+    python train_gpt2.py --tracker tensorboard     # to look: tensorboard --logdir log
+    python train_gpt2.py --tracker wandb           # after `wandb login`; or with WANDB_MODE=offline
+    python train_gpt2.py --tracker trackio         # to look: trackio show --project gpt2
+
+On disk: log/<run>/tensorboard, log/<run>/wandb, or Trackio's own folder (TRACKIO_DIR).
+
+Each is a package of its own, which only its own class imports. Curves have the same names in every tool
+and run, against the step and the tokens seen before it. The project is gpt2, or WANDB_PROJECT; what the
+tools themselves read from the environment (WANDB_ENTITY, TRACKIO_SPACE_ID, ...) counts.
+
+A resumed run goes on with the same curves, cut back like its log to the step of the checkpoint: in wandb,
+which takes no step back, the repeated steps keep the values that they had. What a tool has not got yet of
+the run's log, it is told first.
+"""
+
+import contextlib
+import importlib.util
+import itertools
+import os
+import sqlite3
+from pathlib import Path
+from typing import Any, Literal
+
+Name = Literal["none", "tensorboard", "wandb", "trackio"]
+
+CURVES = {  # by the stream of log.txt
+    "train": "train/loss",
+    "val": "val/loss",
+    "hella": "hellaswag/acc_norm",
+    "lr": "train/lr",
+    "norm": "train/norm",
+    "toks": "train/tokens_per_second",
+    "skip": "train/skipped",
+    "spike": "train/spike",
+}
+PROJECT = "gpt2"
+FINISH_SECONDS = 20  # a run that is told to stop has little time to wait for a network
+
+
+def check(name: Name):
+    """Raises ValueError where the tracker's package is missing."""
+    spec = None if name == "none" else importlib.util.find_spec(name)
+    if name != "none" and (spec is None or spec.origin is None):  # None: a mere folder of that name
+        raise ValueError(f"--tracker {name} needs a package that is not installed: pip install {name}")
+
+
+def check_login(name: Name):
+    """Raises ValueError where the tracker would not let us in."""
+    if name == "wandb":
+        import wandb
+
+        try:
+            if wandb.setup().settings.mode == "online":
+                wandb.login()
+        except wandb.Error as error:
+            raise ValueError(
+                f"--tracker wandb: {error} (`wandb login`, or WANDB_MODE=offline and later `wandb sync`)"
+            ) from error
+
+
+class TensorBoard:
+    """Events in the run's folder. TensorBoard knows one x, the step; so losses are written once more, against
+    tokens, as a run of its own beside it."""
+
+    def __init__(self, run: Path, run_id: str, settings: dict[str, Any], first_step: int, is_new: bool):
+        from torch.utils.tensorboard.summary import hparams
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self.where = run / "tensorboard"
+        self.has_before = first_step if self.where.exists() else 0
+        first_token = first_step * settings["total_batch_tokens"]
+        self.by_step = SummaryWriter(str(self.where), purge_step=first_step)
+        self.by_tokens = SummaryWriter(f"{self.where}/by_tokens", purge_step=first_token)
+        plain = {key: "" if value is None else value for key, value in settings.items()}
+        for summary in hparams(plain, {"train/loss": 0, "val/loss": 0}):
+            self.by_step._get_file_writer().add_summary(summary)
+
+    def write(self, step: int, tokens: int, values: dict[str, float]):
+        for name, value in values.items():
+            self.by_step.add_scalar(name, value, step)
+            if name in ("train/loss", "val/loss", "hellaswag/acc_norm"):
+                self.by_tokens.add_scalar(f"{name}_by_tokens", value, tokens)
+        self.by_step.flush()
+        self.by_tokens.flush()
+
+    def close(self, exit_code: int):
+        self.by_step.close()
+        self.by_tokens.close()
+
+
+class Wandb:
+    """A run of the same id however often it is resumed. Without network wandb itself tries again and again,
+    and keeps a copy of everything in the run's folder. Offline, each start has a folder of its own with the
+    whole curves: the newest is the one to `wandb sync`."""
+
+    def __init__(self, run: Path, run_id: str, settings: dict[str, Any], first_step: int, is_new: bool):
+        import wandb
+
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run.name,
+            id=run_id,
+            resume="allow",
+            dir=str(run),
+            config=settings,
+            allow_val_change=True,
+            settings=wandb.Settings(finish_timeout=FINISH_SECONDS),
+        )
+        self.where = Path(self.run.dir).parent
+        self.has_before = self.run.starting_step
+
+    def write(self, step: int, tokens: int, values: dict[str, float]):
+        if step >= self.run.starting_step:
+            self.run.log({**values, "tokens": tokens}, step=step)
+
+    def close(self, exit_code: int):
+        self.run.finish(exit_code)
+
+
+class Trackio:
+    """A run of the same name. Trackio itself says, once, what it could not send."""
+
+    def __init__(self, run: Path, run_id: str, settings: dict[str, Any], first_step: int, is_new: bool):
+        import trackio
+        from trackio.sqlite_storage import SQLiteStorage
+
+        resume = "never" if is_new else "allow"
+        self.run = trackio.init(PROJECT, run.name, config=settings, resume=resume, embed=False)
+        # What it had not written when the run was killed it is told again.
+        self.has_before = max(0, min(first_step, self.run._next_step - 1))
+        self.where = SQLiteStorage.get_project_db_path(PROJECT)
+        if self.where.exists():
+            with contextlib.closing(sqlite3.connect(self.where)) as database, database:
+                later = "DELETE FROM metrics WHERE run_id = ? AND step >= ?"
+                database.execute(later, (self.run.id, self.has_before))
+
+    def write(self, step: int, tokens: int, values: dict[str, float]):
+        self.run.log({**values, "tokens": tokens}, step=step)
+
+    def close(self, exit_code: int):
+        import trackio
+
+        trackio.finish()
+
+
+class Tracker(contextlib.AbstractContextManager):
+    """One of these, whose failures do not stop training.
+
+    run: the run's folder, its log.txt cut back already; run_id: the same whenever the run goes on; settings:
+    the run's, as hyperparameters; resumed_step: of the checkpoint that it goes on from. Raises ValueError
+    where a new run cannot be tracked; one that goes on does so without.
+    """
+
+    def __init__(
+        self, name: Name, run: Path, run_id: str, settings: dict[str, Any], resumed_step: int | None
+    ):
+        self.name, self.tokens_a_step = name, settings["total_batch_tokens"]
+        self.tool: TensorBoard | Wandb | Trackio | None = None
+        tools = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
+        try:
+            self.tool = tools[name](run, run_id, settings, resumed_step or 0, resumed_step is None)
+        except Exception as error:  # whatever a network or a library raises
+            if resumed_step is None:
+                raise ValueError(f"--tracker {name}: {error}") from error
+            self.give_up(error)
+        if self.tool:
+            self.catch_up(run / "log.txt", self.tool.has_before)
+
+    def catch_up(self, log: Path, first_step: int):
+        """Sends what the log has of this step and those after it."""
+        lines = [line.split() for line in log.read_text(encoding="utf-8").splitlines()]
+        for step, facts in itertools.groupby(lines, key=lambda words: int(words[0])):
+            if step >= first_step:
+                self.write(step, {stream: float(value) for _, stream, value in facts})
+
+    def write(self, step: int, values: dict[str, float]):
+        """values: by the streams of log.txt."""
+        if self.tool:
+            try:
+                named = {CURVES.get(stream, stream): value for stream, value in values.items()}
+                self.tool.write(step, step * self.tokens_a_step, named)
+            except Exception as error:
+                self.give_up(error)
+
+    def give_up(self, error: Exception):
+        self.tool = None
+        failure = f"--tracker {self.name} failed ({type(error).__name__}: {error})"
+        print(f"note   {failure}; training goes on, and log.txt has all", flush=True)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any):
+        if self.tool:
+            try:
+                self.tool.close(0 if error is None else 1)
+            except Exception as failure:
+                self.give_up(failure)
