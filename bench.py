@@ -427,6 +427,9 @@ def print_plan(cfg: Config):
             for memory in memories
         ]
         print(f"| {size} | " + " | ".join(str(n or "-") for n in rows) + " |")
+    for tokens in (2**19, 2**22):
+        print(f"\non paper, milliseconds of a step of {tokens:,} tokens, and the share of products:")
+        print(plan.describe_scaling(config, cfg.seq_len, tokens))
 
 
 def tokenize_document(text: str) -> np.ndarray:

@@ -224,6 +224,29 @@ def describe_memory(work: Workload, batch_size: int, device: torch.device) -> st
     )
 
 
+def describe_scaling(config: GPTConfig, seq_len: int, total_batch_tokens: int) -> str:
+    """On paper, a line a number of H100s: milliseconds of a step's products at MFU and of the exchange of its
+    gradients, by three ways, and the share of the time that is then left for products.
+
+    A ring moves 2 (N - 1) / N times the gradients through each GPU's link, 3 times with FSDP, which gathers
+    weights, too: 450 GB/s by NVLink within a machine of 8, 50 GB/s (400 Gbit/s a GPU) beyond. DDP hides it
+    behind the backward pass, two thirds of the products, FSDP behind all. Latency is not counted.
+    """
+    ways = {"DDP": (4 * 2, 2 / 3), "DDP bfloat16": (2 * 2, 2 / 3), "FSDP": (4 * 3, 1.0)}  # bytes a parameter
+    lines = ["  GPUs  products" + "".join(f"{name:>20}" for name in ways)]
+    for gpus in (8, 16, 32, 64, 128, 256, 512, 1024):
+        if gpus * seq_len > total_batch_tokens:
+            break
+        products = total_batch_tokens * config.flops_per_token(seq_len) / (MFU * PEAK_FLOPS["H100"] * gpus)
+        line = f"{gpus:6} {1000 * products:9,.1f}"
+        for size, hidden in ways.values():
+            exchange = size * config.num_params * (gpus - 1) / gpus / (450e9 if gpus <= 8 else 50e9)
+            share = products / (products + max(0.0, exchange - hidden * products))
+            line += f" {1000 * exchange:13,.1f} {share:5.0%}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def describe_hours(flops: float, gpus: int = 1, dollars_per_gpu_hour: float = 0.0) -> str:
     """A line a GPU: the hours of so many FLOPs on so many of it and, if a price is given, what they cost."""
     lines = []
