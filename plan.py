@@ -24,8 +24,7 @@ PEAK_FLOPS = {
     "A10G": 70e12, "A10": 125e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
 }  # fmt: skip
 MFU = 0.4  # share of the peak that a plan counts on: model FLOPs utilisation
-# The share of free memory that --batch-size auto leaves alone: on CUDA it has tried, elsewhere it computes.
-HEADROOM = {"cuda": 0.1, "cpu": 0.2, "mps": 0.2}
+HEADROOM = {"tried": 0.1, "computed": 0.2}  # the share of free memory that --batch-size auto leaves alone
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,11 @@ class Workload:
         """Whether there are gradients of an earlier micro-step."""
         return self.total_batch_tokens > batch_size * self.seq_len * self.world_size
 
+    @property
+    def share(self) -> float:
+        """Of weights, gradients and optimizer state, what one process has."""
+        return 1 / self.world_size if self.fsdp else 1.0
+
     def step_bytes(self, batch_size: int) -> dict[str, float]:
         """Memory of one process by part, without torch.compile, at a step's peak: when the loss has just been
         computed or, of a small batch, when all gradients are there."""
@@ -54,7 +58,6 @@ class Workload:
         N, embedding, matrices = batch_size * self.seq_len, config.padded_vocab_size * C, 12 * L * C * C
         on_cpu, is_cast = self.device_type == "cpu", width < 4
         is_divided, is_copied = self.fsdp and self.world_size > 1, self.world_size > 1 and not self.fsdp
-        share = 1 / self.world_size if is_divided else 1
         accumulates = self.accumulates(batch_size)
 
         # A layer keeps, in bytes a channel: the residual stream twice (float32), both LayerNorms' outputs,
@@ -74,19 +77,19 @@ class Workload:
 
         root = 4 * (embedding + config.block_size * C)  # FSDP gathers it for the step, and two blocks in turn
         always = {
-            "weights": 4 * P * share,
+            "weights": 4 * P * self.share,
             "gathered": (root + 2 * 4 * matrices / L) * is_divided,
-            "optimizer": (8 * P - 4 * matrices * (self.optimizer == "muon")) * share,
+            "optimizer": (8 * P - 4 * matrices * (self.optimizer == "muon")) * self.share,
             "exchange": 4 * P * is_copied,  # DistributedDataParallel's buckets
         }
         at_loss = always | {
-            "weights": 4 * P * share + width * cast * is_cast,
-            "gradients": 4 * P * share * accumulates,
+            "weights": 4 * P * self.share + width * cast * is_cast,
+            "gradients": 4 * P * self.share * accumulates,
             "activations": N * C * (layers + 4 + 3 * width),
             "loss": max(at_logits, at_gradient),
         }
         # The embedding's gradient is the sum of two; FSDP divides it when it is whole.
-        at_end = always | {"gradients": 4 * (P * share + (3 if is_divided else 2) * embedding)}
+        at_end = always | {"gradients": 4 * (P * self.share + (3 if is_divided else 2) * embedding)}
         parts = max(at_loss, at_end, key=lambda parts: sum(parts.values()))
         if on_cpu:  # holes in a heap that is never trimmed (pick_device), and torch's kernels: as measured
             parts |= {"rest": 0.1 * sum(parts.values()) + 0.1e9}
@@ -106,21 +109,19 @@ class Workload:
         share = self.total_batch_tokens // (self.seq_len * self.world_size)
         return next((n for n in range(share, 0, -1) if share % n == 0 and fits(n)), 0)
 
-    def fitting_batch(self, model: GPT) -> tuple[int, str]:
-        """The largest batch that fits the memory of the model's device, 0 if none does; and by what account.
-        On CUDA steps are tried; elsewhere, and for a sharded model or one without memory, `step_bytes`
-        decides."""
-        device, weights = torch.device(self.device_type), model.wte.weight
-        is_tried = self.device_type == "cuda" and not weights.is_meta and not self.fsdp
+    def fitting_batch(self, model: GPT, device: torch.device) -> tuple[int, str]:
+        """The largest batch that fits the device's memory, 0 if none does; and by what account. On CUDA steps
+        are tried; elsewhere, and for a sharded model or one without memory, `step_bytes` decides."""
+        is_there = not model.wte.weight.is_meta
+        is_tried = device.type == "cuda" and is_there and not self.fsdp
+        how = "tried" if is_tried else "computed"
         if is_tried:
-            device = weights.device
             peak_of_step(
                 model, 1, self.seq_len, self.dtype, 0, False
             )  # CUDA's libraries take memory for good
         free, source = free_memory(device, self.world_size)
-        taken = sum(p.nbytes for p in model.parameters() if not p.is_meta)
-        room = (free + taken) * (1 - HEADROOM[self.device_type])
-        room -= self.saving_bytes() * (self.device_type == "cpu")
+        free += 4 * self.config.num_params * self.share * is_there  # the weights are part of a step
+        room = free * (1 - HEADROOM[how]) - self.saving_bytes() * (device.type == "cpu")
 
         def fits(batch_size: int) -> bool:
             parts = self.step_bytes(batch_size)
@@ -134,11 +135,11 @@ class Workload:
                 <= room
             )
 
-        how = (
-            f"{'tried' if is_tried else 'computed'}: within {room / 1e9:.1f} GB of the {free / 1e9:.1f} GB "
-            f"that are {source}, of which {HEADROOM[self.device_type]:.0%} are left alone"
+        account = (
+            f"{how}: within {room / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are {source}, of which "
+            f"{HEADROOM[how]:.0%} are left alone"
         )
-        return self.largest_batch(fits), how
+        return self.largest_batch(fits), account
 
 
 def peak_of_step(
@@ -190,8 +191,8 @@ def free_memory(device: torch.device, processes: int) -> tuple[float, str]:
 
 def cgroup_room(root: Path = Path("/")) -> float:
     """Bytes that the limits set on this process's memory (by a container, by SLURM) leave; inf if none is."""
-    room = math.inf
-    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+    room, groups = math.inf, root / "proc/self/cgroup"
+    for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else ():
         _, controllers, group = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
