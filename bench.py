@@ -415,7 +415,7 @@ def print_plan(cfg: Config):
         print(f"  B={batch_size:<3} {work(cfg.model_size).need(batch_size) / 1e9:8.1f}")
     print(f"hours for 10 billion tokens on one GPU, at {plan.MFU:.0%} of its peak:")
     print(plan.describe_hours(10e9 * flops))
-    share = 1 - plan.HEADROOM["cuda"]
+    share = 1 - plan.HEADROOM["tried"]
     print(f"the largest --batch-size in {share:.0%} of a GPU's memory (T={cfg.seq_len}, AdamW, bfloat16, not "
           "compiled):\n")  # fmt: skip
     memories = (8, 12, 16, 24, 40, 80, 141)  # GB
@@ -427,6 +427,9 @@ def print_plan(cfg: Config):
             for memory in memories
         ]
         print(f"| {size} | " + " | ".join(str(n or "-") for n in rows) + " |")
+    for tokens in (2**19, 2**22):
+        print(f"\non paper, milliseconds of a step of {tokens:,} tokens, and the share of products:")
+        print(plan.describe_scaling(config, cfg.seq_len, tokens))
 
 
 def tokenize_document(text: str) -> np.ndarray:

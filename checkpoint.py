@@ -520,7 +520,7 @@ def pick_device(name: str, spare_memory: bool = False) -> torch.device:
 
 def versions() -> str:
     """What a report of a fault must say: this commit, the packages and the machine, a line each."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -580,7 +580,9 @@ def halve(model: GPT, dtype: torch.dtype):
             part.to(dtype)
 
 
-def load_model(name: str, device: str = "auto", dropout: float = 0.0) -> tuple[GPT, str]:
+def load_model(
+    name: str, device: str = "auto", dropout: float = 0.0, spare_memory: bool = False
+) -> tuple[GPT, str]:
     """The model that a --model flag means, in evaluation mode, and what it turned out to be: a checkpoint or
     other Hugging Face directory, a run folder (its newest valid checkpoint), a size name, a Hub id, or "" for
     the newest run. Raises ValueError or FileNotFoundError for what is none of these."""
@@ -612,4 +614,4 @@ def load_model(name: str, device: str = "auto", dropout: float = 0.0) -> tuple[G
         raise ValueError(
             f"{source} has {model.config.vocab_size} tokens; GPT-2's tokenizer has {END_OF_TEXT + 1}"
         )
-    return model.to(pick_device(device)).eval(), source
+    return model.to(pick_device(device, spare_memory)).eval(), source

@@ -43,6 +43,7 @@ SETTINGS = (
 
 COMMANDS = """\
 /set NAME VALUE   change a setting, as its flag does: /set temperature 0.7, /set stop "\\n", /set show-probs
+                  (and back: /set stop "", /set no-show-probs)
 /show             the settings
 /reset            forget the text so far
 /help             this list

@@ -157,7 +157,7 @@ def read_endings(
     endings, those of like length together, on top of the contexts' keys and values.
     """
     device = model.wte.weight.device
-    least = 128 if device.type == "cpu" else 4096  # tokens that keep the device busy
+    least = 128 if device.type == "cpu" else 1024  # tokens that keep the device busy
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), rows[i][0]))
     for _, same_length in itertools.groupby(order, key=lambda i: len(rows[i][0])):
         for group in batched(same_length, 4 * batch_size):

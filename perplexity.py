@@ -116,7 +116,8 @@ def strided(ids: np.ndarray, context: int, stride: int) -> list[Window]:
     windows, reached = [], 0
     for begin in range(0, len(ids), stride):
         tokens = ids[begin : begin + context]
-        windows.append(Window(tokens, min(begin + len(tokens) - reached, len(tokens) - 1)))
+        if len(tokens) > 1:
+            windows.append(Window(tokens, min(begin + len(tokens) - reached, len(tokens) - 1)))
         reached = begin + len(tokens)
         if reached == len(ids):
             break

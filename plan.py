@@ -24,8 +24,7 @@ PEAK_FLOPS = {
     "A10G": 70e12, "A10": 125e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
 }  # fmt: skip
 MFU = 0.4  # share of the peak that a plan counts on: model FLOPs utilisation
-# The share of free memory that --batch-size auto leaves alone: on CUDA it has tried, elsewhere it computes.
-HEADROOM = {"cuda": 0.1, "cpu": 0.2, "mps": 0.2}
+HEADROOM = {"tried": 0.1, "computed": 0.2}  # the share of free memory that --batch-size auto leaves alone
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,11 @@ class Workload:
         """Whether there are gradients of an earlier micro-step."""
         return self.total_batch_tokens > batch_size * self.seq_len * self.world_size
 
+    @property
+    def share(self) -> float:
+        """Of weights, gradients and optimizer state, what one process has."""
+        return 1 / self.world_size if self.fsdp else 1.0
+
     def step_bytes(self, batch_size: int) -> dict[str, float]:
         """Memory of one process by part, without torch.compile, at a step's peak: when the loss has just been
         computed or, of a small batch, when all gradients are there."""
@@ -54,7 +58,6 @@ class Workload:
         N, embedding, matrices = batch_size * self.seq_len, config.padded_vocab_size * C, 12 * L * C * C
         on_cpu, is_cast = self.device_type == "cpu", width < 4
         is_divided, is_copied = self.fsdp and self.world_size > 1, self.world_size > 1 and not self.fsdp
-        share = 1 / self.world_size if is_divided else 1
         accumulates = self.accumulates(batch_size)
 
         # A layer keeps, in bytes a channel: the residual stream twice (float32), both LayerNorms' outputs,
@@ -74,19 +77,19 @@ class Workload:
 
         root = 4 * (embedding + config.block_size * C)  # FSDP gathers it for the step, and two blocks in turn
         always = {
-            "weights": 4 * P * share,
+            "weights": 4 * P * self.share,
             "gathered": (root + 2 * 4 * matrices / L) * is_divided,
-            "optimizer": (8 * P - 4 * matrices * (self.optimizer == "muon")) * share,
+            "optimizer": (8 * P - 4 * matrices * (self.optimizer == "muon")) * self.share,
             "exchange": 4 * P * is_copied,  # DistributedDataParallel's buckets
         }
         at_loss = always | {
-            "weights": 4 * P * share + width * cast * is_cast,
-            "gradients": 4 * P * share * accumulates,
+            "weights": 4 * P * self.share + width * cast * is_cast,
+            "gradients": 4 * P * self.share * accumulates,
             "activations": N * C * (layers + 4 + 3 * width),
             "loss": max(at_logits, at_gradient),
         }
         # The embedding's gradient is the sum of two; FSDP divides it when it is whole.
-        at_end = always | {"gradients": 4 * (P * share + (3 if is_divided else 2) * embedding)}
+        at_end = always | {"gradients": 4 * (P * self.share + (3 if is_divided else 2) * embedding)}
         parts = max(at_loss, at_end, key=lambda parts: sum(parts.values()))
         if on_cpu:  # holes in a heap that is never trimmed (pick_device), and torch's kernels: as measured
             parts |= {"rest": 0.1 * sum(parts.values()) + 0.1e9}
@@ -106,21 +109,19 @@ class Workload:
         share = self.total_batch_tokens // (self.seq_len * self.world_size)
         return next((n for n in range(share, 0, -1) if share % n == 0 and fits(n)), 0)
 
-    def fitting_batch(self, model: GPT) -> tuple[int, str]:
-        """The largest batch that fits the memory of the model's device, 0 if none does; and by what account.
-        On CUDA steps are tried; elsewhere, and for a sharded model or one without memory, `step_bytes`
-        decides."""
-        device, weights = torch.device(self.device_type), model.wte.weight
-        is_tried = self.device_type == "cuda" and not weights.is_meta and not self.fsdp
+    def fitting_batch(self, model: GPT, device: torch.device) -> tuple[int, str]:
+        """The largest batch that fits the device's memory, 0 if none does; and by what account. On CUDA steps
+        are tried; elsewhere, and for a sharded model or one without memory, `step_bytes` decides."""
+        is_there = not model.wte.weight.is_meta
+        is_tried = device.type == "cuda" and is_there and not self.fsdp
+        how = "tried" if is_tried else "computed"
         if is_tried:
-            device = weights.device
             peak_of_step(
                 model, 1, self.seq_len, self.dtype, 0, False
             )  # CUDA's libraries take memory for good
         free, source = free_memory(device, self.world_size)
-        taken = sum(p.nbytes for p in model.parameters() if not p.is_meta)
-        room = (free + taken) * (1 - HEADROOM[self.device_type])
-        room -= self.saving_bytes() * (self.device_type == "cpu")
+        free += 4 * self.config.num_params * self.share * is_there  # the weights are part of a step
+        room = free * (1 - HEADROOM[how]) - self.saving_bytes() * (device.type == "cpu")
 
         def fits(batch_size: int) -> bool:
             parts = self.step_bytes(batch_size)
@@ -134,11 +135,11 @@ class Workload:
                 <= room
             )
 
-        how = (
-            f"{'tried' if is_tried else 'computed'}: within {room / 1e9:.1f} GB of the {free / 1e9:.1f} GB "
-            f"that are {source}, of which {HEADROOM[self.device_type]:.0%} are left alone"
+        account = (
+            f"{how}: within {room / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are {source}, of which "
+            f"{HEADROOM[how]:.0%} are left alone"
         )
-        return self.largest_batch(fits), how
+        return self.largest_batch(fits), account
 
 
 def peak_of_step(
@@ -190,8 +191,8 @@ def free_memory(device: torch.device, processes: int) -> tuple[float, str]:
 
 def cgroup_room(root: Path = Path("/")) -> float:
     """Bytes that the limits set on this process's memory (by a container, by SLURM) leave; inf if none is."""
-    room = math.inf
-    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+    room, groups = math.inf, root / "proc/self/cgroup"
+    for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else ():
         _, controllers, group = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
@@ -222,6 +223,29 @@ def describe_memory(work: Workload, batch_size: int, device: torch.device) -> st
         f"{saving / 1e9:.2f} GB of main memory"
         + ("" if fits else "\nnote   this does not fit: take a smaller --batch-size, or auto")
     )
+
+
+def describe_scaling(config: GPTConfig, seq_len: int, total_batch_tokens: int) -> str:
+    """On paper, a line a number of H100s: milliseconds of a step's products at MFU and of the exchange of its
+    gradients, by three ways, and the share of the time that is then left for products.
+
+    A ring moves 2 (N - 1) / N times the gradients through each GPU's link, 3 times with FSDP, which gathers
+    weights, too: 450 GB/s by NVLink within a machine of 8, 50 GB/s (400 Gbit/s a GPU) beyond. DDP hides it
+    behind the backward pass, two thirds of the products, FSDP behind all. Latency is not counted.
+    """
+    ways = {"DDP": (4 * 2, 2 / 3), "DDP bfloat16": (2 * 2, 2 / 3), "FSDP": (4 * 3, 1.0)}  # bytes a parameter
+    lines = ["  GPUs  products" + "".join(f"{name:>20}" for name in ways)]
+    for gpus in (8, 16, 32, 64, 128, 256, 512, 1024):
+        if gpus * seq_len > total_batch_tokens:
+            break
+        products = total_batch_tokens * config.flops_per_token(seq_len) / (MFU * PEAK_FLOPS["H100"] * gpus)
+        line = f"{gpus:6} {1000 * products:9,.1f}"
+        for size, hidden in ways.values():
+            exchange = size * config.num_params * (gpus - 1) / gpus / (450e9 if gpus <= 8 else 50e9)
+            share = products / (products + max(0.0, exchange - hidden * products))
+            line += f" {1000 * exchange:13,.1f} {share:5.0%}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def describe_hours(flops: float, gpus: int = 1, dollars_per_gpu_hour: float = 0.0) -> str:

@@ -285,8 +285,6 @@ def finish_axes(figure: Any, panels: list, cfg: Config, are_many: bool):
 
 def main(cfg: Config) -> Path | None:
     """Prints the curves, or writes the picture and prints where it is."""
-    import matplotlib
-
     folders = [Path(run) for run in cfg.runs]
     if not folders:
         found = [path.parent for path in LOG_ROOT.glob("*/log.txt")]
@@ -306,6 +304,8 @@ def main(cfg: Config) -> Path | None:
             print(text(run, name, width))
         if not cfg.out:
             return None
+    import matplotlib
+
     figure = draw(runs, cfg)
     with matplotlib.rc_context(style(cfg.theme)):
         figure.savefig(out)

@@ -7,18 +7,19 @@
 On disk: log/<run>/tensorboard, log/<run>/wandb, or Trackio's own folder (TRACKIO_DIR).
 
 Each is a package of its own, which only its own class imports. Curves have the same names in every tool
-and run, against the step and the tokens seen before it. The project is gpt2, or WANDB_PROJECT; what the
+and run, against the step and the tokens seen before it. The project is gpt2, in wandb WANDB_PROJECT; what the
 tools themselves read from the environment (WANDB_ENTITY, TRACKIO_SPACE_ID, ...) counts.
 
 A resumed run goes on with the same curves, cut back like its log to the step of the checkpoint: in wandb,
-which takes no step back, the repeated steps keep the values that they had. What a tool has not got yet of
-the run's log, it is told first.
+which takes no step back, the repeated steps keep the values that they had, and a Trackio server has them
+twice. What a tool has not got yet of the run's log, it is told first.
 """
 
 import contextlib
 import importlib.util
 import itertools
 import os
+import re
 import sqlite3
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +111,10 @@ class Wandb:
         )
         self.where = Path(self.run.dir).parent
         self.has_before = self.run.starting_step
+        if self.has_before > first_step:
+            print(
+                f"note   wandb keeps what it has of steps {first_step} to {self.has_before - 1}", flush=True
+            )
 
     def write(self, step: int, tokens: int, values: dict[str, float]):
         if step >= self.run.starting_step:
@@ -145,6 +150,11 @@ class Trackio:
         trackio.finish()
 
 
+def without_secrets(error: Exception) -> str:
+    """What an error says, but for the value of a token or key in an address that it quotes."""
+    return re.sub(r"((?:token|key)=)[^&\s'\"]+", r"\1...", str(error))
+
+
 class Tracker(contextlib.AbstractContextManager):
     """One of these, whose failures do not stop training.
 
@@ -163,7 +173,7 @@ class Tracker(contextlib.AbstractContextManager):
             self.tool = tools[name](run, run_id, settings, resumed_step or 0, resumed_step is None)
         except Exception as error:  # whatever a network or a library raises
             if resumed_step is None:
-                raise ValueError(f"--tracker {name}: {error}") from error
+                raise ValueError(f"--tracker {name}: {without_secrets(error)}") from error
             self.give_up(error)
         if self.tool:
             self.catch_up(run / "log.txt", self.tool.has_before)
@@ -186,12 +196,17 @@ class Tracker(contextlib.AbstractContextManager):
 
     def give_up(self, error: Exception):
         self.tool = None
-        failure = f"--tracker {self.name} failed ({type(error).__name__}: {error})"
+        failure = f"--tracker {self.name} failed ({type(error).__name__}: {without_secrets(error)})"
         print(f"note   {failure}; training goes on, and log.txt has all", flush=True)
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any):
-        if self.tool:
+    def close(self, exit_code: int):
+        """Sends what is left. Once is enough."""
+        tool, self.tool = self.tool, None
+        if tool:
             try:
-                self.tool.close(0 if error is None else 1)
-            except Exception as failure:
-                self.give_up(failure)
+                tool.close(exit_code)
+            except Exception as error:
+                self.give_up(error)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any):
+        self.close(0 if error is None else 1)

@@ -142,10 +142,10 @@ class Config:
     override: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """With --resume: accept settings or data that differ from those of the checkpoint."""
     max_hours: float = 0.0
-    """When it has run for so long, end the step, save and stop (exit code 4); a --resume has as long again; 0
-    for no limit."""
+    """When it has run for so long, end the step, save and stop (exit code 4); a --resume has as long again,
+    and so has a restart by torchrun's --max-restarts; 0 for no limit."""
     eval_only: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Only evaluate the model of --resume or --init-from; write nothing."""
+    """Only evaluate the model of --resume or --init-from, and leave log/ as it is."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only check settings, data and machine, and print what the run would take; write nothing."""
     dollars_per_gpu_hour: float = 0.0
@@ -184,6 +184,11 @@ class Config:
     none."""
     skip_spikes: bool = False
     """Leave the weights as they are at a spike."""
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether resume is a checkpoint: `main` has replaced what else it may have been."""
+        return self.resume not in ("", "newest")
 
 
 PRESETS = {
@@ -259,7 +264,7 @@ def parse_args(argv: list[str]) -> Config:
     if unknown := saved.keys() - {field.name for field in dataclasses.fields(Config)}:
         raise ValueError(f"{found} has settings that are not known here: {', '.join(sorted(unknown))}")
     if cfg.resume.startswith(remote.PREFIXES["model"]):  # which may be another's: where to write, we say
-        saved |= {"hub_repo": ""}
+        saved |= {"hub_repo": "", "tracker": "none"}
     return at_checkpoint(read_flags(argv, Config(**saved)), found)
 
 
@@ -274,6 +279,12 @@ def find_checkpoint(cfg: Config) -> Path | None:
     """The checkpoint that --resume means; None where --run-name names a run that has none yet."""
     log_root = Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT
     if cfg.resume.startswith(remote.PREFIXES["model"]):
+        if cfg.dry_run or cfg.eval_only:
+            repo = cfg.resume.removeprefix(remote.PREFIXES["model"])
+            raise ValueError(
+                f"--resume {cfg.resume} writes the run here, which --dry-run and --eval-only must not do; "
+                f"to evaluate its model: --init-from {repo} --eval-only"
+            )
         return checkpoint.pull(cfg.resume, log_root, cfg.run_name).resolve()
     if cfg.resume != "newest":
         run = Path(cfg.resume)
@@ -302,7 +313,8 @@ def find_checkpoint(cfg: Config) -> Path | None:
 
 def check(cfg: Config, world_size: int):
     """Raises ValueError for values that cannot work, with the value, the bound and the nearest that does."""
-    trackers.check(cfg.tracker)
+    if not cfg.eval_only:
+        trackers.check(cfg.tracker)
     positive = (
         "seq_len", "batch_size", "total_batch_tokens", "learning_rate", "num_gpus", "val_tokens", "cache_gb",
         "max_bad_steps", "timeout_seconds",
@@ -331,7 +343,7 @@ def check(cfg: Config, world_size: int):
             "--optimizer is muon, which needs whole matrices; --fsdp divides them among the processes and "
             "takes --optimizer adamw only"
         )
-    if cfg.eval_only and cfg.resume in ("", "newest") and not cfg.init_from:
+    if cfg.eval_only and not cfg.is_resumed and not cfg.init_from:
         raise ValueError(
             "--eval-only needs a model: give --resume (a run, a checkpoint; if alone, the newest run) "
             "or --init-from (a checkpoint, a size name or a Hub id)"
@@ -341,7 +353,7 @@ def check(cfg: Config, world_size: int):
             "--eval-only has nothing to do: --val-every, --hellaswag-every and --sample-every are 0; set one"
         )
     micro_step = rows * cfg.seq_len * world_size
-    if cfg.total_batch_tokens % micro_step:
+    if cfg.total_batch_tokens % micro_step and not cfg.eval_only:
         below = cfg.total_batch_tokens // micro_step * micro_step
         near = " or ".join(f"{n}" for n in (below, below + micro_step) if n)
         raise ValueError(
@@ -639,7 +651,7 @@ def choose_batch_size(work: plan.Workload, model: GPT, process: Process) -> tupl
     """What --batch-size auto means, the same on all processes, and why. Raises ValueError where not even one
     sequence fits."""
     process.sum(0.0)  # now all have their weights, and no more
-    mine, why = work.fitting_batch(model)
+    mine, why = work.fitting_batch(model, process.device)
     chosen = int(min(process.sum(*(mine * (r == process.rank) for r in range(process.world_size)))))
     if not chosen:
         raise ValueError(
@@ -722,14 +734,15 @@ class RunLog:
 
 def find_data(cfg: Config, process: Process) -> shards.Folder:
     """The shards: on the Hub, or in a folder relative to here or to this script; the demo's are made if
-    missing, but not by a dry run."""
+    missing, but not where nothing is to be written."""
     if cfg.dataset_path.startswith(remote.HUB_PREFIX):
         first = shards.HubFolder(cfg.dataset_path, 1e9 * cfg.cache_gb) if process.rank == 0 else None
         location = process.agree(first and first.name)  # with its commit: the same for all
         return first or shards.HubFolder(location, 1e9 * cfg.cache_gb)
     data = Path(cfg.dataset_path)
     data = data if data.exists() or data.is_absolute() else ROOT / data
-    if process.rank == 0 and data.name == "pydocs" and not shards.is_complete(data) and not cfg.dry_run:
+    may_write = process.rank == 0 and not (cfg.dry_run or cfg.eval_only)
+    if may_write and data.name == "pydocs" and not shards.is_complete(data):
         print(
             "Making shards of the installed packages' documentation (fineweb.py --source pydocs)", flush=True
         )
@@ -740,19 +753,33 @@ def find_data(cfg: Config, process: Process) -> shards.Folder:
     return shards.Folder(data)
 
 
+def refuse(cfg: Config, process: Process, world_size: int):
+    """Raises ValueError or OSError for what could not work on this device, or where the run is to be sent."""
+    check(cfg, world_size)
+    if cfg.activation_checkpointing and cfg.dropout and process.device.type == "mps":
+        raise ValueError(  # torch.utils.checkpoint keeps the state of CUDA's and the CPU's generators only
+            f"--dropout is {cfg.dropout}; on mps --activation-checkpointing cannot draw the same twice: leave"
+            " out one of the two"
+        )
+    if process.rank == 0 and not cfg.eval_only:
+        if cfg.hub_repo:
+            check_hub(cfg)
+        if not cfg.is_resumed:
+            trackers.check_login(cfg.tracker)
+
+
 def check_hub(cfg: Config):
     """Raises OSError or ValueError where checkpoints could not be sent to --hub-repo, or would replace those
     of another run. A run that goes on does so without the Hub, too."""
-    is_new = cfg.resume in ("", "newest")
     try:
         remote.check_push(cfg.hub_repo, "model")
         _, files = remote.list_hub(cfg.hub_repo, None, [checkpoint.STATE], "model")
     except OSError as error:
-        if is_new or remote.is_final(error):
+        if not cfg.is_resumed or remote.is_final(error):
             raise
         print(f"note   checkpoints wait for the Hub: {error}", flush=True)
         return
-    if files and is_new:
+    if files and not cfg.is_resumed:
         raise ValueError(
             f"--hub-repo {cfg.hub_repo} holds a checkpoint: go on with it (--resume hf://{cfg.hub_repo}) or "
             "choose another"
@@ -779,7 +806,7 @@ def build_model(cfg: Config) -> GPT:
             raise ValueError(
                 "--init-from brings its own shape: leave out --model-size and --n-layer, -head, -embd"
             )
-        model, source = checkpoint.load_model(cfg.init_from, "cpu", cfg.dropout)
+        model, source = checkpoint.load_model(cfg.init_from, "cpu", cfg.dropout, spare_memory=cfg.fsdp)
         if cfg.seq_len > model.config.block_size:
             raise ValueError(
                 f"--seq-len {cfg.seq_len} is longer than the {model.config.block_size} of {source}"
@@ -797,7 +824,9 @@ def find_run(cfg: Config, config: GPTConfig, process: Process) -> Path:
     log_root = Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT
     run = checkpoint.run_folder(log_root, process.agree(name))
     if process.rank == 0 and not (cfg.resume or cfg.eval_only) and run.exists() and any(run.iterdir()):
-        raise ValueError(f"{run} exists: go on with it (--resume {run}) or choose another --run-name")
+        raise ValueError(
+            f"{run} exists: go on with it (--run-name {run.name} --resume) or choose another --run-name"
+        )
     if links := [path for path in run.iterdir() if path.is_symlink()] if run.is_dir() else []:
         raise ValueError(f"{links[0]} is a link; a run writes only into its own folder: remove the link")
     return run
@@ -904,16 +933,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             print(text, flush=True)
 
     began = time.monotonic()
-    check(cfg, world_size)
-    if cfg.activation_checkpointing and cfg.dropout and device.type == "mps":
-        raise ValueError(  # torch.utils.checkpoint keeps the state of CUDA's and the CPU's generators only
-            f"--dropout is {cfg.dropout}; on mps --activation-checkpointing cannot draw the same twice: leave"
-            " out one of the two"
-        )
-    if cfg.hub_repo and rank == 0 and not cfg.eval_only:
-        check_hub(cfg)
-    if cfg.resume in ("", "newest") and rank == 0 and not cfg.eval_only:
-        trackers.check_login(cfg.tracker)
+    refuse(cfg, process, world_size)
 
     # ---- data
     data = find_data(cfg, process)
@@ -923,7 +943,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     sequences = cfg.total_batch_tokens // cfg.seq_len  # a step
 
     # ---- model, optimizers and, where a run goes on, their state
-    saved = checkpoint.load(Path(cfg.resume), cfg.dropout) if cfg.resume not in ("", "newest") else None
+    saved = checkpoint.load(Path(cfg.resume), cfg.dropout) if cfg.is_resumed else None
     resumed = saved.state if saved else {}
     digest = checkpoint.sha256_json(resumed)
     if process.sum(digest != process.agree(digest))[0]:
@@ -946,16 +966,17 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     batch_size, batch_why = cfg.batch_size, ""
     if batch_size == "auto":
         work = workload(cfg, config, dtype, device, world_size)
-        batch_size, batch_why = choose_batch_size(work, raw_model, process)
+        # Evaluating alone has no gradients: any number will do.
+        batch_size, batch_why = (8, "") if cfg.eval_only else choose_batch_size(work, raw_model, process)
         cfg = dataclasses.replace(cfg, batch_size=batch_size)  # as it is saved
     accumulation = sequences // (batch_size * world_size)  # micro-steps a step
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizers = make_optimizers(cfg, raw_model)
-    if saved:
+    if saved and not cfg.eval_only:
         checkpoint.load_optimizers(raw_model, optimizers, saved.optimizer)
         if scaler.is_enabled() and resumed["scaler"]:
             scaler.load_state_dict(resumed["scaler"])
-        saved = None  # its tensors have been copied
+    saved = None  # its tensors have been copied
     run, settings = open_run(cfg, config, process, at_end)
     log = RunLog(run, rank == 0 and not cfg.eval_only, resumed.get("step"))
 
@@ -969,7 +990,8 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     description = describe(config)
     say(f"model  {description}; {cfg.optimizer}")
     say(f"data   {shown(data.folder)}: {train_data.num_tokens:,} training tokens, {epochs:.2f} epochs")
-    say(describe_batch(cfg, batch_size, world_size, batch_why))
+    if not cfg.eval_only:
+        say(describe_batch(cfg, batch_size, world_size, batch_why))
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     say(f"device {device}{gpu}, {str(dtype).removeprefix('torch.')} ({why})")
     if cfg.fsdp:
@@ -988,7 +1010,10 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     if resumed and rank == 0 and not cfg.eval_only:
         for folder in checkpoint.abandon(run, resumed["step"]):
             say(f"note   a newer checkpoint is now {shown(folder)}")
-    tracker_id = resumed.get("tracker_id") or secrets.token_hex(4)
+    # A copy of a run under another name has curves of its own.
+    is_same = resumed and resumed["config"].get("run_name") == run.name
+    tracker_id = resumed.get("tracker_id") if is_same else None
+    tracker_id = tracker_id or secrets.token_hex(4)
     if cfg.tracker != "none" and rank == 0 and not cfg.eval_only:
         tracker = trackers.Tracker(cfg.tracker, run, tracker_id, settings, resumed.get("step"))
         log.tracker = at_end.enter_context(tracker)
@@ -1018,6 +1043,8 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     hellaswag_items = []
     if cfg.hellaswag_every:
         hellaswag_items, problem = find_hellaswag(cfg, process)
+        if problem and cfg.eval_only and not (cfg.val_every or cfg.sample_every):
+            raise ValueError(f"--eval-only: HellaSwag cannot be had: {problem}")
         if problem:
             say(f"note   HellaSwag is left out: {problem}")
     peak_flops = device_peak_flops(device, dtype) * world_size
@@ -1161,7 +1188,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             stop_code = 3
             say(f"stopping: {bad_steps} steps in a row were not finite; try a lower --learning-rate, or "
                 "--dtype float32")  # fmt: skip
-        if late:
+        if late and not stop_code:
             stop_code = 4
             say(f"stopping: it has run for --max-hours {cfg.max_hours:g}")
         if orphans:
@@ -1180,6 +1207,8 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
 
     for news in saver.poll(wait=True):
         say(f"step {step:>6} | {news}")
+    if log.tracker:  # before the others may end: torchrun gives rank 0 no time after that
+        log.tracker.close(stop_code)
     process.agree(None)  # where rank 0 could not write its last checkpoint, the others fail here
     signals.restore()
     if world_size > 1:
@@ -1208,11 +1237,9 @@ def dry_run(cfg: Config, process: Process) -> Path:
         if process.rank == 0:
             print(text, flush=True)
 
-    check(cfg, world_size)
+    refuse(cfg, process, world_size)
     if device.type == "cuda" and process.world_size == 1 and cfg.num_gpus > torch.cuda.device_count():
         raise ValueError(f"--num-gpus is {cfg.num_gpus}; this machine has {torch.cuda.device_count()}")
-    if cfg.hub_repo and process.rank == 0:
-        check_hub(cfg)
     try:
         data = find_data(cfg, process)
     except FileNotFoundError as error:
@@ -1223,7 +1250,7 @@ def dry_run(cfg: Config, process: Process) -> Path:
         if cfg.val_every:
             shards.ShardReader(data, "val", cfg.seq_len, cfg.seed)
         windows, data_fingerprint = reader.num_windows, data.fingerprint()
-    saved = checkpoint.load(Path(cfg.resume), cfg.dropout) if cfg.resume not in ("", "newest") else None
+    saved = checkpoint.load(Path(cfg.resume), cfg.dropout) if cfg.is_resumed else None
     resumed = saved.state if saved else {}
     if resumed:
         for change in check_same(cfg, data_fingerprint or resumed["data"], world_size, resumed):
@@ -1301,7 +1328,7 @@ def torchrun(processes: int, argv: list[str]):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--version"]:
+    if "--version" in sys.argv:
         print(checkpoint.versions())
         sys.exit()
     try:

@@ -36,6 +36,7 @@ def test_every_job_runs_and_is_written_down(small, tmp_path, capsys):
     assert all(0 < result.share < 1.5 for result in results if result.share)
 
 
+@pytest.mark.slow
 def test_generation_is_measured_in_float32_and_in_the_fast_precision(small):
     cfg = bench.Config(jobs=("generate",), max_tokens=2, repeats=1, device="cpu", dtype="bfloat16")
     assert [result.job for result in bench.main(cfg)] == [

@@ -196,7 +196,7 @@ def test_a_gradient_that_is_not_finite_leaves_all_shards_as_they_are(launch, con
 
 
 @pytest.mark.fault(23)
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_overflow_in_one_shard_halves_the_scale_of_all(launch, config, rank):
     """Were it halved on one process only, the gradients of the next step would be sums of unlike ones."""
     cfg = dataclasses.replace(config, fsdp=True, dtype="float16", max_steps=6, checkpoint_every=1)

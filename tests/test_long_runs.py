@@ -141,6 +141,28 @@ def test_evaluating_alone_takes_weights_from_anywhere(launch, config, whole):
     assert content(run) == before and not Path(config.log_dir).exists()
 
 
+def test_a_run_on_the_hub_is_not_fetched_where_nothing_is_to_be_written(config):
+    for change in (dict(eval_only=True), dict(dry_run=True)):
+        with pytest.raises(ValueError, match="--init-from org/name --eval-only"):
+            train_gpt2.find_checkpoint(dataclasses.replace(config, resume="hf://org/name", **change))
+
+
+def test_evaluating_alone_minds_no_arithmetic_of_training(config):
+    train_gpt2.check(dataclasses.replace(config, eval_only=True, init_from="gpt2", val_every=1), 3)
+    with pytest.raises(ValueError, match="no multiple"):
+        train_gpt2.check(config, 3)
+
+
+def test_a_copy_of_a_run_has_curves_of_its_own(launch, whole, tmp_path):
+    ids = []
+    for name in ("whole", "copy"):
+        run = shutil.copytree(whole(), tmp_path / name)
+        ids.append(state_of(run)["tracker_id"])
+        launch(None, "--resume", str(run), "--max-steps", str(state_of(run)["step"] + 1)).finish()
+        ids.append(state_of(run)["tracker_id"])
+    assert ids[0] == ids[1] == ids[2] != ids[3]
+
+
 def test_evaluating_alone_needs_a_model_and_something_to_do(launch, config, whole):
     cfg = dataclasses.replace(config, val_every=4)
     wrong = [
@@ -328,7 +350,7 @@ SMALL = dict(n_layer=4, n_head=6, n_embd=384)
     ],
     ids=str,
 )
-@pytest.mark.parametrize("micro_steps", [1, 2])
+@pytest.mark.parametrize("micro_steps", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_memory_that_a_dry_run_prints_is_what_a_step_takes(launch, real, tmp_path, changes, micro_steps):
     file, rows = tmp_path / "memory.txt", micro_steps * changes["batch_size"]
     cfg = dataclasses.replace(

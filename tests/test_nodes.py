@@ -1,4 +1,5 @@
-"""Many machines: two torchrun agents that meet over the loopback device, with two processes each."""
+"""Many machines: two torchrun agents with two processes each, that meet over the loopback device or over a
+wire between two network namespaces."""
 
 import dataclasses
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 from helpers import ROOT, end_of, flags
@@ -31,20 +33,49 @@ def port() -> int:
         return free.getsockname()[1]
 
 
-def agents(cfg: Config, port: int, *words: str) -> list[subprocess.Popen]:
-    """torchrun on two machines, were they two."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--max-restarts=2",
-        "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test",
-        str(ROOT / "train_gpt2.py"), *flags(cfg), *words,
-    ]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", bufsize=1, env=env
-        )
-        for _ in range(2)
-    ]
+def agents(cfg: Config, port: int, *words: str, networks: tuple[str, ...] = ()) -> list[subprocess.Popen]:
+    """torchrun on two machines, were they two: on this one's network, or each in a namespace."""
+    started = []
+    for number in range(2):
+        host = f"10.77.0.{number + 1}" if networks else "127.0.0.1"
+        inside = ["ip", "netns", "exec", networks[number]] if networks else []
+        # There the name of this machine is nobody's address: who is the host must be said.
+        is_host = [f"--rdzv-conf=is_host={number == 0}"] if networks else []
+        command = [
+            *inside, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
+            "--max-restarts=2", "--rdzv-backend=c10d", f"--local-addr={host}", "--rdzv-id=test", *is_host,
+            f"--rdzv-endpoint={'10.77.0.1' if networks else host}:{port}",
+            str(ROOT / "train_gpt2.py"), *flags(cfg), *words,
+        ]  # fmt: skip
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": "wire"} if networks else {})
+        pipes: dict = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", bufsize=1)
+        started.append(subprocess.Popen(command, env=env, **pipes))
+    return started
+
+
+@pytest.fixture
+def networks() -> Iterator[tuple[str, str]]:
+    """Two network namespaces, each with an end of one wire: 10.77.0.1 and 10.77.0.2."""
+    names = (f"gpt2-a-{os.getpid()}", f"gpt2-b-{os.getpid()}")
+
+    def ip(words: str):
+        subprocess.run(["ip", *words.split()], check=True, capture_output=True, text=True)
+
+    try:
+        ip(f"netns add {names[0]}")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces need iproute2 and root: {error}")
+    try:
+        ip(f"netns add {names[1]}")
+        ip(f"-n {names[0]} link add wire type veth peer name wire netns {names[1]}")
+        for number, name in enumerate(names, 1):
+            ip(f"-n {name} addr add 10.77.0.{number}/24 dev wire")
+            ip(f"-n {name} link set wire up")
+            ip(f"-n {name} link set lo up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
 def finish(processes: list[subprocess.Popen], timeout: float = 200) -> str:
@@ -79,6 +110,13 @@ def test_with_four_processes_a_resumed_run_ends_bit_identical(launch, whole, tmp
 def test_two_machines_end_as_one_machine_with_as_many_processes(config, whole, port, tmp_path):
     printed = finish(agents(config, port))
     assert printed.count("step      0 | loss") == 1  # only rank 0 of all prints
+    assert "1 sequences x 16 tokens x 4 processes" in printed
+    assert end_of(tmp_path / "run") == end_of(whole(4))
+
+
+@pytest.mark.slow
+def test_two_machines_on_a_wire_end_as_one_machine(config, whole, port, tmp_path, networks):
+    printed = finish(agents(config, port, networks=networks))
     assert "1 sequences x 16 tokens x 4 processes" in printed
     assert end_of(tmp_path / "run") == end_of(whole(4))
 

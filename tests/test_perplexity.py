@@ -151,7 +151,7 @@ def assert_same_figures(ours: dict, theirs: dict):
     )
 
 
-@pytest.mark.parametrize("as_shards", [False, True])
+@pytest.mark.parametrize("as_shards", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_wikitext_protocol_gives_the_figures_of_lm_evals_task(folder, tmp_path, as_shards):
     from lm_eval.tasks.wikitext import preprocess_wikitext
 

@@ -97,9 +97,24 @@ def test_on_cuda_the_largest_batch_that_was_tried_within_nine_tenths_is_taken(to
     monkeypatch.setattr(plan, "free_memory", lambda device, processes: (1e9, "free on the GPU"))
     monkeypatch.setattr(plan, "peak_of_step", peak)
     monkeypatch.setattr(plan.Workload, "step_bytes", planned)
-    chosen, how = plan.Workload(toy_model.config, 16, 16 * 40).fitting_batch(toy_model)
+    chosen, how = plan.Workload(toy_model.config, 16, 16 * 40).fitting_batch(toy_model, torch.device("cuda"))
     assert chosen == 8 and "tried: within 0.9 GB of the 1.0 GB" in how and "10% are left alone" in how
     assert tried[1:] == [(10, 7.0, True), (8, 7.0, True)]  # the first is for CUDA's libraries
+
+
+def test_a_process_of_a_sharded_model_counts_its_share_of_the_weights_only(toy_model, monkeypatch):
+    monkeypatch.setattr(plan, "free_memory", lambda device, processes: (0.0, "free on the GPU"))
+    monkeypatch.setattr(
+        plan.Workload, "step_bytes", lambda work, batch_size: {"activations": 1000.0 * batch_size}
+    )
+    weights = 4 * toy_model.config.num_params
+    for world_size in (1, 4):
+        work = plan.Workload(toy_model.config, 16, 16 * 10000, world_size=world_size, fsdp=True)
+        chosen, _ = work.fitting_batch(toy_model, torch.device("cuda"))
+        share = 10000 // world_size
+        assert chosen == max(
+            n for n in range(1, 700) if share % n == 0 and 1000 * n <= 0.8 * weights / world_size
+        )
 
 
 def test_a_step_is_tried_without_a_trace_and_does_not_fail_for_want_of_memory(toy_model, monkeypatch):

@@ -779,6 +779,7 @@ def test_shards_that_were_pushed_come_back_as_they_were(client, hub, repo, ours,
     assert one == two
 
 
+@pytest.mark.slow
 def test_more_shards_than_one_upload_takes(client, hub, repo, tmp_path):
     files = [f"x_train_{n:06d}.npy" for n in range(120)]
     for name in files:

@@ -174,7 +174,11 @@ def test_wandb_has_one_run_across_a_kill_and_its_newest_folder_the_whole_curves(
     assert_same(found, of_log(run))
 
 
-@pytest.mark.parametrize("pause", [0, 2], ids=["before it has written", "when it has written"])
+@pytest.mark.parametrize(
+    "pause",
+    [0, pytest.param(2, marks=pytest.mark.slow)],
+    ids=["before it has written", "when it has written"],
+)
 def test_trackio_shows_what_the_log_has_across_a_kill(pause, launch, config, offline, tmp_path):
     run = killed_and_resumed(launch, dataclasses.replace(config, tracker="trackio"), offline, pause)
     found = trackio_curves(tmp_path / "trackio")
@@ -184,6 +188,7 @@ def test_trackio_shows_what_the_log_has_across_a_kill(pause, launch, config, off
     assert len({run_id for _, run_id in trackio_table(tmp_path / "trackio", "metrics", "run_id")}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_tracker_that_is_new_to_a_run_is_told_its_whole_log(tool, launch, config, offline, tmp_path):
     run = killed_and_resumed(launch, config, offline, tracker=tool)
@@ -258,7 +263,9 @@ NOWHERE = "http://127.0.0.1:9"
 ONLINE = {"WANDB_MODE": "online", "WANDB_BASE_URL": NOWHERE, "NETRC": "/nonexistent"}
 
 
-@pytest.mark.parametrize("key", ["", "0" * 40], ids=["no key", "no network"])
+@pytest.mark.parametrize(
+    "key", ["", pytest.param("0" * 40, marks=pytest.mark.slow)], ids=["no key", "no network"]
+)
 def test_wandb_without_a_login_is_refused_before_anything(key, launch, config):
     cfg = dataclasses.replace(config, tracker="wandb")
     training = launch(cfg, patches=[partial(set_variables, {**ONLINE, "WANDB_API_KEY": key})])

@@ -254,7 +254,7 @@ def test_padding_rows_are_not_saved_and_stay_zero(config):
 
 def test_a_run_folder_is_never_overwritten(config):
     train_gpt2.main(dataclasses.replace(config, max_steps=1))
-    with pytest.raises(ValueError, match=r"run exists: go on with it \(--resume"):
+    with pytest.raises(ValueError, match=r"run exists: go on with it \(--run-name run --resume"):
         train_gpt2.main(dataclasses.replace(config, max_steps=1))
 
 
