@@ -236,6 +236,7 @@ NOT_SETTINGS = {
 }  # fmt: skip
 
 STOP_SIGNALS = [getattr(signal, s) for s in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, s)]
+VAL_BATCH_TOKENS = 8192  # of a batch in validation
 SPIKE_WINDOW = 128  # steps, as OLMo 2 has it (OLMo team, 2025, arXiv:2501.00656)
 
 
@@ -667,16 +668,16 @@ def choose_batch_size(work: plan.Workload, model: GPT, process: Process) -> tupl
 
 @torch.no_grad()
 def validation_loss(model: GPT, reader: shards.ShardReader, cfg: Config, process: Process) -> float:
-    """Mean loss, nats a token, over the first val_tokens of the validation split: the same tokens whatever
-    the number of processes and the batch size."""
-    assert cfg.batch_size != "auto"
+    """Mean loss, nats a token, over the first val_tokens of the validation split: the same figure whatever
+    the number of processes and the batch size, because they only share out batches that are always the
+    same."""
     windows = min(reader.num_windows, max(1, cfg.val_tokens // cfg.seq_len))
-    positions = range(0, windows * cfg.seq_len, cfg.seq_len)
-    mine, total = positions[process.rank :: process.world_size], 0.0
+    positions, rows = range(0, windows * cfg.seq_len, cfg.seq_len), max(1, VAL_BATCH_TOKENS // cfg.seq_len)
+    mine, total = range(0, windows, rows)[process.rank :: process.world_size], 0.0
     hidden = None if process.rank == 0 else True  # None: shown on a terminal only
-    for i in tqdm(range(0, len(mine), cfg.batch_size), "validation", leave=False, disable=hidden):
-        x, y = (t.to(process.device) for t in reader.read(mine[i : i + cfg.batch_size]))
-        total += model(x, y).item() * x.size(0)
+    for i in tqdm(mine, "validation", leave=False, disable=hidden):
+        x, y = (t.to(process.device) for t in reader.read(positions[i : i + rows]))
+        total += model(x, y).item() * x.size(0)  # float32 times a small number: exact, as is their sum
     return process.sum(total)[0] / windows
 
 
