@@ -810,8 +810,8 @@ def build_model(cfg: Config) -> GPT:
         model, source = checkpoint.load_model(cfg.init_from, "cpu", cfg.dropout, spare_memory=cfg.fsdp)
         if cfg.seq_len > model.config.block_size:
             raise ValueError(
-                f"--seq-len {cfg.seq_len} is longer than the {model.config.block_size} of {source}; give that or "
-                "less"
+                f"--seq-len {cfg.seq_len} is longer than the {model.config.block_size} of {source}: "
+                f"--seq-len {model.config.block_size} is the most it can"
             )
         return model
     shape = {k: v for k in ("n_layer", "n_head", "n_embd") if (v := getattr(cfg, k)) is not None}
