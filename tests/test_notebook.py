@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pytest
 from helpers import write_shards
 from nbclient import NotebookClient
 
