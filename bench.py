@@ -428,7 +428,10 @@ def print_plan(cfg: Config):
         ]
         print(f"| {size} | " + " | ".join(str(n or "-") for n in rows) + " |")
     for tokens in (2**19, 2**22):
-        print(f"\non paper, milliseconds of a step of {tokens:,} tokens, and the share of products:")
+        print(
+            f"\non paper, a step of {tokens:,} tokens: H100s, 8 a machine by NVLink, 400 Gbit/s each beyond;"
+            f"\nms of products at {plan.MFU:.0%} of the peak, of exchanging gradients, and products' share"
+        )
         print(plan.describe_scaling(config, cfg.seq_len, tokens))
 
 

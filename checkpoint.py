@@ -602,7 +602,7 @@ def load_model(
         not path.is_dir()
         and name not in SIZES
         and name not in HUB_NAMES
-        and (name.count("/") != 1 or path.exists())
+        and (name.count("/") != 1 or path.exists() or path.parent.is_dir())
     ):
         raise FileNotFoundError(
             f"--model {name!r} is no directory here, no size ({', '.join([*SIZES, *HUB_NAMES])}) "

@@ -278,7 +278,8 @@ def converse(model: GPT, source: str, cfg: Config):
             elif command == "/show":
                 print(f"model {source}\n{settings(cfg)}", file=sys.stderr)
             else:
-                print(COMMANDS, file=sys.stderr)
+                wrong = "" if command == "/help" else f"{line} is no command. There are:\n"
+                print(wrong + COMMANDS, file=sys.stderr)
         elif line:
             text += ("\n" if text else "") + line
             print(line, end="", flush=True)

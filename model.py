@@ -429,6 +429,7 @@ def sample(
 def hub_snapshot(name: str) -> Path:
     """Downloads (once) the config and the safetensors of a size name or Hub id; returns their folder."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     hub_ids = {size: hub for hub, size in HUB_NAMES.items()}
     name = hub_ids.get(name, name)
@@ -439,7 +440,13 @@ def hub_snapshot(name: str) -> Path:
             "nor a Hub id (organisation/name)"
         )
     # The largest repositories also hold other frameworks' weights: take what is read, nothing else.
-    return Path(snapshot_download(repo, allow_patterns=["config.json", "model*.safetensors*"]))
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["config.json", "model*.safetensors*"]))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repo} is not on this machine, and the Hub cannot be reached; a directory with a model in it "
+            "needs no Hub: log/<run>, once `python train_gpt2.py demo` has made one"
+        ) from error
 
 
 # Hugging Face keeps GPT-2's matrices as OpenAI's code had them, (in, out); nn.Linear has (out, in).

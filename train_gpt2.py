@@ -236,6 +236,7 @@ NOT_SETTINGS = {
 }  # fmt: skip
 
 STOP_SIGNALS = [getattr(signal, s) for s in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, s)]
+VAL_BATCH_TOKENS = 8192  # of a batch in validation
 SPIKE_WINDOW = 128  # steps, as OLMo 2 has it (OLMo team, 2025, arXiv:2501.00656)
 
 
@@ -667,16 +668,16 @@ def choose_batch_size(work: plan.Workload, model: GPT, process: Process) -> tupl
 
 @torch.no_grad()
 def validation_loss(model: GPT, reader: shards.ShardReader, cfg: Config, process: Process) -> float:
-    """Mean loss, nats a token, over the first val_tokens of the validation split: the same tokens whatever
-    the number of processes and the batch size."""
-    assert cfg.batch_size != "auto"
+    """Mean loss, nats a token, over the first val_tokens of the validation split: the same figure whatever
+    the number of processes and the batch size, because they only share out batches that are always the
+    same."""
     windows = min(reader.num_windows, max(1, cfg.val_tokens // cfg.seq_len))
-    positions = range(0, windows * cfg.seq_len, cfg.seq_len)
-    mine, total = positions[process.rank :: process.world_size], 0.0
+    positions, rows = range(0, windows * cfg.seq_len, cfg.seq_len), max(1, VAL_BATCH_TOKENS // cfg.seq_len)
+    mine, total = range(0, windows, rows)[process.rank :: process.world_size], 0.0
     hidden = None if process.rank == 0 else True  # None: shown on a terminal only
-    for i in tqdm(range(0, len(mine), cfg.batch_size), "validation", leave=False, disable=hidden):
-        x, y = (t.to(process.device) for t in reader.read(mine[i : i + cfg.batch_size]))
-        total += model(x, y).item() * x.size(0)
+    for i in tqdm(mine, "validation", leave=False, disable=hidden):
+        x, y = (t.to(process.device) for t in reader.read(positions[i : i + rows]))
+        total += model(x, y).item() * x.size(0)  # float32 times a small number: exact, as is their sum
     return process.sum(total)[0] / windows
 
 
@@ -809,7 +810,8 @@ def build_model(cfg: Config) -> GPT:
         model, source = checkpoint.load_model(cfg.init_from, "cpu", cfg.dropout, spare_memory=cfg.fsdp)
         if cfg.seq_len > model.config.block_size:
             raise ValueError(
-                f"--seq-len {cfg.seq_len} is longer than the {model.config.block_size} of {source}"
+                f"--seq-len {cfg.seq_len} is longer than the {model.config.block_size} of {source}: "
+                f"--seq-len {model.config.block_size} is the most it can"
             )
         return model
     shape = {k: v for k in ("n_layer", "n_head", "n_embd") if (v := getattr(cfg, k)) is not None}
@@ -895,9 +897,11 @@ def finish(cfg: Config, run: Path, last_checkpoint: Path | None):
     if last_checkpoint:
         model, python = shown(last_checkpoint), shown(Path(sys.executable))
         python = "python" if Path(python).is_absolute() else python  # or .venv/bin/python, if not activated
+        prompt = cfg.sample_prompt
+        prompt = shlex.quote(prompt) if set(prompt) & set('"$`\\!') else f'"{prompt}"'
         print("What next:")
-        print(f"  {python} generate.py --model {model} --prompt {shlex.quote(cfg.sample_prompt)}")
-        print(f"  {python} hellaswag.py --model {model} --limit 1000")
+        print(f"  {python} generate.py --model {model} --prompt {prompt}")
+        print(f"  {python} hellaswag.py --model {model} --limit 1000   # fetches 12 MB, once")
         print(f"  {python} plot.py {here} --out loss.png")
 
 
@@ -999,7 +1003,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     if val_data:
         say(f"loss   {math.log(config.vocab_size):.2f} if all tokens were alike, {entropy:.2f} if a model "
             "knows only how frequent each is (the validation split's unigram entropy)")  # fmt: skip
-    if cfg.warmup_steps > cfg.max_steps:
+    if cfg.warmup_steps > cfg.max_steps and not cfg.eval_only:
         say(f"note   the run ends within its {cfg.warmup_steps} steps of warm-up (--warmup-steps)")
     if cfg.eval_only:
         say(f"only evaluating {shown(Path(cfg.resume)) if resumed else cfg.init_from}; nothing is written")
@@ -1026,6 +1030,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         first = train_data.batch(resumed.get("step", 0), 0, batch_size, sequences)
         x, y = (t.to(device) for t in first)
     if cfg.compile and not cfg.eval_only:
+        say("note   compiling, which may take a minute; --no-compile does without")
         torch._dynamo.config.optimize_ddp = False  # one graph; ours has nothing to gain from cutting it
         if is_sharded:
             outcome = compile_blocks(raw_model, x, y, autocast)

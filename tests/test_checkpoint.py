@@ -443,3 +443,14 @@ def test_float32_products_stay_float32_whatever_computes_them():
 def test_a_device_that_is_not_there_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"--device '{name}'.*cpu, cuda"):
         checkpoint.pick_device(name)
+
+
+def test_a_model_that_is_not_there_is_said_to_be_neither_here_nor_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "log").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="'log/nope' is no directory here"):
+        checkpoint.load_model("log/nope", "cpu")
+    code = "import model; model.GPT.from_pretrained('gpt2')"
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, encoding="utf-8")
+    assert "openai-community/gpt2 is not on this machine, and the Hub cannot be reached" in result.stderr

@@ -215,6 +215,7 @@ def test_muon_is_refused(config):
         train_gpt2.main(cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(29)
 def test_without_a_compiler_sharded_training_goes_on_and_says_so(launch, config, whole):
     cfg = dataclasses.replace(config, fsdp=True, compile=True)

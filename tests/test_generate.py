@@ -461,6 +461,14 @@ class Terminal:
     def type(self, text: str):
         os.write(self.screen, text.encode())
 
+    def interrupt(self):
+        """Ctrl-C until it shows: Python's readline overlooks one that comes before it waits for keys."""
+        self.seen = ""
+        while not self.seen:
+            self.type("\x03")
+            if select.select([self.screen], [], [], 2)[0]:
+                self.read()
+
     def end(self) -> int:
         """Reads to the end; the exit code."""
         while self.read():
@@ -502,8 +510,8 @@ def test_a_conversation_on_a_terminal_edits_lines_and_remembers_them(terminal, e
     first.type("\x03")  # Ctrl-C stops the text
     first.wait_for("> ")
     first.type("nonsense")
-    first.wait_for("nonsense")  # Python's readline may overlook a signal that comes before it waits for keys
-    first.type("\x03")  # and clears a line
+    first.wait_for("nonsense")
+    first.interrupt()  # and clears a line
     first.wait_for("> ")
     first.type("/set max-tokens 2\n")
     first.wait_for("> ")

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pytest
 from helpers import write_shards
 from nbclient import NotebookClient
 
@@ -23,6 +24,7 @@ def pictures_in(notebook) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs_of(notebook))
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_on_a_checkpoint(tmp_path):
     ids = tokenizer.encode_corpus(["Return the array as a list of numbers, one after the other."] * 200)
     write_shards(tmp_path / "data", ids, shard_tokens=10_000, val_tokens=300)

@@ -44,7 +44,6 @@ class PeakMemory(TorchDispatchMode):
         (16, dict(dropout=0.1)),
         (16, dict(recompute=True)),
         (2, dict(micro_steps=2)),
-        (16, dict(micro_steps=2)),
     ],
     ids=str,
 )

@@ -904,6 +904,7 @@ def test_a_repository_that_does_not_match_its_manifest_is_refused(client, hub, r
     assert "room for three shards" in client.refusal(code, "ValueError", **names)["message"]
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_cache_that_is_too_small(client, hub, repo, ours, tmp_path):
     hub.commit(f"datasets/{repo}", on_the_hub(ours))
     names = dict(one=ours, two=f"hf://datasets/{repo}", cache=tmp_path / "cache", head_tokens=8192)

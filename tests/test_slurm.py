@@ -30,6 +30,7 @@ esac
 """
 
 
+@pytest.mark.slow
 @pytest.mark.fault(7)
 @pytest.mark.skipif(os.name == "nt", reason="a bash script")
 def test_a_job_that_is_signaled_saves_is_queued_again_and_goes_on(config, tmp_path):

@@ -59,7 +59,10 @@ def in_step(step: int, do: Any, *args: Any):
     before(GPT, "forward", count)
 
 
-def die(after_seconds: float):
+def die(after_seconds: float, saved: Path):
+    """SIGKILL, but not before this checkpoint is there: it is written in the background."""
+    while not saved.exists():
+        time.sleep(0.01)
     time.sleep(after_seconds)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -144,7 +147,8 @@ def killed_and_resumed(
     launch, config: Config, offline: list[partial], pause: float = 0.0, **changes: Any
 ) -> Path:
     """A run that is killed in step 7, after a pause, and goes on at 4."""
-    launch(config, patches=[*offline, partial(in_step, 7, die, pause)]).wait()
+    saved = Path(config.log_dir) / config.run_name / "step_000004"
+    launch(config, patches=[*offline, partial(in_step, 7, die, pause, saved)]).wait()
     launch(dataclasses.replace(config, **changes), "--resume", patches=offline).finish()
     return Path(config.log_dir) / config.run_name
 

@@ -223,6 +223,31 @@ def test_two_processes_equal_one(config, tmp_path):
     assert result.stdout.count("Done.") == 1  # only rank 0 speaks
 
 
+def test_processes_that_share_a_validation_find_exactly_what_one_finds(config, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "VAL_BATCH_TOKENS", 4 * config.seq_len)
+    reader = shards.ShardReader(shards.Folder(Path(config.dataset_path)), "val", config.seq_len)
+    model = train_gpt2.build_model(config).eval()
+    assert (
+        24 < reader.num_windows < 32 and reader.num_windows % 4
+    )  # batches for seven, the last a smaller one
+
+    def totals(world_size: int) -> list[float]:
+        found = []
+        for rank in range(world_size):
+            process = train_gpt2.Process(rank, world_size, torch.device("cpu"))
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    train_gpt2.Process, "sum", lambda self, *values: found.append(values[0]) or values
+                )
+                train_gpt2.validation_loss(model, reader, config, process)
+        return found
+
+    (one,) = totals(1)
+    for world_size in (2, 3, 7):
+        shared = totals(world_size)
+        assert min(shared) > 0 and sum(shared) == one
+
+
 @pytest.mark.fault(11)
 def test_a_run_goes_on_with_another_number_of_processes_and_another_micro_batch(config, tmp_path, launch):
     cfg = dataclasses.replace(config, checkpoint_every=5)
