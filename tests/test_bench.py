@@ -15,6 +15,7 @@ def small(monkeypatch):
     monkeypatch.setitem(SIZES, "124M", dict(n_layer=1, n_head=2, n_embd=16))
 
 
+@pytest.mark.slow
 def test_every_job_runs_and_is_written_down(small, tmp_path, capsys):
     out = tmp_path / "bench.json"
     cfg = bench.Config(

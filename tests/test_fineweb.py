@@ -893,7 +893,7 @@ def published(files: dict[str, bytes]) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("name", ["corpus.jsonl", "book.txt"])
+@pytest.mark.parametrize("name", ["corpus.jsonl", pytest.param("book.txt", marks=pytest.mark.slow)])
 @pytest.mark.fault(17)
 def test_a_run_that_is_killed_at_random_instants_ends_with_the_same_bytes(tmp_path, name, tally):
     for attempt in tally(4, 4):

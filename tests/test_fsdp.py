@@ -169,6 +169,7 @@ def test_one_process_has_all(launch, config, whole):
 # evaluation, faults, the compiler
 
 
+@pytest.mark.slow
 def test_evaluation_is_that_of_one_process_and_leaves_the_trace_unchanged(busy, whole):
     (one, printed_by_one), (fsdp, printed) = busy(1), busy(2, **FSDP)
     for stream in ("val", "hella"):

@@ -539,6 +539,7 @@ def test_a_history_that_cannot_be_kept_is_said(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("the history is not kept: ")
 
 
+@pytest.mark.slow
 def test_on_a_terminal_tokens_are_coloured_and_samples_stand_side_by_side(terminal, scripted):
     flags = ("--prompt", PROMPT, "--temperature", "0")
     coloured = terminal(scripted, *flags, "--show-probs")

@@ -319,6 +319,7 @@ def test_what_is_sent_next_is_not_removed_by_a_save_that_had_begun_before(start,
     assert 2 not in steps_on(hub) and steps_on(hub)[-1] == 4
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_while_there_is_no_hub_but_does_not_begin(start, config, hub, whole, tmp_path):
     start(dataclasses.replace(config, max_steps=8)).finish()
     with hub.cut():

@@ -174,6 +174,7 @@ def test_the_wikitext_protocol_gives_the_figures_of_lm_evals_task(folder, tmp_pa
     assert ours["bytes"] == sum(len(page.encode()) for page in pages)
 
 
+@pytest.mark.slow
 def test_the_rolling_protocol_gives_lm_evals_figures_for_each_document(folder, tmp_path):
     texts = [TEXT, "one", " two words ", TEXT[:90], "a" + TEXT[:60]]
     theirs = lm_evals_figures(folder, tmp_path, texts, doc_to_target="{{page}}")

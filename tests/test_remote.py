@@ -580,6 +580,7 @@ def test_tinystories_keeps_its_validation_split(client, hub, tmp_path):
     assert decoded(tmp_path, "val") == DOCUMENTS[70:]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(17)
 def test_a_killed_run_goes_on_at_the_revision_it_began_with(hub, repo, tmp_path):
     hub.commit(f"datasets/{repo}", LAYOUTS["parquet"])

@@ -109,7 +109,11 @@ def test_four_micro_batches_equal_one_batch(config):
 @pytest.mark.fault(10)
 @pytest.mark.parametrize(
     "optimizer, dtype",
-    [("adamw", "float32"), ("muon", "bfloat16"), pytest.param("adamw", "float16", marks=pytest.mark.slow)],
+    [
+        ("adamw", "float32"),
+        pytest.param("muon", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("adamw", "float16", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_ends_bit_identical(config, optimizer, dtype):
     """Across the end of the first epoch (156 sequences, 8 a step), with dropout and accumulation; in float16,
