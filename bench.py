@@ -43,13 +43,10 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-import checkpoint
-import documents
 import fineweb
 import hellaswag
-import plan
-import shards
-import tokenizer
+from lib import checkpoint, documents, plan, shards, tokenizer
+from lib.device import cast_linears, pick_device, pick_dtype
 from model import GPT, SIZES, GPTConfig, config_to_hf, to_hf
 
 Job = Literal["train", "memory", "hellaswag", "generate", "load", "read", "tokenize"]
@@ -105,8 +102,8 @@ class Bench:
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.device = checkpoint.pick_device(cfg.device)
-        self.dtype, self.why = checkpoint.pick_dtype(cfg.dtype, self.device)
+        self.device = pick_device(cfg.device)
+        self.dtype, self.why = pick_dtype(cfg.dtype, self.device)
         self.config = GPTConfig.named(cfg.model_size, block_size=max(1024, cfg.seq_len))
 
     def autocast(self) -> torch.autocast:
@@ -223,7 +220,7 @@ class Bench:
         ours, theirs = self.models()
         ours.eval()
         theirs.eval()
-        checkpoint.halve(ours, self.dtype)
+        cast_linears(ours, self.dtype)
         # Lengths like HellaSwag's: endings of 5 to 45 tokens, and contexts of 20 to 110. Few different ones:
         # among all 10,042 items about a hundred share each.
         draw = random.Random(0)
@@ -267,7 +264,7 @@ class Bench:
         ours, theirs = self.models()
         ours.eval()
         theirs.eval().to(dtype)
-        checkpoint.halve(ours, dtype)
+        cast_linears(ours, dtype)
         if self.cfg.compile:
             torch._dynamo.reset()  # of what it knows from the rows before
             ours.hidden = torch.compile(ours.hidden)

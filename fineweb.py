@@ -46,11 +46,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-import documents
-import remote
-import shards
-import tokenizer
-from documents import Batch, Unit
+from lib import documents, files, hub, hub_shards, shard_writer, shards, tokenizer
+from lib.documents import Batch, Unit
 
 # Our name: repository, configuration, and the splits that are taken, as the Hub calls them.
 HUB_SOURCES = {
@@ -118,7 +115,7 @@ class Config:
 
     @property
     def dataset_name(self) -> str:
-        stem = self.source.removeprefix(remote.HUB_PREFIX).removeprefix("hf:").partition("@")[0]
+        stem = self.source.removeprefix(hub.HUB_PREFIX).removeprefix("hf:").partition("@")[0]
         if self.source.startswith("hf:"):
             stem = stem.strip("/")
         else:
@@ -134,7 +131,7 @@ class Config:
     def folder(self) -> Path:
         if self.out_dir:
             return Path(self.out_dir)
-        return Path(__file__).resolve().parent / "data" / self.dataset_name
+        return files.DATA / self.dataset_name
 
     @property
     def downloads(self) -> Path:
@@ -144,12 +141,12 @@ class Config:
     def tokenized(self) -> str:
         """Where the shards are, if the source consists of shards."""
         location = TOKENIZED_SOURCES.get(self.source, self.source)
-        return location if location.startswith(remote.HUB_PREFIX) else ""
+        return location if location.startswith(hub.HUB_PREFIX) else ""
 
     @property
     def is_local(self) -> bool:
         remote_names = (*HUB_SOURCES, *TOKENIZED_SOURCES, "tiny-shakespeare")
-        return self.source not in remote_names and not self.source.startswith(("hf:", remote.HUB_PREFIX))
+        return self.source not in remote_names and not self.source.startswith(("hf:", hub.HUB_PREFIX))
 
     def read(self, path: Path) -> Iterator[Batch]:
         return documents.read_file(path, self.documents, self.text_field)
@@ -189,15 +186,15 @@ def find_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
         return [Input("pydocs", 0, version, Path, read)], {"source": "pydocs", "revision": version}
     if cfg.source == "tiny-shakespeare":
         path = cfg.downloads / "tiny-shakespeare.txt"
-        locate = lambda: remote.download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)  # noqa: E731
+        locate = lambda: files.download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)  # noqa: E731
         whole = [Input(path.name, 1_115_394, SHAKESPEARE_SHA256, locate, cfg.read, download=path)]
         return whole, {"source": SHAKESPEARE_URL, "revision": SHAKESPEARE_SHA256}
     if cfg.source in HUB_SOURCES or cfg.source.startswith("hf:"):
         return hub_inputs(cfg, revision)
-    files = local_files(cfg.source)
-    return [local_input(path, cfg) for path in files], {
+    found = local_files(cfg.source)
+    return [local_input(path, cfg) for path in found], {
         "source": cfg.source,
-        "revision": f"{len(files)} files",
+        "revision": f"{len(found)} files",
     }
 
 
@@ -231,14 +228,14 @@ def hub_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
     What is not text, JSON lines or parquet is read by that library, as one stream."""
     import datasets
 
-    repo, asked = remote.parse_hub(cfg.source.removeprefix("hf:")) if ":" in cfg.source else ("", None)
+    repo, asked = hub.parse_hub(cfg.source.removeprefix("hf:")) if ":" in cfg.source else ("", None)
     config, splits = cfg.config, (cfg.split,)
     if not repo:
         repo, config, splits = HUB_SOURCES[cfg.source]
         config = cfg.config or config
 
     def ask() -> tuple[str, Any]:
-        commit, _ = remote.list_hub(repo, revision or asked, paths=["README.md"])
+        commit, _ = hub.list_hub(repo, revision or asked, paths=["README.md"])
         try:
             return commit, datasets.load_dataset_builder(repo, config or None, revision=commit)
         except RuntimeError as error:  # what `datasets` says of a repository with a script
@@ -246,7 +243,7 @@ def hub_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
                 f"{error}; a copy in parquet may be at hf:{repo}@refs/convert/parquet"
             ) from error
 
-    commit, builder = remote.persistently(repo, ask)
+    commit, builder = hub.retry(repo, ask)
     about = {"source": f"hf:{repo}", "config": config, "revision": commit}
     found: dict[str, list[str]] = builder.config.data_files or {}
     if missing := [split for split in splits if split not in found]:
@@ -258,13 +255,13 @@ def hub_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
         read = lambda _: documents.in_batches(streamed(repo, config, cfg.split, commit, cfg.text_field))  # noqa: E731
         return [Input(repo, 0, commit, Path, read)], about
 
-    _, files = remote.list_hub(repo, commit, [path for split in splits for path in paths[split]])
+    _, files = hub.list_hub(repo, commit, [path for split in splits for path in paths[split]])
     read = documents.read_wikitext if cfg.source == "wikitext-103" else cfg.read
     inputs, folder = [], cfg.downloads / commit[:12]
     for split in splits:
         ours = OUR_SPLITS[split] if len(splits) > 1 else ""
         for path in paths[split]:
-            locate = lambda file=files[path]: remote.fetch(file, folder)  # noqa: E731
+            locate = lambda file=files[path]: hub.fetch(file, folder)  # noqa: E731
             inputs.append(Input(path, files[path].size, commit, locate, read, ours, folder / path))
     return inputs, about
 
@@ -273,7 +270,7 @@ def streamed(repo: str, config: str, split: str, revision: str, text_field: str)
     """A Hugging Face data set's rows in whatever format it has."""
     import datasets
 
-    with remote.naming_the_repository(repo):
+    with hub.name_repository(repo):
         rows = datasets.load_dataset(repo, config or None, split=split, streaming=True, revision=revision)
         if rows.column_names and text_field not in rows.column_names:
             raise ValueError(f"{repo} has no column {text_field!r}; it has {', '.join(rows.column_names)}")
@@ -350,7 +347,7 @@ class Progress:
         self.move(0)
 
 
-def write_part(located: Iterable[tuple[Input, Path]], writer: shards.PartWriter, progress: Progress):
+def write_part(located: Iterable[tuple[Input, Path]], writer: shard_writer.PartWriter, progress: Progress):
     """Tokenizes a part's files, from where an interrupted run stopped."""
     document, skip = 0, writer.tokens_done  # the number of the next document; tokens that are written already
 
@@ -360,7 +357,7 @@ def write_part(located: Iterable[tuple[Input, Path]], writer: shards.PartWriter,
                 yield batch, None
             yield Batch([]), file
 
-    for batch, finished in shards.prepared(batches(), depth=2):
+    for batch, finished in files.prefetch(batches(), depth=2):
         if finished:
             progress.finish_file(finished.size)
             continue
@@ -428,25 +425,25 @@ def tokenize(cfg: Config, manifest: dict | None):
         "inputs": describe(inputs),
         "parts": len(parts),
     }
-    manifest = shards.begin(cfg.folder, plan)
+    manifest = shard_writer.begin(cfg.folder, plan)
     if changed := [key for key in plan if manifest.get(key) != plan[key]]:
         if world_size > 1 or written(cfg.folder):
             raise ValueError(
                 f"{cfg.folder} was begun with another {', '.join(changed)}: {cfg.source} has changed since, "
                 "or another process has other flags. Remove the folder to start again"
             )
-        shards.clear(cfg.folder)
-        manifest = shards.begin(cfg.folder, plan)
-    mine = [n for n in shards.missing_parts(cfg.folder, manifest) if n % world_size == rank]
+        shard_writer.clear(cfg.folder)
+        manifest = shard_writer.begin(cfg.folder, plan)
+    mine = [n for n in shard_writer.missing_parts(cfg.folder, manifest) if n % world_size == rank]
     check_disk(cfg, [parts[n] for n in mine])
     progress = Progress(sum(file.size for n in mine for file in parts[n]))
     # While a file is read, the next is downloaded.
-    located = shards.prepared(((file, file.locate()) for n in mine for file in parts[n]), depth=1)
+    located = files.prefetch(((file, file.locate()) for n in mine for file in parts[n]), depth=1)
     for n in mine:
         split = parts[n][0].split
         val_tokens = cfg.val_tokens if n == 0 and not split else 0
-        begun = shards.plan_of(manifest)
-        with shards.PartWriter(
+        begun = shard_writer.plan_of(manifest)
+        with shard_writer.PartWriter(
             cfg.folder, n, cfg.shard_tokens, val_tokens, split or "train", begun
         ) as writer:
             if writer.shards:
@@ -457,7 +454,7 @@ def tokenize(cfg: Config, manifest: dict | None):
             if cfg.clear_cache and file.download:
                 file.download.unlink(missing_ok=True)
     progress.bar.close()
-    missing = shards.missing_parts(cfg.folder, manifest)
+    missing = shard_writer.missing_parts(cfg.folder, manifest)
     if missing and not shards.is_complete(cfg.folder):
         print(
             f"process {rank} of {world_size} is done; {len(missing)} of {len(parts)} parts are still missing "
@@ -465,7 +462,7 @@ def tokenize(cfg: Config, manifest: dict | None):
             "into one and use --merge"
         )
         return
-    summarize(shards.merge(cfg.folder), cfg.folder)
+    summarize(shard_writer.merge(cfg.folder), cfg.folder)
     if cfg.clear_cache:
         shutil.rmtree(cfg.downloads, ignore_errors=True)
     elif cfg.downloads.exists():
@@ -484,7 +481,7 @@ def existing(cfg: Config) -> dict | None:
     if old == new:
         return manifest
     if not manifest["complete"] and not written(cfg.folder):
-        shards.clear(cfg.folder)  # an attempt that failed before it had written anything
+        shard_writer.clear(cfg.folder)  # an attempt that failed before it had written anything
         return None
     changed = [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in new if old.get(key) != new[key]]
     raise ValueError(
@@ -503,7 +500,9 @@ def is_whole(cfg: Config, manifest: dict) -> bool:
     has changed since."""
     if not manifest["complete"]:
         return False
-    shutil.rmtree(cfg.folder / shards.PARTS, ignore_errors=True)  # if joining them was cut short at its end
+    shutil.rmtree(
+        cfg.folder / shard_writer.PARTS, ignore_errors=True
+    )  # if joining them was cut short at its end
     try:
         for shard in manifest["shards"]:
             shards.open_shard(cfg.folder / shard["file"], shard["tokens"])
@@ -569,23 +568,23 @@ def pull(cfg: Config, manifest: dict | None) -> dict:
     """Fetches shards that are on the Hub, ours or llm.c's, if they are not here, and checks each; returns the
     manifest."""
     location = cfg.tokenized.partition("@")[0] + f"@{manifest['revision']}" if manifest else cfg.tokenized
-    source = shards.HubFolder(location, cache_bytes=math.inf)
+    source = hub_shards.HubFolder(location, cache_bytes=math.inf)
     train = [entry for entry in source.entries if entry["split"] == "train"]
     wanted = [entry for entry in source.entries if entry["split"] != "train"] + train[
         : cfg.max_shards or None
     ]
     about = {"name": cfg.dataset_name, "source": source.name, "request": cfg.request, "parts": 0}
     about |= {"revision": source.commit, "available": len(train)}
-    manifest = shards.begin(cfg.folder, about) | {"complete": True, "shards": []}
+    manifest = shard_writer.begin(cfg.folder, about) | {"complete": True, "shards": []}
     absent = [entry["file"] for entry in wanted if not (cfg.folder / entry["file"]).exists()]
     need_room(cfg.folder, sum(source.files[name].size for name in absent), "give a smaller --max-shards")
     for entry in tqdm(wanted, desc="fetching", unit=" shards", disable=None):
         file, path = source.files[entry["file"]], cfg.folder / entry["file"]
         if path.is_file() and not file.is_whole(path):
             path.unlink()
-        documents_in_it = shards.count_documents(path, shards.open_shard(remote.fetch(file, cfg.folder)))
+        documents_in_it = shards.count_documents(path, shards.open_shard(hub.fetch(file, cfg.folder)))
         manifest["shards"].append({**entry, "documents": documents_in_it})
-    shards.write_json(cfg.folder / shards.MANIFEST, manifest)
+    files.write_json(cfg.folder / shards.MANIFEST, manifest)
     shutil.rmtree(cfg.folder / ".incoming", ignore_errors=True)
     return manifest
 
@@ -593,8 +592,8 @@ def pull(cfg: Config, manifest: dict | None) -> dict:
 def push(cfg: Config):
     manifest = shards.verify(cfg.folder)
     files = [shard["file"] for shard in manifest["shards"]]
-    remote.push(cfg.push_to, cfg.folder, [*files, shards.MANIFEST])
-    print(f"pushed; train from there with --dataset-path {remote.HUB_PREFIX}{cfg.push_to}")
+    hub.push(cfg.push_to, cfg.folder, [*files, shards.MANIFEST])
+    print(f"pushed; train from there with --dataset-path {hub.HUB_PREFIX}{cfg.push_to}")
 
 
 # -----------------------------------------------------------------------------
@@ -650,9 +649,9 @@ def main(cfg: Config):
     if cfg.inspect:
         return inspect(cfg.folder)
     if cfg.push_to:
-        remote.check_push(cfg.push_to)
+        hub.check_push(cfg.push_to)
     if cfg.merge:
-        summarize(shards.merge(cfg.folder), cfg.folder)
+        summarize(shard_writer.merge(cfg.folder), cfg.folder)
     else:
         prepare(cfg)
     if cfg.push_to and shards.is_complete(cfg.folder):  # by the process that completes it

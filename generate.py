@@ -31,8 +31,9 @@ from typing import Literal, NamedTuple
 import torch
 import tyro
 
-import tokenizer
-from checkpoint import halve, load_model, pick_dtype
+from lib import tokenizer
+from lib.checkpoint import load_model
+from lib.device import cast_linears, pick_dtype
 from model import GPT
 
 # What /set changes in a conversation.
@@ -407,7 +408,7 @@ def main(cfg: Config):
     model, source = load_model(cfg.model, cfg.device)
     device = model.wte.weight.device
     dtype, _ = pick_dtype(cfg.dtype, device)
-    halve(model, dtype)
+    cast_linears(model, dtype)
     if cfg.compile:
         model.hidden = torch.compile(model.hidden)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

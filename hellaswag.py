@@ -33,14 +33,13 @@ import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
-import remote
-import tokenizer
+from lib import files, tokenizer
 from model import GPT
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 SIZE = 12_246_618
-DATA = Path(__file__).resolve().parent / "data" / "hellaswag" / "hellaswag_val.jsonl"
+DATA = files.DATA / "hellaswag" / "hellaswag_val.jsonl"
 PROTOCOLS = ("completion", "harness")
 Row = tuple[list[int], list[int]]  # the ids of a context and of one ending
 
@@ -70,7 +69,7 @@ def download(url: str = URL, path: Path = DATA, sha256: str = SHA256, tries: int
     """Fetches the data, unless they are there already. Raises OSError, naming the URL, when they cannot be
     had."""
     try:
-        return remote.download(url, path, sha256, tries)
+        return files.download(url, path, sha256, tries)
     except OSError as error:
         raise OSError(f"{error}. Fetch it by hand and give it as --data FILE") from error
 
@@ -246,7 +245,8 @@ def standard_error(accuracy: float, n: int) -> float:
 
 
 def main(cfg: Config) -> dict:
-    from checkpoint import halve, load_model, pick_dtype
+    from lib.checkpoint import load_model
+    from lib.device import cast_linears, pick_dtype
 
     if cfg.download:
         print(download())
@@ -254,7 +254,7 @@ def main(cfg: Config) -> dict:
     model, source = load_model(cfg.model, cfg.device)
     device = model.wte.weight.device
     dtype, _ = pick_dtype(cfg.dtype, device)
-    halve(model, dtype)
+    cast_linears(model, dtype)
     items = load_items(cfg.data, cfg.limit)
     begin = time.perf_counter()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -41,9 +41,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-import shards
-import tokenizer
-from checkpoint import load_model
+from lib import shards, tokenizer
+from lib.checkpoint import load_model
 from model import GPT
 
 

@@ -22,7 +22,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-LOG_ROOT = Path(__file__).resolve().parent / "log"
+from lib import files
+
+LOG_ROOT = files.LOGS
 SUFFIXES = (".png", ".svg", ".pdf")
 X_LABELS = {"step": "step", "tokens": "tokens of training", "hours": "hours of training (no evaluation)"}
 

@@ -25,7 +25,6 @@ import datetime
 import json
 import math
 import os
-import re
 import secrets
 import shlex
 import signal
@@ -48,16 +47,12 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
 import hellaswag
-import plan
-import remote
-import shards
-import tokenizer
-import trackers
+from lib import checkpoint, files, hub, hub_shards, plan, shards, tokenizer, trackers
+from lib.device import peak_flops, pick_device, pick_dtype, versions
 from model import GPT, GPTConfig
 
-ROOT = Path(__file__).resolve().parent
+ROOT = files.ROOT
 
 
 @dataclass(frozen=True)
@@ -264,7 +259,7 @@ def parse_args(argv: list[str]) -> Config:
     saved = checkpoint.verify_state(found).get("config", {})
     if unknown := saved.keys() - {field.name for field in dataclasses.fields(Config)}:
         raise ValueError(f"{found} has settings that are not known here: {', '.join(sorted(unknown))}")
-    if cfg.resume.startswith(remote.PREFIXES["model"]):  # which may be another's: where to write, we say
+    if cfg.resume.startswith(hub.PREFIXES["model"]):  # which may be another's: where to write, we say
         saved |= {"hub_repo": "", "tracker": "none"}
     return at_checkpoint(read_flags(argv, Config(**saved)), found)
 
@@ -278,10 +273,10 @@ def at_checkpoint(cfg: Config, found: Path) -> Config:
 
 def find_checkpoint(cfg: Config) -> Path | None:
     """The checkpoint that --resume means; None where --run-name names a run that has none yet."""
-    log_root = Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT
-    if cfg.resume.startswith(remote.PREFIXES["model"]):
+    log_root = Path(cfg.log_dir) if cfg.log_dir else files.LOGS
+    if cfg.resume.startswith(hub.PREFIXES["model"]):
         if cfg.dry_run or cfg.eval_only:
-            repo = cfg.resume.removeprefix(remote.PREFIXES["model"])
+            repo = cfg.resume.removeprefix(hub.PREFIXES["model"])
             raise ValueError(
                 f"--resume {cfg.resume} writes the run here, which --dry-run and --eval-only must not do; "
                 f"to evaluate its model: --init-from {repo} --eval-only"
@@ -487,7 +482,7 @@ def meet(store: Store, rank: int, world_size: int, timeout_seconds: float) -> st
         if rank == 0:  # of ranks that have not come yet these may be tokens of an earlier try, or none
             store.set("tokens", " ".join(token.decode() for token in store.multi_get(everyone)))
         tokens = store.get("tokens").decode()
-        seen = checkpoint.sha256_json(tokens)
+        seen = files.hash_json(tokens)
         if seen != name and mine in tokens:
             name = seen
             store.add(name, 1)
@@ -503,11 +498,11 @@ def meet(store: Store, rank: int, world_size: int, timeout_seconds: float) -> st
 def start_process(cfg: Config) -> Process:
     """Joins torchrun's process group, if torchrun started us, and picks the device, a GPU a process."""
     if "RANK" not in os.environ:
-        return Process(0, 1, checkpoint.pick_device(cfg.device))
+        return Process(0, 1, pick_device(cfg.device))
     name = cfg.device
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = checkpoint.pick_device(name, spare_memory=cfg.fsdp)
+    device = pick_device(name, spare_memory=cfg.fsdp)
     if device.type == "mps":
         raise ValueError(
             "--device mps has one GPU and takes one process; several processes need --device cpu"
@@ -712,7 +707,7 @@ class RunLog:
         if resumed_step is not None and path.exists():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if len(line.split()) == 3]
             kept = "".join(f"{line}\n" for line in lines if self.is_before(line, resumed_step))
-            shards.write_atomically(path, lambda f: f.write(kept.encode("utf-8")))
+            files.write_atomically(path, lambda f: f.write(kept.encode("utf-8")))
         self.file = open(path, "w" if resumed_step is None else "a", encoding="utf-8")
 
     @staticmethod
@@ -736,10 +731,10 @@ class RunLog:
 def find_data(cfg: Config, process: Process) -> shards.Folder:
     """The shards: on the Hub, or in a folder relative to here or to this script; the demo's are made if
     missing, but not where nothing is to be written."""
-    if cfg.dataset_path.startswith(remote.HUB_PREFIX):
-        first = shards.HubFolder(cfg.dataset_path, 1e9 * cfg.cache_gb) if process.rank == 0 else None
+    if cfg.dataset_path.startswith(hub.HUB_PREFIX):
+        first = hub_shards.HubFolder(cfg.dataset_path, 1e9 * cfg.cache_gb) if process.rank == 0 else None
         location = process.agree(first and first.name)  # with its commit: the same for all
-        return first or shards.HubFolder(location, 1e9 * cfg.cache_gb)
+        return first or hub_shards.HubFolder(location, 1e9 * cfg.cache_gb)
     data = Path(cfg.dataset_path)
     data = data if data.exists() or data.is_absolute() else ROOT / data
     may_write = process.rank == 0 and not (cfg.dry_run or cfg.eval_only)
@@ -773,14 +768,14 @@ def check_hub(cfg: Config):
     """Raises OSError or ValueError where checkpoints could not be sent to --hub-repo, or would replace those
     of another run. A run that goes on does so without the Hub, too."""
     try:
-        remote.check_push(cfg.hub_repo, "model")
-        _, files = remote.list_hub(cfg.hub_repo, None, [checkpoint.STATE], "model")
+        hub.check_push(cfg.hub_repo, "model")
+        _, found = hub.list_hub(cfg.hub_repo, None, [checkpoint.STATE], "model")
     except OSError as error:
-        if not cfg.is_resumed or remote.is_final(error):
+        if not cfg.is_resumed or hub.is_final(error):
             raise
         print(f"note   checkpoints wait for the Hub: {error}", flush=True)
         return
-    if files and not cfg.is_resumed:
+    if found and not cfg.is_resumed:
         raise ValueError(
             f"--hub-repo {cfg.hub_repo} holds a checkpoint: go on with it (--resume hf://{cfg.hub_repo}) or "
             "choose another"
@@ -823,7 +818,7 @@ def build_model(cfg: Config) -> GPT:
 def find_run(cfg: Config, config: GPTConfig, process: Process) -> Path:
     """The folder of the run. Raises ValueError if that of a new one is there already, or has links in it."""
     name = cfg.run_name or f"gpt2-{config.num_params / 1e6:.0f}M_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    log_root = Path(cfg.log_dir) if cfg.log_dir else checkpoint.LOG_ROOT
+    log_root = Path(cfg.log_dir) if cfg.log_dir else files.LOGS
     run = checkpoint.run_folder(log_root, process.agree(name))
     if process.rank == 0 and not (cfg.resume or cfg.eval_only) and run.exists() and any(run.iterdir()):
         raise ValueError(
@@ -949,7 +944,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     # ---- model, optimizers and, where a run goes on, their state
     saved = checkpoint.load(Path(cfg.resume), cfg.dropout) if cfg.is_resumed else None
     resumed = saved.state if saved else {}
-    digest = checkpoint.sha256_json(resumed)
+    digest = files.hash_json(resumed)
     if process.sum(digest != process.agree(digest))[0]:
         place = cfg.resume if resumed else "a new run"
         raise ValueError(
@@ -960,7 +955,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
     config, is_sharded = raw_model.config, cfg.fsdp and world_size > 1
     raw_model = sharded(raw_model, cfg, process) if is_sharded else raw_model.to(device)
     raw_model.recompute = cfg.activation_checkpointing
-    dtype, why = process.agree(checkpoint.pick_dtype(cfg.dtype, device, resumed.get("dtype")))
+    dtype, why = process.agree(pick_dtype(cfg.dtype, device, resumed.get("dtype")))
     autocast = torch.autocast(
         device.type,
         dtype,
@@ -1052,7 +1047,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
             raise ValueError(f"--eval-only: HellaSwag cannot be had: {problem}")
         if problem:
             say(f"note   HellaSwag is left out: {problem}")
-    peak_flops = device_peak_flops(device, dtype) * world_size
+    peak = peak_flops(device, dtype) * world_size
 
     # ---- the loop: max_steps + 1 times, the last only evaluates and saves
     first_step, last_checkpoint = resumed.get("step", 0), Path(cfg.resume) if resumed else None
@@ -1117,10 +1112,10 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
                 "recent_losses": list(recent_losses),
                 "versions": {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")},
             }
-            files = tokenizer.hf_files(config.block_size)
+            hf_files = tokenizer.hf_files(config.block_size)
             weights, optimizer_state = checkpoint.gather_state(raw_model, optimizers)
             if rank == 0:
-                saver.begin(step, config, weights, optimizer_state, state, files)
+                saver.begin(step, config, weights, optimizer_state, state, hf_files)
             last_checkpoint, saved_at = run / f"step_{step:06d}", time.monotonic()
             say(f"step {step:>6} | saving {shown(last_checkpoint)}; training paused for "
                 f"{1000 * (time.perf_counter() - begin):.0f} ms")  # fmt: skip
@@ -1176,7 +1171,7 @@ def train(cfg: Config, process: Process, at_end: contextlib.ExitStack) -> Path:
         train_seconds += seconds
         left = train_seconds / (step - first_step + 1) * (cfg.max_steps - step - 1)
         toks = cfg.total_batch_tokens / seconds
-        mfu = f" | mfu {toks * config.flops_per_token(cfg.seq_len) / peak_flops:5.1%}" if peak_flops else ""
+        mfu = f" | mfu {toks * config.flops_per_token(cfg.seq_len) / peak:5.1%}" if peak else ""
         log.write(step, train=loss_value, lr=lr, norm=norm.item(), toks=toks)
         overflow = scaler.is_enabled() and math.isfinite(loss_value) and scaler.get_scale() >= 1
         bad_steps = 0 if is_finite or overflow else bad_steps + 1
@@ -1261,7 +1256,7 @@ def dry_run(cfg: Config, process: Process) -> Path:
         for change in check_same(cfg, data_fingerprint or resumed["data"], world_size, resumed):
             say(f"note   {change}")
     model = saved.model if saved else build_model(cfg)
-    dtype, why = process.agree(checkpoint.pick_dtype(cfg.dtype, device, resumed.get("dtype")))
+    dtype, why = process.agree(pick_dtype(cfg.dtype, device, resumed.get("dtype")))
     run = find_run(cfg, model.config, process)
     if run.exists() and process.rank == 0:
         checkpoint.unlock(checkpoint.lock(run))  # nobody else has it
@@ -1305,14 +1300,6 @@ def jobs_due(step: int, cfg: Config) -> dict[str, bool]:
     }
 
 
-def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """What plan.PEAK_FLOPS says of the device; 0 where it says nothing, or for float32."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return 0.0
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in plan.PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), 0.0)
-
-
 def format_seconds(seconds: float) -> str:
     minutes, hours = int(seconds // 60), int(seconds // 3600)
     return f"{hours}h{minutes % 60:02d}m" if hours else f"{minutes}m{int(seconds % 60):02d}s"
@@ -1334,7 +1321,7 @@ def torchrun(processes: int, argv: list[str]):
 
 if __name__ == "__main__":
     if "--version" in sys.argv:
-        print(checkpoint.versions())
+        print(versions())
         sys.exit()
     try:
         cfg = parse_args(sys.argv[1:])

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-import checkpoint
 import hellaswag
-import remote
-import shards
+from lib import checkpoint, files, shards
 from model import GPT, Block
 from train_gpt2 import Config
 
@@ -83,7 +81,7 @@ def hold_in_save(step: int, folder: Path):
         if path.name == "model.safetensors" and path.parent.name == f".tmp_step_{step:06d}":
             wait_to_go_on(folder)
 
-    before(remote, "flush", hold)
+    before(files, "flush", hold)
 
 
 def poison(kind: str, on_rank: int, *steps: int):
@@ -228,7 +226,7 @@ def fail_in_save(place: str, at_step: int):
 
         before(checkpoint, place, fail_safetensors)
     else:
-        before(remote if place in ("flush", "hash_file") else Path, place, fail)
+        before(files if place in ("flush", "hash_file") else Path, place, fail)
 
 
 def die_in_file_operation(number: int, word: str):

@@ -18,9 +18,7 @@ import numpy as np
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-import checkpoint
-import shards
-import tokenizer
+from lib import checkpoint, files, shard_writer, tokenizer
 from model import GPT, GPTConfig
 from train_gpt2 import Config
 
@@ -69,7 +67,7 @@ def resealed(folder: Path, **changes: Any):
     """Changes a checkpoint's state as someone would who knows how."""
     body = json.loads((folder / "state.json").read_text(encoding="utf-8")) | changes
     del body["sha256"]
-    sealed = {**body, "sha256": checkpoint.sha256_json(body)}
+    sealed = {**body, "sha256": files.hash_json(body)}
     (folder / "state.json").write_text(json.dumps(sealed, indent=2), encoding="utf-8")
 
 
@@ -77,12 +75,12 @@ def write_shards(
     folder: Path, *pieces: np.ndarray, shard_tokens: int = 100, val_tokens: int | None = 10
 ) -> dict:
     """A data set of one part; returns its manifest."""
-    plan = shards.plan_of(shards.begin(folder, ABOUT))
-    with shards.PartWriter(folder, 0, shard_tokens, val_tokens, plan=plan) as writer:
+    plan = shard_writer.plan_of(shard_writer.begin(folder, ABOUT))
+    with shard_writer.PartWriter(folder, 0, shard_tokens, val_tokens, plan=plan) as writer:
         for piece in pieces:
             writer.write(piece)
         writer.close()
-    return shards.merge(folder)
+    return shard_writer.merge(folder)
 
 
 def run_script(name: str, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

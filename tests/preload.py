@@ -5,7 +5,7 @@ import pytest  # noqa: F401 (the test run's own main module is imported in each)
 import torch._dynamo
 import torch.distributed.checkpoint.state_dict  # noqa: F401
 
-import tokenizer
 import train_gpt2  # noqa: F401
+from lib import tokenizer
 
 tokenizer.hf_tokenizer()  # it remembers

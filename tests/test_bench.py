@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bench
-import checkpoint
+from lib import checkpoint
 from model import SIZES, GPTConfig
 
 

@@ -15,9 +15,8 @@ from faults import draw
 from helpers import ROOT, VOCAB_SIZE, flags, random_model, resealed, save_checkpoint
 from safetensors.torch import load_file
 
-import checkpoint
-import remote
-import tokenizer
+from lib import checkpoint, tokenizer
+from lib.device import pick_device
 
 FILES = [
     "model.safetensors",
@@ -350,7 +349,7 @@ def test_a_pickle_in_place_of_tensors_is_not_run(run, name, is_resealed, tmp_pat
     files = checkpoint.verify(folder)["files"]
     (folder / name).write_bytes(pickle.dumps(Canary(canary)))
     if is_resealed:
-        resealed(folder, files={**files, name: remote.hash_file(folder / name)})
+        resealed(folder, files={**files, name: files.hash_file(folder / name)})
     with pytest.raises(ValueError, match=f"{name} is"):
         checkpoint.load(folder)
     assert not canary.exists()
@@ -432,7 +431,7 @@ def test_the_newest_run_is_the_one_with_the_youngest_checkpoint(tmp_path):
 
 
 def test_float32_products_stay_float32_whatever_computes_them():
-    checkpoint.pick_device("cpu")
+    pick_device("cpu")
     draw = torch.Generator().manual_seed(0)
     x, w = torch.randn(64, 768, generator=draw), torch.randn(3072, 768, generator=draw)
     exact = x.double() @ w.double().t()
@@ -442,7 +441,7 @@ def test_float32_products_stay_float32_whatever_computes_them():
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", ""])
 def test_a_device_that_is_not_there_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"--device '{name}'.*cpu, cuda"):
-        checkpoint.pick_device(name)
+        pick_device(name)
 
 
 def test_a_model_that_is_not_there_is_said_to_be_neither_here_nor_on_the_hub(tmp_path, monkeypatch):

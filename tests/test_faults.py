@@ -21,8 +21,8 @@ import pytest
 import torch
 from helpers import ROOT, end_of, flags, forkserver, lines_of, random_model, save_checkpoint, values
 
-import checkpoint
 import train_gpt2
+from lib import checkpoint
 from train_gpt2 import Config
 
 
@@ -259,7 +259,7 @@ def test_an_error_amid_writing_leaves_nothing_behind(tmp_path, monkeypatch):
         monkeypatch.context() as patch,
         pytest.raises(OSError, match=r"step_000002 .*could not be written.*space"),
     ):
-        patch.setattr("remote.flush", fail)
+        patch.setattr("files.flush", fail)
         save_checkpoint(tmp_path, model, step=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
     checkpoint.verify(tmp_path / "step_000001")

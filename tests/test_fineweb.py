@@ -25,9 +25,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fineweb
-import shards
-import tokenizer
-from documents import Batch, in_batches, pieces, prose_paragraphs, pydocs, read_wikitext
+from lib import shard_writer, shards, tokenizer
+from lib.documents import Batch, in_batches, pieces, prose_paragraphs, pydocs, read_wikitext
 
 SCRIPT = Path(fineweb.__file__)
 DOCUMENTS = [
@@ -424,7 +423,7 @@ def test_a_process_beyond_the_last_is_refused(monkeypatch, variables):
 def test_two_processes_do_not_write_one_part(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
     with (
-        shards.PartWriter(tmp_path / "out", 0, 100),
+        shard_writer.PartWriter(tmp_path / "out", 0, 100),
         pytest.raises(OSError, match="another process is writing"),
     ):
         prepare(tmp_path / "a.jsonl", tmp_path / "out")
@@ -441,7 +440,7 @@ def test_parts_of_another_text_are_not_joined(tmp_path, monkeypatch):
         prepare(tmp_path / "*.jsonl", tmp_path / f"machine{machine}")
     shutil.copytree(tmp_path / "machine1/parts/000001", tmp_path / "machine0/parts/000001")
     with pytest.raises(ValueError, match=r"parts \[1\] are of another source"):
-        shards.merge(tmp_path / "machine0")
+        shard_writer.merge(tmp_path / "machine0")
 
 
 @pytest.mark.parametrize(
@@ -879,7 +878,7 @@ def kill_and_compare(tmp_path: Path, source: Path, kills: int, shard_tokens: int
         else:
             landed += run.returncode != 0 and len(list(out.glob("parts/*/*.npy"))) > 0
     assert landed >= max(1, kills // 2)
-    part = shards.read_part(out, 0)  # the last kill may have come too late: the run was complete
+    part = shard_writer.read_part(out, 0)  # the last kill may have come too late: the run was complete
     run = cli(*command[2:])
     assert run.returncode == 0, run.stderr
     assert ("going on after" in run.stdout) == bool(part and part["shards"] and not part["complete"])
@@ -963,7 +962,7 @@ def test_several_processes_make_the_same_bytes_and_the_last_joins_them(
         if done == set(range(7)):
             assert shards.is_complete(tmp_path / "many")
         else:
-            assert set(shards.missing_parts(tmp_path / "many", manifest)) == set(range(7)) - done
+            assert set(shard_writer.missing_parts(tmp_path / "many", manifest)) == set(range(7)) - done
             assert f"process {rank} of {len(ranks)} is done" in said
             assert "of 7 parts are still missing" in said
             assert "--merge" in said
@@ -1161,7 +1160,7 @@ def test_inspect_refuses_what_is_unfinished_or_of_two_kinds(tmp_path, script):
     run = script("--out-dir", tmp_path, "--inspect")
     assert run.returncode == 2
     assert "both .npy and .bin" in run.stderr
-    shards.begin(tmp_path / "new", {"name": "x", "parts": 1})
+    shard_writer.begin(tmp_path / "new", {"name": "x", "parts": 1})
     run = script("--out-dir", tmp_path / "new", "--inspect")
     assert run.returncode == 2
     assert "incomplete" in run.stderr

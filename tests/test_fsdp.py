@@ -15,8 +15,8 @@ import torch
 from helpers import Training, end_of, flags, lines_of, random_model, undisturbed, values
 from safetensors.torch import load_file
 
-import checkpoint
 import train_gpt2
+from lib import checkpoint
 from model import GPT, Block
 from train_gpt2 import Config
 

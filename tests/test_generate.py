@@ -19,8 +19,8 @@ import torch
 from helpers import ROOT, VOCAB_SIZE, random_model, run_script, save_checkpoint, scripted_model
 
 import generate
-import tokenizer
 from generate import Config
+from lib import tokenizer
 
 MIXED = " naïve 日本語 🙂 end"  # its characters span tokens
 PROMPT = "The sun is"

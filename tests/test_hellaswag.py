@@ -20,8 +20,8 @@ from helpers import VOCAB_SIZE, random_model, run_script, save_checkpoint
 from torch.multiprocessing.spawn import spawn
 
 import hellaswag
-import tokenizer
-from checkpoint import load_model
+from lib import tokenizer
+from lib.checkpoint import load_model
 from model import GPT
 
 

@@ -20,10 +20,10 @@ import pytest
 from faults import each_training_forward, hold_in_save, hold_in_step
 from helpers import Training, end_of, lines_of, resealed, values
 from hub_server import COMMIT, TOKEN, HubServer
-from test_remote import Client, wait_until
+from test_hub import Client, wait_until
 
-import checkpoint
-import remote
+from lib import checkpoint, hub
+from lib import files as lib_files
 from train_gpt2 import Config
 
 pytestmark = pytest.mark.fault(27)
@@ -35,10 +35,10 @@ def see_hub(environment: dict[str, str], patience: float, picture: bool):
     (huggingface_hub's own, before it hands an error on, are up to 23 s); without `picture`, plot.py is not
     found, which saves a second each upload."""
     os.environ.update(environment)
-    remote.PATIENCE = patience
+    hub.PATIENCE = patience
     time.sleep = partial(sleep_less, time.sleep)
     if not picture:
-        checkpoint.ROOT = Path("/nowhere")  # where push looks for it
+        lib_files.ROOT = Path("/nowhere")  # where push looks for it
 
 
 def sleep_less(sleep: Callable[[float], None], seconds: float):
@@ -46,7 +46,7 @@ def sleep_less(sleep: Callable[[float], None], seconds: float):
 
 
 @pytest.fixture
-def hub() -> Iterator[HubServer]:
+def server() -> Iterator[HubServer]:
     with HubServer({}) as server:
         yield server
         server.let_go()
@@ -58,14 +58,14 @@ def config(toy, tmp_path) -> Config:
 
 
 @pytest.fixture
-def start(launch, hub, tmp_path) -> Callable[..., Training]:
-    """`start(cfg, "--resume", token=...)`: train_gpt2.py on a machine that sees `hub` as the Hub."""
+def start(launch, server, tmp_path) -> Callable[..., Training]:
+    """`start(cfg, "--resume", token=...)`: train_gpt2.py on a machine that sees `server` as the Hub."""
 
     def start(
         cfg: Config | None, *words: str, token: str = TOKEN, patience: float = 600, picture: bool = False,
         patches: tuple = (), environment: dict[str, str] | None = None, **options,
     ) -> Training:  # fmt: skip
-        env = hub.environment(tmp_path / "home", token) | (environment or {})
+        env = server.environment(tmp_path / "home", token) | (environment or {})
         return launch(cfg, *words, patches=[partial(see_hub, env, patience, picture), *patches], **options)
 
     return start
@@ -120,9 +120,9 @@ def written_out(files: dict[str, bytes], folder: Path) -> Path:
     return folder
 
 
-def steps_on(hub: HubServer) -> list[int]:
+def steps_on(server: HubServer) -> list[int]:
     """The step of each commit of the repository, of which every one holds a checkpoint, whole."""
-    first, *later = hub.commits[REPO].values()
+    first, *later = server.commits[REPO].values()
     assert first == {}
     found = []
     for files in later:
@@ -148,10 +148,10 @@ REFUSALS = {
 
 
 def test_a_repository_that_cannot_be_written_is_refused_before_the_first_step(
-    start, config, hub, tmp_path, tally
+    start, config, server, tmp_path, tally
 ):
-    hub.commit("me/another", {"README.md": b"theirs"})
-    hub.read_only |= {"me/another", "me/no"}
+    server.commit("me/another", {"README.md": b"theirs"})
+    server.read_only |= {"me/another", "me/no"}
     names = {"no permission": "me/no", "another's": "me/another", "no name": "../../evil"}
     begun = {}
     for case, (_, options) in REFUSALS.items():
@@ -165,22 +165,22 @@ def test_a_repository_that_cannot_be_written_is_refused_before_the_first_step(
         assert name in training.printed() and said in training.printed(), training.printed()
         assert "Traceback" not in training.printed()
     assert not (tmp_path / "log").exists()
-    assert hub.repos == {"me/another": {"README.md": b"theirs"}}
+    assert server.repos == {"me/another": {"README.md": b"theirs"}}
 
 
 # -----------------------------------------------------------------------------
 # uploads
 
 
-def test_a_run_puts_its_checkpoints_its_log_and_its_card_on_the_hub(start, config, hub, whole, tmp_path):
+def test_a_run_puts_its_checkpoints_its_log_and_its_card_on_the_hub(start, config, server, whole, tmp_path):
     from transformers import AutoModelForCausalLM
 
     printed = start(dataclasses.replace(config, val_every=4, checkpoint_every=12), picture=True).finish()
     run = tmp_path / "log" / "run"
     assert f"step_000012 is on the Hub: {REPO}" in printed and "is not on the Hub" not in printed
     assert end_of(run) == end_of(whole())
-    assert steps_on(hub) == [12]
-    files = hub.repos[REPO]
+    assert steps_on(server) == [12]
+    files = server.repos[REPO]
     extra = {"log.txt", "loss.png", "README.md"}
     assert {name: data for name, data in files.items() if name not in extra} == bytes_in(run / "step_000012")
     folder = written_out(files, tmp_path / "step_000012")
@@ -213,71 +213,71 @@ DISTURBANCES = [  # what happens to the first request of a kind, once; or for a 
 
 
 def test_an_upload_that_is_disturbed_is_tried_again_and_training_goes_on(
-    start, config, hub, whole, tmp_path, tally
+    start, config, server, whole, tmp_path, tally
 ):
     for attempt in tally(2, len(DISTURBANCES)):
-        hub.forget(REPO)
+        server.forget(REPO)
         cfg = dataclasses.replace(config, run_name=f"run{attempt.number}")
         kind = DISTURBANCES[attempt.number]
         if kind == "cut":
             place = gate(tmp_path / f"gate{attempt.number}")
             training = start(cfg, patches=(partial(hold_in_step, 8, place),))
             training.wait_for(place / "reached")  # step 8's checkpoint is being saved or sent
-            with hub.cut():
+            with server.cut():
                 (place / "go").touch()
                 training.wait_for("trying again")
         else:
-            hub.fault(kind[0], kind[1], method=kind[2])
+            server.fault(kind[0], kind[1], method=kind[2])
             training = start(cfg)
         printed = training.finish()
-        assert not hub.faults and f"step_000012 is on the Hub: {REPO}" in printed, printed
+        assert not server.faults and f"step_000012 is on the Hub: {REPO}" in printed, printed
         assert "is not on the Hub" not in printed
-        assert steps_on(hub)[-1] == 12
+        assert steps_on(server)[-1] == 12
         assert end_of(tmp_path / "log" / cfg.run_name) == end_of(whole())
 
 
 def test_what_never_arrived_is_named_at_the_end_and_sent_by_a_resume(
-    start, config, hub, whole, tmp_path, tally
+    start, config, server, whole, tmp_path, tally
 ):
     kinds = ["cut", 403, 500, "drop"]
     for attempt in tally(1, len(kinds)):
         kind = kinds[attempt.number]
-        hub.forget(REPO)
+        server.forget(REPO)
         cfg = dataclasses.replace(config, run_name=f"run{attempt.number}", checkpoint_every=12)
         run, place = tmp_path / "log" / cfg.run_name, gate(tmp_path / f"gate{attempt.number}")
         training = start(cfg, patience=2, patches=(partial(hold_in_step, 2, place),))
         training.wait_for(place / "reached")
-        with hub.cut() if kind == "cut" else contextlib.nullcontext():
+        with server.cut() if kind == "cut" else contextlib.nullcontext():
             if kind != "cut":
-                hub.fault(kind, "/commit/", times=1000, method="POST")
+                server.fault(kind, "/commit/", times=1000, method="POST")
             (place / "go").touch()
             printed = training.finish()
         assert re.search(r"step_000012 is not on the Hub yet: .*could not be sent to", printed), printed
         assert re.search(rf"step_000012 is not on the Hub; to send it: --resume {run}\n", printed), printed
         assert ("trying again" in printed) == (kind != 403)
         assert end_of(run) == end_of(whole())
-        assert set(hub.repos[REPO]) == set() or steps_on(hub)
-        hub.faults.clear()
-        before = len(hub.commits[REPO])
+        assert set(server.repos[REPO]) == set() or steps_on(server)
+        server.faults.clear()
+        before = len(server.commits[REPO])
         printed = start(None, "--resume", str(run)).finish()
         assert f"step_000012 is on the Hub: {REPO}" in printed
         assert "is not on the Hub" not in printed
-        assert len(hub.commits[REPO]) == before + 1 and steps_on(hub)[-1] == 12
+        assert len(server.commits[REPO]) == before + 1 and steps_on(server)[-1] == 12
         assert end_of(run) == end_of(whole())
 
 
 def test_of_the_checkpoints_that_wait_only_the_newest_is_sent_and_none_is_removed_meanwhile(
-    start, config, hub, whole, tmp_path
+    start, config, server, whole, tmp_path
 ):
-    hub.fault("hold", "^lfs/", method="PUT")
+    server.fault("hold", "^lfs/", method="PUT")
     training = start(dataclasses.replace(config, checkpoint_every=1, keep_last=1))
     training.wait_for("waiting for step_000001 to reach me/toy")
     run = tmp_path / "log" / "run"
     assert {1, 12} <= {checkpoint.verify(folder)["step"] for folder in checkpoint.steps(run)}
     assert len(checkpoint.steps(run)) <= 3
-    hub.let_go()
+    server.let_go()
     training.finish()
-    assert steps_on(hub) == [1, 12]
+    assert steps_on(server) == [1, 12]
     assert end_of(run) == end_of(whole())
 
 
@@ -292,10 +292,10 @@ def let_upload_end(step: int):
     each_training_forward(wait)
 
 
-def test_what_is_sent_next_is_not_removed_by_a_save_that_had_begun_before(start, config, hub, tmp_path):
+def test_what_is_sent_next_is_not_removed_by_a_save_that_had_begun_before(start, config, server, tmp_path):
     """While step 3 is written, the upload of step 1 ends. Step 2, which waited for it, is not sent then: it
     will be removed, and step 3 be there."""
-    hub.fault("hold", "^lfs/", method="PUT")
+    server.fault("hold", "^lfs/", method="PUT")
     in_save, in_step, run = gate(tmp_path / "save"), gate(tmp_path / "step"), tmp_path / "log" / "run"
     cfg = dataclasses.replace(config, checkpoint_every=1, keep_last=1, max_steps=4)
     patches = (
@@ -306,9 +306,9 @@ def test_what_is_sent_next_is_not_removed_by_a_save_that_had_begun_before(start,
     training = start(cfg, patches=patches)
     training.wait_for(in_save / "reached")
     training.wait_for(in_step / "reached")
-    assert hub.held.wait(30)
-    hub.let_go()
-    wait_until(lambda: steps_on(hub) == [1])
+    assert server.held.wait(30)
+    server.let_go()
+    wait_until(lambda: steps_on(server) == [1])
     (in_step / "go").touch()
     training.wait_for("step_000001 is on the Hub")
     (in_save / "go").touch()
@@ -316,42 +316,42 @@ def test_what_is_sent_next_is_not_removed_by_a_save_that_had_begun_before(start,
     assert not (run / "step_000002").exists()
     printed = training.finish()
     assert "is not on the Hub" not in printed
-    assert 2 not in steps_on(hub) and steps_on(hub)[-1] == 4
+    assert 2 not in steps_on(server) and steps_on(server)[-1] == 4
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_while_there_is_no_hub_but_does_not_begin(start, config, hub, whole, tmp_path):
+def test_a_run_goes_on_while_there_is_no_hub_but_does_not_begin(start, config, server, whole, tmp_path):
     start(dataclasses.replace(config, max_steps=8)).finish()
-    with hub.cut():
+    with server.cut():
         printed = start(config, "--resume", patience=2).finish()
         assert "note   checkpoints wait for the Hub: me/toy" in printed
         assert "step_000012 is not on the Hub; to send it: --resume" in printed
         training = start(dataclasses.replace(config, run_name="new"), patience=2)
         assert training.wait() == [2] and not (tmp_path / "log" / "new").exists()
     assert end_of(tmp_path / "log" / "run")[1] != end_of(whole())[1]  # its schedule was another
-    assert steps_on(hub)[-1] == 8
+    assert steps_on(server)[-1] == 8
 
 
-def test_a_new_run_does_not_replace_another_on_the_hub(start, config, hub):
+def test_a_new_run_does_not_replace_another_on_the_hub(start, config, server):
     start(config).finish()
-    before = steps_on(hub)
+    before = steps_on(server)
     for words in ([], ["--resume"]):
         training = start(dataclasses.replace(config, run_name="new"), *words)
         assert training.wait() == [2]
         assert "me/toy holds a checkpoint: go on with it (--resume hf://me/toy)" in training.printed()
-    assert steps_on(hub) == before
+    assert steps_on(server) == before
 
 
-def test_a_signal_does_not_wait_for_an_upload(start, config, hub, whole, tmp_path, tally):
+def test_a_signal_does_not_wait_for_an_upload(start, config, server, whole, tmp_path, tally):
     places = [("^lfs/", "PUT"), ("/commit/", "POST"), ("/preupload/", "POST")]
     for attempt in tally(1, len(places)):
-        hub.forget(REPO)
+        server.forget(REPO)
         cfg = dataclasses.replace(config, run_name=f"run{attempt.number}")
         run, place = tmp_path / "log" / cfg.run_name, gate(tmp_path / f"gate{attempt.number}")
-        hub.fault("hold", places[attempt.number][0], method=places[attempt.number][1])
+        server.fault("hold", places[attempt.number][0], method=places[attempt.number][1])
         # Step 8 waits for the checkpoint of step 4 to be written, so that its upload has begun in step 9.
         training = start(cfg, patches=(partial(hold_in_step, 9, place),))
-        assert hub.held.wait(30), training.printed()
+        assert server.held.wait(30), training.printed()
         training.wait_for(place / "reached")
         training.signal(signal.SIGTERM)
         (place / "go").touch()
@@ -359,13 +359,13 @@ def test_a_signal_does_not_wait_for_an_upload(start, config, hub, whole, tmp_pat
         assert training.wait(timeout=30) == [143], training.printed()
         assert time.monotonic() - begin < 20  # the server would hold it for a minute
         assert f"step_000010 is not on the Hub; to send it: --resume {run}" in training.printed()
-        hub.let_go()
+        server.let_go()
         printed = start(None, "--resume", str(run)).finish()
         assert "resumed at step 10" in printed and f"step_000012 is on the Hub: {REPO}" in printed
-        assert steps_on(hub)[-1] == 12
+        assert steps_on(server)[-1] == 12
         assert end_of(run) == end_of(whole())
-        hub.held.clear()
-        hub.released.clear()
+        server.held.clear()
+        server.released.clear()
 
 
 # -----------------------------------------------------------------------------
@@ -378,35 +378,35 @@ def log_of(run: Path) -> list[str]:
 
 
 def test_a_run_goes_on_from_the_hub_in_an_empty_folder_to_the_same_end(
-    start, config, hub, whole, tmp_path, tally
+    start, config, server, whole, tmp_path, tally
 ):
     worlds = [(1, 8), (2, 8), (1, 4), (1, 12), (2, 4)]  # processes that pull at the same time, step
     for attempt in tally(2, len(worlds)):
         world_size, step = worlds[attempt.number]
         undisturbed, log_dir = whole(world_size), tmp_path / f"log{attempt.number}"
-        hub.commit(REPO, on_the_hub(undisturbed, step))
-        hub.requests.clear()
+        server.commit(REPO, on_the_hub(undisturbed, step))
+        server.requests.clear()
         words = ["--resume", f"hf://{REPO}", "--log-dir", str(log_dir), "--checkpoint-every", "4"]
         printed = start(None, *words, token="", world_size=world_size).finish()
         assert f"resumed at step {step}" in printed
         assert end_of(log_dir / "whole") == end_of(undisturbed)
         assert log_of(log_dir / "whole") == log_of(undisturbed)
-        fetched = [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
+        fetched = [path for method, path, _ in server.requests if method == "GET" and "/resolve/" in path]
         names = [path.rpartition("/")[2] for path in fetched]
         assert names.count("model.safetensors") == names.count("optimizer.safetensors") == 1
-        assert [path.name for path in log_dir.iterdir() if path.name not in ("whole", ".hub")] == []
+        assert [path.name for path in log_dir.iterdir() if path.name not in ("whole", ".server")] == []
 
 
-def test_a_run_goes_on_from_an_older_commit_and_under_another_name(start, hub, whole, tmp_path):
+def test_a_run_goes_on_from_an_older_commit_and_under_another_name(start, server, whole, tmp_path):
     undisturbed = whole()
     for step in (4, 8):
-        hub.commit(REPO, on_the_hub(undisturbed, step))
-    words = ["--log-dir", str(tmp_path), "--run-name", "mine", "--hub-repo", "me/other"]
+        server.commit(REPO, on_the_hub(undisturbed, step))
+    words = ["--log-dir", str(tmp_path), "--run-name", "mine", "--server-repo", "me/other"]
     printed = start(None, "--resume", f"hf://{REPO}@{COMMIT}", *words).finish()
     assert "resumed at step 4" in printed
     assert end_of(tmp_path / "mine") == end_of(undisturbed)
-    assert json.loads(hub.repos["me/other"]["state.json"])["step"] == 12
-    assert json.loads(hub.repos[REPO]["state.json"])["step"] == 8
+    assert json.loads(server.repos["me/other"]["state.json"])["step"] == 12
+    assert json.loads(server.repos[REPO]["state.json"])["step"] == 8
 
 
 def without(files: dict[str, bytes], name: str) -> dict[str, bytes]:
@@ -445,7 +445,7 @@ def test_a_damaged_repository_is_refused_by_name_and_nothing_is_left(
         log = tmp_path / f"log{attempt.number}"
         answer = client.refusal(PULL, "ValueError", location=f"hf://{repo}", log=log, name="")
         assert said in answer["message"] and name in answer["message"], answer
-        assert not log.exists() or [path.name for path in log.iterdir()] == [".hub"]
+        assert not log.exists() or [path.name for path in log.iterdir()] == [".server"]
         # Once it is mended, it is taken.
         if attempt.number in (0, 3):
             shared_hub.commit(repo, files)

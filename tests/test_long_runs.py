@@ -15,10 +15,10 @@ import pytest
 import torch
 from helpers import ROOT, end_of, flags, values
 
-import checkpoint
 import train_gpt2
+from lib import checkpoint
+from lib.device import PEAK_FLOPS
 from model import GPTConfig
-from plan import PEAK_FLOPS
 from train_gpt2 import Config
 
 ITEM = {

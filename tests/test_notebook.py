@@ -9,8 +9,8 @@ import pytest
 from helpers import write_shards
 from nbclient import NotebookClient
 
-import tokenizer
 import train_gpt2
+from lib import tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "play.ipynb"

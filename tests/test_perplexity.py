@@ -16,7 +16,7 @@ from helpers import ROOT, VOCAB_SIZE, random_model, run_script, save_checkpoint
 from transformers import AutoModelForCausalLM
 
 import perplexity
-import tokenizer
+from lib import tokenizer
 from perplexity import Config
 
 CONTEXT = 32

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-import plan
+from lib import plan
 from model import GPT, GPTConfig
 
 

@@ -275,11 +275,11 @@ def test_a_loss_that_is_not_finite_leaves_the_others_as_they_are(tmp_path):
 
 
 def test_the_newest_run_is_drawn_by_default(tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "LOG_ROOT", tmp_path)
+    monkeypatch.setattr(plot, "files.LOGS", tmp_path)
     for name, age in (("b", 300), ("a", 100), ("c", 200)):
         os.utime(make_run(tmp_path / name) / "log.txt", (10**9 - age, 10**9 - age))
     assert plot.main(Config()) == tmp_path / "a" / "loss.png"
-    monkeypatch.setattr(plot, "LOG_ROOT", tmp_path / "nothing")
+    monkeypatch.setattr(plot, "files.LOGS", tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match=r"train_gpt2\.py demo"):
         plot.main(Config())
 

@@ -25,16 +25,15 @@ from faults import each_training_forward
 from helpers import ROOT, flags, resealed
 from hub_server import TOKEN, HubServer
 from safetensors import SafetensorError
+from test_hub import Client
 from test_hub_runs import PULL, listing, on_the_hub, see_hub, without
-from test_remote import Client
 
-import checkpoint
 import fineweb
 import generate
 import hellaswag
 import perplexity
-import remote
 import train_gpt2
+from lib import checkpoint, files
 from train_gpt2 import Config
 
 
@@ -210,7 +209,7 @@ def refused(config: Config, model: Path):
 
 def digests(folder: Path) -> dict[str, str]:
     names = json.loads((folder / "state.json").read_text(encoding="utf-8"))["files"]
-    return {name: remote.hash_file(folder / name) for name in names}
+    return {name: files.hash_file(folder / name) for name in names}
 
 
 @pytest.mark.fault(24)
@@ -225,7 +224,7 @@ def test_a_pickle_among_data_is_not_run(kind, config, data, run, canary, tmp_pat
             for split in ("val", "train"):
                 name = f"evil_{split}_000000.{suffix}"
                 (folder / name).write_bytes(evil)
-                digest = remote.hash_file(folder / name)
+                digest = files.hash_file(folder / name)
                 entries.append(dict(file=name, split=split, tokens=100, sha256=digest, documents=1))
             if has_manifest:
                 manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
@@ -480,8 +479,9 @@ def test_a_checkpoint_that_lists_a_file_elsewhere_is_refused(name, run, client, 
     folder = run / "step_000004"
     (tmp_path / "log" / "precious.txt").write_text("precious", encoding="utf-8")
     (tmp_path / "precious.txt").write_text("precious", encoding="utf-8")
-    files = digests(folder) | {name: remote.hash_file(tmp_path / "precious.txt")}
-    resealed(folder, files=files)
+    listed = digests(folder) | {name: files.hash_file(tmp_path / "precious.txt")}
+    resealed(folder, files=listed)
+
     for script in (
         lambda: checkpoint.verify(folder),
         lambda: checkpoint.load_model(str(folder), "cpu"),
@@ -495,11 +495,11 @@ def test_a_checkpoint_that_lists_a_file_elsewhere_is_refused(name, run, client, 
     assert repr(name) in answer["message"] or f"{name} is missing" in answer["message"], answer
     left = {path: when for path, when in listing(tmp_path).items() if "/new" not in path}
     assert left == before
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [".hub"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [".server"]
 
 
 @pytest.mark.fault(25)
-@pytest.mark.parametrize("name", two_by_default("../../evil", "/tmp/evil", "a/b", "..", "", " ", ".hub"))
+@pytest.mark.parametrize("name", two_by_default("../../evil", "/tmp/evil", "a/b", "..", "", " ", ".server"))
 def test_a_run_on_the_hub_with_a_bad_name_is_refused(name, run, client, shared_hub, repo, tmp_path):
     folder = run / "step_000004"
     settings = json.loads((folder / "state.json").read_text(encoding="utf-8"))["config"]
@@ -510,7 +510,7 @@ def test_a_run_on_the_hub_with_a_bad_name_is_refused(name, run, client, shared_h
     answer = client.refusal(PULL, "ValueError", **where, name="")
     assert f"--run-name is {name!r}" in answer["message"]
     left = {path: when for path, when in listing(tmp_path).items() if "/new" not in path}
-    assert left == before and [path.name for path in (tmp_path / "new").iterdir()] == [".hub"]
+    assert left == before and [path.name for path in (tmp_path / "new").iterdir()] == [".server"]
     assert client(PULL, **where, name="good") == str(tmp_path / "new" / "good" / "step_000004")
 
 
@@ -525,7 +525,7 @@ def test_a_hub_listing_that_leads_out_is_refused(path, run, client, shared_hub, 
     assert repr(path) in answer["message"] and "leads out of its folder" in answer["message"]
     assert listing(tmp_path) == before
     shared_hub.commit(f"datasets/{repo}", {path: b"evil"})
-    code = "shards.HubFolder(f'hf://datasets/{repo}')"
+    code = "hub_shards.HubFolder(f'hf://datasets/{repo}')"
     assert repr(path) in client.refusal(code, repo=repo)["message"]
     # A model to begin from is fetched by huggingface_hub itself; its name must fit what we ask it for.
     shared_hub.commit(f"{repo}-2", on_the_hub(run, 4) | {f"model/../{path}.safetensors": b"evil"})
@@ -546,8 +546,9 @@ def test_a_manifest_on_the_hub_that_leads_out_is_refused(name, data, client, sha
     shared_hub.commit(f"datasets/{repo}", files | {"manifest.json": json.dumps(manifest).encode()})
     before = listing(tmp_path)
     for code in (
-        "shards.HUB_CACHE = Path(cache); shards.HubFolder(source)",
-        "shards.HUB_CACHE = Path(cache); fineweb.main(fineweb.Config(source=source, out_dir=cache + '/out'))",
+        "hub_shards.HUB_CACHE = Path(cache); hub_shards.HubFolder(source)",
+        "hub_shards.HUB_CACHE = Path(cache);"
+        "fineweb.main(fineweb.Config(source=source, out_dir=cache + '/out'))",
     ):
         names = dict(source=f"hf://datasets/{repo}", cache=str(tmp_path / "cache"))
         assert repr(name) in client.refusal(code, "ValueError", **names)["message"]
@@ -576,13 +577,13 @@ def crash_in_step(step: int):
     each_training_forward(crash)
 
 
-def assert_secret(printed: str, folder: Path, hub: HubServer, token: str):
+def assert_secret(printed: str, folder: Path, server: HubServer, token: str):
     """The secrets are neither in what was printed, nor in a file, nor in what the Hub was told."""
-    places = {"the output": printed.encode(), "what the Hub heard": "".join(hub.heard).encode()}
-    for repo, commits in hub.commits.items():
-        for files in commits.values():
-            places |= {f"{repo}/{name}": content for name, content in files.items()}
-    places |= {f"uploaded {name}": content for name, content in hub.uploads.items()}
+    places = {"the output": printed.encode(), "what the Hub heard": "".join(server.heard).encode()}
+    for repo, commits in server.commits.items():
+        for listed in commits.values():
+            places |= {f"{repo}/{name}": content for name, content in listed.items()}
+    places |= {f"uploaded {name}": content for name, content in server.uploads.items()}
     places |= {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for secret in (token, *SECRETS.values()):
         for place, content in places.items():
@@ -604,12 +605,12 @@ METHODS = {"lfs": "PUT", "whoami": "GET", "auth-check": "GET"}
 def test_secrets_are_not_in_a_runs_output_its_files_or_on_the_hub(launch, config, tmp_path, tally):
     for attempt in tally(3, len(FAILURES)):
         (where, kind), folder = FAILURES[attempt.number], tmp_path / f"{attempt.number}"
-        with HubServer({}) as hub:
+        with HubServer({}) as server:
             token = WRONG if where == "wrong token" else TOKEN
             if kind:
-                hub.fault(kind, where, times=1000, method=METHODS.get(where, "POST"))
+                server.fault(kind, where, times=1000, method=METHODS.get(where, "POST"))
             cfg = dataclasses.replace(config, log_dir=str(folder / "log"), hub_repo="me/toy")
-            patches = [partial(see_hub, hub.environment(folder / "home", token) | SECRETS, 2, False)]
+            patches = [partial(see_hub, server.environment(folder / "home", token) | SECRETS, 2, False)]
             if where == "crash":
                 patches.append(partial(crash_in_step, 3))
             training = launch(cfg, patches=patches)
@@ -622,7 +623,7 @@ def test_secrets_are_not_in_a_runs_output_its_files_or_on_the_hub(launch, config
             else:
                 assert code == 2 and "Traceback" not in printed and "me/toy" in printed, printed
             assert code == 2 or (folder / "log" / "run" / "log.txt").exists()
-            assert_secret(printed, folder, hub, token)
+            assert_secret(printed, folder, server, token)
 
 
 FINEWEB = """
@@ -644,13 +645,13 @@ def test_secrets_are_not_in_what_fineweb_prints_writes_and_pushes(tmp_path, tall
     script = FINEWEB.format(root=str(ROOT), script=str(ROOT / "fineweb.py"))
     for attempt in tally(2, len(failures)):
         (where, kind), folder = failures[attempt.number], tmp_path / f"{attempt.number}"
-        with HubServer({}) as hub:
+        with HubServer({}) as server:
             token = WRONG if where == "wrong token" else TOKEN
             if kind:
-                hub.fault(kind, where, times=1000, method=METHODS.get(where, "POST"))
+                server.fault(kind, where, times=1000, method=METHODS.get(where, "POST"))
             env = {
                 **os.environ,
-                **hub.environment(folder / "home", token),
+                **server.environment(folder / "home", token),
                 **SECRETS,
                 "DOWNLOAD_PATIENCE": "2",
             }
@@ -661,4 +662,4 @@ def test_secrets_are_not_in_what_fineweb_prints_writes_and_pushes(tmp_path, tall
             )  # fmt: skip
             assert done.returncode == (2 if where else 0), done.stderr
             assert "Traceback" not in done.stderr and ("me/toy" in done.stderr) == bool(where)
-            assert_secret(done.stdout + done.stderr, folder, hub, token)
+            assert_secret(done.stdout + done.stderr, folder, server, token)

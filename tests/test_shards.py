@@ -25,8 +25,9 @@ from helpers import write_shards as write
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import shards
-from shards import PartWriter, ShardReader
+from lib import files, hub_shards, shard_writer, shards
+from lib.shard_writer import PartWriter
+from lib.shards import ShardReader
 
 
 def tokens(count: int, first: int = 0) -> np.ndarray:
@@ -110,19 +111,19 @@ def test_complete_is_said_only_after_the_parts_are_joined(tmp_path):
         with pytest.raises(ValueError, match=r"manifest\.json is incomplete"):
             ShardReader(tmp_path, "train", 4)
 
-    manifest = shards.begin(tmp_path, ABOUT)
-    with PartWriter(tmp_path, 0, 100, 10, plan=shards.plan_of(manifest)) as writer:
+    manifest = shard_writer.begin(tmp_path, ABOUT)
+    with PartWriter(tmp_path, 0, 100, 10, plan=shard_writer.plan_of(manifest)) as writer:
         for _ in range(3):
             assert_incomplete()
             assert not writer.state["complete"]
-            assert shards.missing_parts(tmp_path, manifest) == [0]
+            assert shard_writer.missing_parts(tmp_path, manifest) == [0]
             writer.write(tokens(150))
         assert len(list(tmp_path.rglob("train_*.npy"))) >= 2
         writer.close()
     assert writer.state["complete"]
-    assert shards.missing_parts(tmp_path, manifest) == []
+    assert shard_writer.missing_parts(tmp_path, manifest) == []
     assert_incomplete()
-    shards.merge(tmp_path)
+    shard_writer.merge(tmp_path)
     assert shards.is_complete(tmp_path)
     assert ShardReader(tmp_path, "train", 4).num_tokens == 440
 
@@ -142,7 +143,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        shards.write_atomically(path, fail)
+        files.write_atomically(path, fail)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
 
@@ -197,11 +198,11 @@ def test_a_corpus_that_leaves_nothing_for_training_is_refused_with_its_size(tmp_
 
 
 def test_shards_of_a_cleared_run_do_not_mix_with_the_next_run(tmp_path):
-    shards.begin(tmp_path, ABOUT)
+    shard_writer.begin(tmp_path, ABOUT)
     with PartWriter(tmp_path, 0, 10, 10) as writer:
         writer.write(tokens(200))
     (tmp_path / "toy_train_000009.npy").write_bytes(b"moved here by a merge that was interrupted")
-    shards.clear(tmp_path)
+    shard_writer.clear(tmp_path)
     assert list(tmp_path.iterdir()) == []
     manifest = write(tmp_path, tokens(50), shard_tokens=20)
     assert {path.name for path in tmp_path.glob("*.npy")} == {shard["file"] for shard in manifest["shards"]}
@@ -244,8 +245,8 @@ def write_documents(
 
 def keep(folder: Path, copy: Path, count: int) -> Path:
     """A copy of the whole part, as it was when its first `count` shards had been written."""
-    part = shards.part_folder(copy, 0)
-    shutil.copytree(shards.part_folder(folder, 0), part)
+    part = shard_writer.part_folder(copy, 0)
+    shutil.copytree(shard_writer.part_folder(folder, 0), part)
     state = json.loads((part / "part.json").read_text(encoding="utf-8"))
     for shard in state["shards"][count:]:
         (part / shard["file"]).unlink()
@@ -319,8 +320,8 @@ def test_a_shard_that_was_damaged_meanwhile_is_written_again(tmp_path, damage, i
     expected = files_of(tmp_path / "whole")
     part = keep(tmp_path / "whole", tmp_path / "damaged", len(expected) - 1)
     if is_complete:
-        shutil.copy(shards.part_folder(tmp_path / "whole", 0) / "part.json", part)
-    state = shards.read_part(tmp_path / "damaged", 0)
+        shutil.copy(shard_writer.part_folder(tmp_path / "whole", 0) / "part.json", part)
+    state = shard_writer.read_part(tmp_path / "damaged", 0)
     assert state is not None
     assert state["complete"] is is_complete
     damage(part / state["shards"][number]["file"])
@@ -366,11 +367,11 @@ class Killed(BaseException):
 
 def write_parts(folder: Path, parts: list[tuple[str, int]]) -> dict:
     """Parts of so many tokens, which count up from part to part; the first has 3 tokens of validation."""
-    manifest = shards.begin(folder, {**ABOUT, "parts": len(parts)})
+    manifest = shard_writer.begin(folder, {**ABOUT, "parts": len(parts)})
     first = 0
     for number, (split, size) in enumerate(parts):
         val_tokens = 3 if (number, split) == (0, "train") and size else 0
-        with PartWriter(folder, number, 20, val_tokens, split, shards.plan_of(manifest)) as writer:
+        with PartWriter(folder, number, 20, val_tokens, split, shard_writer.plan_of(manifest)) as writer:
             writer.write(tokens(size, first))
             writer.close()
         first += size
@@ -388,7 +389,7 @@ PARTS = [
 @pytest.mark.parametrize("parts", PARTS, ids=len)
 def test_parts_are_joined_in_their_order(tmp_path, parts):
     write_parts(tmp_path, parts)
-    manifest = shards.merge(tmp_path)
+    manifest = shard_writer.merge(tmp_path)
     assert shards.verify(tmp_path) == manifest
     assert not (tmp_path / "parts").exists()
     assert manifest["parts"] == len(parts)
@@ -406,7 +407,7 @@ def test_parts_are_joined_in_their_order(tmp_path, parts):
         wanted[split] += ids[val:]
         first += size
     assert {split: stream_of(tmp_path, manifest, split) for split in wanted} == wanted
-    assert shards.merge(tmp_path) == manifest
+    assert shard_writer.merge(tmp_path) == manifest
 
 
 def at_call(number: int, function, do):
@@ -430,7 +431,7 @@ def kill():
 def test_joining_can_be_interrupted_at_any_rename_and_repeated(tmp_path, monkeypatch, parts):
     write_parts(tmp_path / "parts", parts)
     shutil.copytree(tmp_path / "parts", tmp_path / "whole")
-    manifest = shards.merge(tmp_path / "whole")
+    manifest = shard_writer.merge(tmp_path / "whole")
     expected = files_of(tmp_path / "whole")
     for number in itertools.count():
         folder = tmp_path / str(number)
@@ -438,10 +439,10 @@ def test_joining_can_be_interrupted_at_any_rename_and_repeated(tmp_path, monkeyp
         try:
             with monkeypatch.context() as patch:
                 patch.setattr(os, "replace", at_call(number, os.replace, kill))
-                shards.merge(folder)
+                shard_writer.merge(folder)
         except Killed:
             assert not shards.is_complete(folder)
-            assert shards.merge(folder) == manifest
+            assert shard_writer.merge(folder) == manifest
         else:
             break
         assert files_of(folder) == expected
@@ -454,8 +455,8 @@ def test_joining_that_was_killed_before_the_parts_are_removed_removes_them_the_n
     write_parts(tmp_path, PARTS[1])
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(shutil, "rmtree", lambda *args, **kwargs: kill())
-        shards.merge(tmp_path)
-    manifest = shards.merge(tmp_path)
+        shard_writer.merge(tmp_path)
+    manifest = shard_writer.merge(tmp_path)
     assert set(files_of(tmp_path)) == {"manifest.json", *(shard["file"] for shard in manifest["shards"])}
 
 
@@ -465,12 +466,12 @@ def test_joining_that_was_killed_before_the_parts_are_removed_removes_them_the_n
 def test_another_process_may_join_the_parts_at_the_same_time(tmp_path, monkeypatch, module, name):
     write_parts(tmp_path / "parts", PARTS[1])
     shutil.copytree(tmp_path / "parts", tmp_path / "whole")
-    manifest = shards.merge(tmp_path / "whole")
+    manifest = shard_writer.merge(tmp_path / "whole")
     expected = files_of(tmp_path / "whole")
     for number in itertools.count():
         folder, others = tmp_path / str(number), []
         shutil.copytree(tmp_path / "parts", folder)
-        join = functools.partial(shards.merge, folder)
+        join = functools.partial(shard_writer.merge, folder)
         with monkeypatch.context() as patch:
             wrapped = at_call(number, getattr(module, name), lambda: others.append(join()))  # noqa: B023
             patch.setattr(module, name, wrapped)
@@ -484,33 +485,35 @@ def test_another_process_may_join_the_parts_at_the_same_time(tmp_path, monkeypat
 
 def test_parts_that_are_missing_or_incomplete_are_named(tmp_path):
     manifest = write_parts(tmp_path, [("train", 30)] * 15)
-    assert shards.missing_parts(tmp_path, manifest) == []
-    shutil.rmtree(shards.part_folder(tmp_path, 0))
-    with PartWriter(tmp_path, 7, 20, 0, plan=shards.plan_of(manifest)) as writer:
+    assert shard_writer.missing_parts(tmp_path, manifest) == []
+    shutil.rmtree(shard_writer.part_folder(tmp_path, 0))
+    with PartWriter(tmp_path, 7, 20, 0, plan=shard_writer.plan_of(manifest)) as writer:
         writer.state["complete"] = False
-        shards.write_json(writer.folder / "part.json", writer.state)
+        files.write_json(writer.folder / "part.json", writer.state)
     before = files_of(tmp_path)
-    assert shards.missing_parts(tmp_path, manifest) == [0, 7]
+    assert shard_writer.missing_parts(tmp_path, manifest) == [0, 7]
     with pytest.raises(ValueError, match=r"of 15 parts, these are missing or incomplete: 0, 7$"):
-        shards.merge(tmp_path)
+        shard_writer.merge(tmp_path)
     for number in range(1, 12):
-        shutil.rmtree(shards.part_folder(tmp_path, number))
+        shutil.rmtree(shard_writer.part_folder(tmp_path, number))
         before = {path: data for path, data in before.items() if f"parts/{number:06d}/" not in path}
     with pytest.raises(ValueError, match=r"incomplete: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.$"):
-        shards.merge(tmp_path)
+        shard_writer.merge(tmp_path)
     assert files_of(tmp_path) == before
 
 
 def test_several_parts_that_leave_nothing_for_training_are_refused(tmp_path):
     write_parts(tmp_path, [("train", 0), ("train", 0), ("val", 50)])
     with pytest.raises(ValueError, match="tests has no text for training"):
-        shards.merge(tmp_path)
+        shard_writer.merge(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_of_several_that_begin_one_writes_the_manifest(tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda n: shards.begin(tmp_path / "a", {**ABOUT, "source": n}), range(40)))
+        found = list(
+            pool.map(lambda n: shard_writer.begin(tmp_path / "a", {**ABOUT, "source": n}), range(40))
+        )
     assert all(manifest == found[0] for manifest in found)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["manifest.json"]
     assert shards.load_manifest(tmp_path / "a" / "manifest.json") == found[0]
@@ -533,7 +536,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 5.0):
 def test_prepared_items_come_in_order_and_at_most_so_many_ahead(depth, count):
     made: list[int] = []
     used = 0
-    for item in shards.prepared((made.append(n) or n for n in range(count)), depth):
+    for item in files.prefetch((made.append(n) or n for n in range(count)), depth):
         assert item == used
         assert len(made) <= used + 2 + depth  # this one, those that wait, and one that waits to wait
         used += 1
@@ -542,7 +545,7 @@ def test_prepared_items_come_in_order_and_at_most_so_many_ahead(depth, count):
 
 def test_items_are_prepared_while_the_first_is_used():
     made: list[int] = []
-    items = shards.prepared((made.append(n) or n for n in range(100)), depth=3)
+    items = files.prefetch((made.append(n) or n for n in range(100)), depth=3)
     assert next(items) == 0
     wait_for(lambda: len(made) >= 4)
     time.sleep(0.05)
@@ -570,10 +573,10 @@ def test_an_error_in_preparing_is_raised_where_the_items_are_used(error, before)
 
     seen = []
     if isinstance(error, StopIteration):
-        seen += shards.prepared(Failing(), depth=2)
+        seen += files.prefetch(Failing(), depth=2)
     else:
         with pytest.raises(type(error)) as caught:
-            for item in shards.prepared(Failing(), depth=2):
+            for item in files.prefetch(Failing(), depth=2):
                 seen.append(item)
         assert caught.value is error
     assert seen == list(range(before))[::-1]
@@ -590,7 +593,7 @@ def test_the_thread_stops_and_lets_go_when_its_consumer_does(taken):
             closed.append(True)
 
     before = set(threading.enumerate())
-    items = shards.prepared(shards.prepared(endless(), depth=1), depth=3)
+    items = files.prefetch(files.prefetch(endless(), depth=1), depth=3)
     assert list(itertools.islice(items, taken)) == list(range(taken))
     threads = set(threading.enumerate()) - before
     assert len(threads) == 2
@@ -827,7 +830,7 @@ def test_unigram_entropy_is_that_of_the_splits_frequencies(tmp_path):
 def test_the_fingerprint_changes_with_the_data_and_only_with_it(tmp_path):
     for name, first in (("a", 0), ("b", 0), ("c", 1)):
         write(tmp_path / name, tokens(300, first))
-    a, b, c = (shards.open_folder(tmp_path / name).fingerprint() for name in "abc")
+    a, b, c = (hub_shards.open_folder(tmp_path / name).fingerprint() for name in "abc")
     assert a == b != c
     plain = [write_plain(tmp_path / f"plain{i}", [size]) for i, size in enumerate((50, 50, 51))]
     one, same, longer = (shards.Folder(folder).fingerprint() for folder in plain)
@@ -1038,7 +1041,7 @@ BAD_MANIFESTS = {
 def test_a_damaged_manifest_is_refused_by_name(tmp_path, damage):
     manifest = write(tmp_path, tokens(300))
     (tmp_path / "manifest.json").write_text(damage(manifest), encoding="utf-8")
-    for check in (shards.verify, lambda folder: ShardReader(folder, "train", 4), shards.open_folder):
+    for check in (shards.verify, lambda folder: ShardReader(folder, "train", 4), hub_shards.open_folder):
         with pytest.raises(ValueError, match=r"manifest\.json"):
             check(tmp_path)
 
@@ -1106,14 +1109,14 @@ def test_neither_the_writer_nor_clear_deletes_what_they_did_not_write(tmp_path):
         "toy.npy": b"precious",
         "folder.tmp/file": b"precious",
     }
-    shards.begin(tmp_path, ABOUT)
+    shard_writer.begin(tmp_path, ABOUT)
     (tmp_path / "folder.tmp").mkdir()
     for name, data in others.items():
         (tmp_path / name).write_bytes(data)
     manifest = write(tmp_path, tokens(300))
     ours = {"manifest.json", *(shard["file"] for shard in manifest["shards"])}
     assert set(files_of(tmp_path)) == ours | set(others)
-    shards.clear(tmp_path)
+    shard_writer.clear(tmp_path)
     assert files_of(tmp_path) == others
 
 

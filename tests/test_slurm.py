@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-import checkpoint
+from lib import checkpoint
 
 SRUN = """#!/usr/bin/env bash
 # Two tasks on this machine; the highest exit code is srun's.

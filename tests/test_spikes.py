@@ -12,8 +12,8 @@ import pytest
 from faults import note_weights, poison
 from helpers import Training, end_of, flags, lines_of, values
 
-import checkpoint
 import train_gpt2
+from lib import checkpoint
 from train_gpt2 import Config
 
 pytestmark = pytest.mark.fault(22)

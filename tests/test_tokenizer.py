@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-import tokenizer
+from lib import tokenizer
 
 END = tokenizer.END_OF_TEXT_STRING
 

@@ -19,7 +19,7 @@ from faults import before, score_items, step_now
 from test_security import SECRETS
 from test_train import ITEM
 
-import trackers
+from lib import trackers
 from model import GPT
 from train_gpt2 import Config
 

@@ -15,10 +15,9 @@ from faults import hide_compiler
 from helpers import ROOT, end_of, flags, lines_of, save_checkpoint, scripted_model, values, write_shards
 from safetensors.torch import load_file
 
-import checkpoint
 import hellaswag
-import shards
 import train_gpt2
+from lib import checkpoint, shard_writer, shards
 from model import GPT, GPTConfig
 from train_gpt2 import Config
 
@@ -448,7 +447,7 @@ def test_four_samples_begin_with_the_prompt(config, capsys):
 
 def test_an_interrupted_preparation_of_the_demo_is_made_again(tmp_path):
     folder = tmp_path / "pydocs"
-    shards.begin(folder, {"name": "pydocs", "parts": 1, "request": {}})  # and no more
+    shard_writer.begin(folder, {"name": "pydocs", "parts": 1, "request": {}})  # and no more
     process = train_gpt2.Process(0, 1, torch.device("cpu"))
     assert train_gpt2.find_data(Config(dataset_path=str(folder)), process).folder == folder
     assert shards.read_manifest(folder)

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lib import files
+
 HUB_PREFIX = "hf://datasets/"
 PREFIXES = {"dataset": HUB_PREFIX, "model": "hf://"}
 PATIENCE = float(os.environ.get("DOWNLOAD_PATIENCE", 600))  # seconds spent waiting before giving up
@@ -32,69 +34,6 @@ THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, 
 
 class Unavailable(OSError):
     """What was asked of the Hub could not be had, and asking again is useless."""
-
-
-def download(url: str, path: Path, sha256: str, tries: int = 4) -> Path:
-    """Fetches a file of known content to a temporary name, going on where a broken connection stopped, checks
-    it and renames it to path; one that is there already is kept.
-
-    Raises OSError, naming the URL, when all tries fail or the bytes are not the expected ones.
-    """
-    import requests
-    from tqdm import tqdm
-
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + f".{os.getpid()}.tmp")
-    failure = ""
-    try:
-        for attempt in range(tries):
-            time.sleep(0 if attempt == 0 else 2**attempt / 2)
-            have = partial.stat().st_size if partial.exists() else 0
-            try:
-                headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-                with requests.get(url, headers=headers, stream=True, timeout=10) as response:
-                    response.raise_for_status()
-                    size = int(response.headers.get("Content-Length", 0)) or None
-                    bar = tqdm(desc=path.name, total=size, unit="B", unit_scale=True, disable=None)
-                    with bar, open(partial, "ab" if response.status_code == 206 else "wb") as f:
-                        for block in response.iter_content(1 << 16):
-                            bar.update(f.write(block))
-                        f.flush()
-                        os.fsync(f.fileno())
-            except requests.RequestException as error:
-                failure = f"{type(error).__name__}: {error}"
-                continue
-            found = hash_file(partial)
-            if found == sha256:
-                os.replace(partial, path)
-                return path
-            failure = f"{partial.stat().st_size:,} bytes with SHA-256 {found}, not {sha256}"
-            partial.unlink()
-    finally:
-        partial.unlink(missing_ok=True)
-    raise OSError(f"{url} could not be had in {tries} tries: {failure}")
-
-
-def hash_file(path: Path, digest: Any = None) -> str:
-    """The SHA-256 of a file (or another digest that has been begun), in hexadecimal."""
-    digest = digest or hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def flush(path: Path):
-    """Makes a file's bytes, or the renames in a folder, outlast a power cut."""
-    if os.name == "nt" and path.is_dir():  # Windows keeps its folders itself
-        return
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # -----------------------------------------------------------------------------
@@ -122,8 +61,8 @@ class HubFile:
         if path.stat().st_size != self.size:
             return False
         if self.sha256:
-            return hash_file(path) == self.sha256
-        return hash_file(path, hashlib.sha1(f"blob {self.size}\0".encode())) == self.blob_id
+            return files.hash_file(path) == self.sha256
+        return files.hash_file(path, hashlib.sha1(f"blob {self.size}\0".encode())) == self.blob_id
 
 
 def parse_hub(location: str, repo_type: str = "dataset") -> tuple[str, str | None]:
@@ -169,7 +108,7 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def persistently(what: str, attempt: Callable[[], Any], failed: str = "could not be had from") -> Any:
+def retry(what: str, attempt: Callable[[], Any], failed: str = "could not be had from") -> Any:
     """attempt(), again and again with growing pauses while the connection fails. Raises Unavailable (an
     OSError), naming `what` and the reason, when trying again is useless or PATIENCE is over."""
     waited, pause = 0.0, 1.0
@@ -217,7 +156,7 @@ def list_hub(
             files[entry.path] = HubFile(repo, commit, *facts)
         return commit, files
 
-    return persistently(f"{PREFIXES[repo_type]}{repo}", ask)
+    return retry(f"{PREFIXES[repo_type]}{repo}", ask)
 
 
 def fetch(file: HubFile, folder: Path) -> Path:
@@ -238,15 +177,15 @@ def fetch(file: HubFile, folder: Path) -> Path:
             arrived.unlink()
             raise OSError(f"{size:,} bytes arrived that are not the {file.size:,} that were listed")
         path.parent.mkdir(parents=True, exist_ok=True)
-        flush(arrived)
+        files.flush(arrived)
         os.replace(arrived, path)
-        flush(path.parent)
+        files.flush(path.parent)
         return path
 
     def fetched() -> Path:
         for partial in incoming.rglob(f"*.{file.sha256 or file.blob_id}.*incomplete"):  # of killed processes
             partial.unlink(missing_ok=True)
-        return persistently(file.url, attempt)
+        return retry(file.url, attempt)
 
     with FileLock(incoming / (hashlib.sha256(file.path.encode()).hexdigest()[:16] + ".lock")):
         return path if path.is_file() else fetched()
@@ -258,7 +197,7 @@ def read_start(file: HubFile, count: int) -> bytes:
 
     where = f"datasets/{file.repo}@{file.revision}/{file.path}"
     options = dict(start=0, end=min(count, file.size), cache_type="none")  # its caches read 5 MB ahead
-    return persistently(file.url, lambda: HfFileSystem().cat_file(where, **options))
+    return retry(file.url, lambda: HfFileSystem().cat_file(where, **options))
 
 
 def check_push(repo: str, repo_type: str = "dataset"):
@@ -268,7 +207,7 @@ def check_push(repo: str, repo_type: str = "dataset"):
 
     if parse_hub(repo, repo_type) != (repo, None):
         raise ValueError(f"{repo!r} is no repository to write to; give org/name")
-    with naming_the_repository(f"{repo} (it takes `hf auth login`, or HF_TOKEN, with a right to write)"):
+    with name_repository(f"{repo} (it takes `hf auth login`, or HF_TOKEN, with a right to write)"):
         HfApi().whoami()
         HfApi().create_repo(repo, repo_type=repo_type, exist_ok=True)  # silent if it is another's
         HfApi().auth_check(repo, repo_type=repo_type, write=True)
@@ -294,11 +233,11 @@ def send(repo: str, repo_type: str, files: dict[str, Path | bytes], message: str
             HfApi().preupload_lfs_files(repo, [addition], repo_type=repo_type)
         HfApi().create_commit(repo, additions, commit_message=message, repo_type=repo_type)
 
-    persistently(f"{PREFIXES[repo_type]}{repo}", attempt, "could not be sent to")
+    retry(f"{PREFIXES[repo_type]}{repo}", attempt, "could not be sent to")
 
 
 @contextlib.contextmanager
-def naming_the_repository(repo: str) -> Iterator[None]:
+def name_repository(repo: str) -> Iterator[None]:
     """Turns what the Hub's clients raise (their errors have no common base) into an OSError with the name."""
     try:
         yield

@@ -25,6 +25,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+from lib import files
+
 Unit = Literal["auto", "file", "line", "block", "article"]  # what is one document in a text file
 
 SUFFIXES = (".txt", ".md", ".raw", ".jsonl", ".parquet")
@@ -216,7 +218,7 @@ def is_readable(name: str) -> bool:
 
 def pinned_packages() -> list[str]:
     """The packages in requirements.txt."""
-    requirements = (Path(__file__).resolve().parent / "requirements.txt").read_text(encoding="utf-8")
+    requirements = (files.ROOT / "requirements.txt").read_text(encoding="utf-8")
     return sorted(set(re.findall(r"^([A-Za-z0-9_-]+)==", requirements, flags=re.MULTILINE)))
 
 

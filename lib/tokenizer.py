@@ -17,15 +17,16 @@ import base64
 import functools
 import hashlib
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib import files
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
-RANKS_FILE = Path(__file__).resolve().parent / "assets" / "gpt2.tiktoken"
+RANKS_FILE = files.ASSETS / "gpt2.tiktoken"
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 VOCAB_SIZE = 50257
 END_OF_TEXT = 50256

@@ -16,13 +16,9 @@ from pathlib import Path
 
 import torch
 
+from lib.device import PEAK_FLOPS
 from model import GPT, GPTConfig
 
-# Peak dense bf16 (T4, V100: fp16) FLOP/s, from NVIDIA's data sheets; longer names first.
-PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
-    "A10G": 70e12, "A10": 125e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
 MFU = 0.4  # share of the peak that a plan counts on: model FLOPs utilisation
 HEADROOM = {"tried": 0.1, "computed": 0.2}  # the share of free memory that --batch-size auto leaves alone
 

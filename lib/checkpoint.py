@@ -13,13 +13,9 @@ repository: its newest checkpoint, and beside it the log, the curves and a model
 """
 
 import contextlib
-import ctypes
 import errno
-import hashlib
 import importlib
 import json
-import os
-import platform
 import re
 import shutil
 import subprocess
@@ -30,7 +26,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +34,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import remote
+from lib import files, hub
+from lib.device import pick_device
 from model import END_OF_TEXT, GPT, HUB_NAMES, SIZES, GPTConfig, config_to_hf, to_hf
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 STEP_NAME = re.compile(r"step_(\d{6,})")
-ROOT = Path(__file__).resolve().parent
-LOG_ROOT = ROOT / "log"
 
 
 @dataclass(frozen=True)
@@ -100,12 +94,12 @@ def save(
     weights: dict[str, torch.Tensor],
     optimizer: dict[str, torch.Tensor],
     state: dict[str, Any],
-    files: dict[str, str],
+    tokenizer_files: dict[str, str],
 ) -> Path:
     """Writes run/step_<step> and returns it.
 
-    weights: the unwrapped model's state dict; optimizer: flat tensors by name; state: JSON values; files:
-    more text files by name (the tokenizer's). A directory of that name which is already there is replaced.
+    weights: the unwrapped model's state dict; optimizer: flat tensors by name; state: JSON values;
+    tokenizer_files: text by file name. A directory of that name which is already there is replaced.
     Raises OSError, naming the directory (and, if the disk is full, the space that is needed).
     """
     final, temporary = run / f"step_{step:06d}", run / f".tmp_step_{step:06d}"
@@ -130,24 +124,24 @@ def save(
             "generation_config.json": json.dumps(
                 {**special, "pad_token_id": special["eos_token_id"]}, indent=2
             ),
-            **files,
+            **tokenizer_files,
         }
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        digests = {path.name: remote.hash_file(path) for path in sorted(temporary.iterdir())}
+        digests = {path.name: files.hash_file(path) for path in sorted(temporary.iterdir())}
         body = {"step": step, **state, "files": digests}
-        sealed = {**body, "sha256": sha256_json(body)}
+        sealed = {**body, "sha256": files.hash_json(body)}
         (temporary / STATE).write_text(json.dumps(sealed, indent=2), encoding="utf-8")
         for path in temporary.iterdir():
-            remote.flush(path)
-        remote.flush(temporary)
+            files.flush(path)
+        files.flush(temporary)
         if final.exists():
             old = set_aside(final)
             temporary.rename(final)
             shutil.rmtree(old)
         else:
             temporary.rename(final)
-        remote.flush(run)
+        files.flush(run)
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None) or errno.EIO
         raise OSError(number, f"{final} ({need / 1e6:,.0f} MB) could not be written: {error}") from error
@@ -328,15 +322,15 @@ def push(repo: str, folder: Path):
     """Sends a checkpoint, its run's log and curves, and a model card to the Hub, in one commit. Raises
     OSError naming the repository."""
     run, state = folder.parent, json.loads((folder / STATE).read_text(encoding="utf-8"))
-    files: dict[str, Path | bytes] = {name: folder / name for name in (*state["files"], STATE)}
+    content: dict[str, Path | bytes] = {name: folder / name for name in (*state["files"], STATE)}
     with tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch) / "loss.png"
-        command = [sys.executable, str(ROOT / "plot.py"), str(run), "--out", str(picture)]
+        command = [sys.executable, str(files.ROOT / "plot.py"), str(run), "--out", str(picture)]
         if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-            files["loss.png"] = picture.read_bytes()
-    files["log.txt"] = (run / "log.txt").read_bytes()
-    files["README.md"] = model_card(repo, state, "loss.png" in files).encode()
-    remote.send(repo, "model", files, f"step {state['step']}")
+            content["loss.png"] = picture.read_bytes()
+    content["log.txt"] = (run / "log.txt").read_bytes()
+    content["README.md"] = model_card(repo, state, "loss.png" in content).encode()
+    hub.send(repo, "model", content, f"step {state['step']}")
 
 
 def model_card(repo: str, state: dict[str, Any], has_picture: bool) -> str:
@@ -352,7 +346,7 @@ def model_card(repo: str, state: dict[str, Any], has_picture: bool) -> str:
         "optimizer": f"{run['optimizer']}, learning rate {run['learning_rate']:g}, "
         f"{run['total_batch_tokens']:,} tokens a step, seed {run['seed']}",
     }
-    dataset = run["dataset_path"].removeprefix(remote.HUB_PREFIX).partition("@")[0]
+    dataset = run["dataset_path"].removeprefix(hub.HUB_PREFIX).partition("@")[0]
     is_hub = dataset != run["dataset_path"]
     return "\n".join([
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2]",
@@ -371,16 +365,16 @@ def pull(location: str, log_root: Path, run_name: str = "") -> Path:
     """The checkpoint in a repository of the Hub, hf://org/name[@revision], as log_root/<run>/step_<step> with
     the run's log beside it; <run> is run_name, or else the run's own name. Several processes may ask for it.
     Raises ValueError for a repository without a checkpoint, OSError if the Hub does not answer."""
-    repo, revision = remote.parse_hub(location, "model")
-    commit, files = remote.list_hub(repo, revision, repo_type="model")
-    if STATE not in files:
+    repo, revision = hub.parse_hub(location, "model")
+    commit, found = hub.list_hub(repo, revision, repo_type="model")
+    if STATE not in found:
         raise ValueError(
             f"{location} holds no training state ({STATE}); to begin from its weights: --init-from {repo}"
         )
     incoming = log_root / ".hub" / repo.replace("/", "--") / commit
     incoming.mkdir(parents=True, exist_ok=True)
     with FileLock(incoming.with_suffix(".lock")):
-        remote.fetch(files[STATE], incoming)
+        hub.fetch(found[STATE], incoming)
         state = verify_state(incoming)
         run = run_folder(log_root, run_name or state.get("config", {}).get("run_name", ""))
         final = run / f"step_{state['step']:06d}"
@@ -389,31 +383,27 @@ def pull(location: str, log_root: Path, run_name: str = "") -> Path:
                 shutil.rmtree(incoming)
                 return final
         for name in state["files"]:
-            if name not in files:
+            if name not in found:
                 raise ValueError(f"{location} is not whole: {name} is missing")
-            remote.fetch(files[name], incoming)
+            hub.fetch(found[name], incoming)
         shutil.rmtree(incoming / ".incoming")
         verify(incoming)
         run_lock = lock(run)
         run.mkdir(exist_ok=True)
-        if "log.txt" in files:
-            remote.fetch(files["log.txt"], incoming)
+        if "log.txt" in found:
+            hub.fetch(found["log.txt"], incoming)
             (incoming / "log.txt").replace(run / "log.txt")
             shutil.rmtree(incoming / ".incoming")
         if final.exists():
             shutil.rmtree(set_aside(final))
         incoming.rename(final)
-        remote.flush(run)
+        files.flush(run)
         unlock(run_lock)
     return final
 
 
 # -----------------------------------------------------------------------------
 # reading
-
-
-def sha256_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -423,7 +413,7 @@ def verify(folder: Path) -> dict[str, Any]:
     for name, digest in body["files"].items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing")
-        if remote.hash_file(folder / name) != digest:
+        if files.hash_file(folder / name) != digest:
             raise ValueError(f"{folder / name} is damaged: its SHA-256 is not the one in {STATE}")
     return body
 
@@ -438,7 +428,7 @@ def verify_state(folder: Path) -> dict[str, Any]:
         seal, names = body.pop("sha256"), list(body["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is missing or damaged ({type(error).__name__})") from error
-    if sha256_json(body) != seal or text != json.dumps({**body, "sha256": seal}, indent=2):
+    if files.hash_json(body) != seal or text != json.dumps({**body, "sha256": seal}, indent=2):
         raise ValueError(f"{path} is damaged: its own SHA-256 does not fit")
     step = STEP_NAME.fullmatch(folder.resolve().name)
     if step and int(step[1]) != body["step"]:
@@ -478,106 +468,12 @@ def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def newest_run(log_root: Path = LOG_ROOT) -> Path:
+def newest_run(log_root: Path = files.LOGS) -> Path:
     """The run folder with the youngest checkpoint. Raises FileNotFoundError where there is none."""
     runs = [p for p in log_root.iterdir() if p.is_dir() and steps(p)] if log_root.is_dir() else []
     if not runs:
         raise FileNotFoundError(f"{log_root} holds no checkpoint; train one: `python train_gpt2.py demo`")
     return max(runs, key=lambda run: steps(run)[-1].stat().st_mtime)
-
-
-def pick_device(name: str, spare_memory: bool = False) -> torch.device:
-    """The device a --device flag means, made ready for speed or, on a CPU, to spare memory; "auto" is CUDA,
-    else Apple's MPS, else the CPU. Raises ValueError for a name that is no device or that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by backend
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"--device {name!r} cannot be used ({reason}); try cpu, cuda, cuda:1, mps or auto"
-        ) from error
-    if device.type == "cpu" and not spare_memory and platform.libc_ver()[0] == "glibc":
-        # By default glibc hands large freed buffers back to the system and then fetches them again, page by
-        # page: more than half of the time of a training step on two cores (0.4 of it remained; measured on
-        # the demo). But what FSDP gathers and gives back leaves holes that nothing else fits.
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: take no buffer from outside the heap
-    if (
-        device.type == "cpu"
-        and torch.cpu._is_avx512_bf16_supported()
-        and not torch.cpu._is_amx_tile_supported()
-    ):
-        # Allowing bfloat16 in float32 products makes torch leave these to oneDNN, which without AMX computes
-        # them in float32 all the same: on an AMD twice as fast as MKL (two cores of a Turin: 0.37 against
-        # 0.18 TFLOP/s, both with errors of 2e-6).
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
-    return device
-
-
-def versions() -> str:
-    """What a report of a fault must say: this commit, the packages and the machine, a line each."""
-    git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, encoding="utf-8", check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "not a git clone"
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):  # Linux has its full name
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        processor = re.findall(r"^model name\s*: (.*)", text, flags=re.MULTILINE)[0]
-    names = ("torch", "numpy", "tiktoken", "gigatoken", "transformers", "datasets", "huggingface_hub")
-    packages = dict.fromkeys(names, "not installed")
-    for name in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            packages[name] = metadata.version(name)
-    facts = {
-        "commit": commit,
-        "python": platform.python_version(),
-        **packages,
-        "system": platform.platform(),
-        "cpu": f"{processor}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}",
-        "gpu": ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
-        or ("Apple MPS" if torch.backends.mps.is_available() else "none"),
-    }
-    return "\n".join(f"{name:16}{fact}" for name, fact in facts.items())
-
-
-def pick_dtype(name: str, device: torch.device, before: str | None = None) -> tuple[torch.dtype, str]:
-    """The precision of matrix products that --dtype means, and why; `before` is what a resumed run had."""
-    if name != "auto":
-        return getattr(torch, name), "as asked"
-    if before:
-        return getattr(torch, before), "as before"
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the GPU has it"
-        return torch.float16, "this GPU has no bfloat16; gradients are scaled"
-    if device.type != "cpu":
-        return torch.float32, f"the safe choice on {device.type}"
-
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
-        times = []
-        for _ in range(4):
-            begin = time.perf_counter()
-            torch.mm(a, b)
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    ratio = seconds(torch.float32) / seconds(torch.bfloat16)
-    chosen = torch.bfloat16 if ratio > 1.5 else torch.float32
-    return chosen, f"bfloat16 products run at {ratio:.1f} times float32's speed on this CPU"
-
-
-def halve(model: GPT, dtype: torch.dtype):
-    """Casts the layers' matrices to dtype: once, where autocast would for each token. The same products."""
-    for part in model.modules():
-        if isinstance(part, torch.nn.Linear):
-            part.to(dtype)
 
 
 def load_model(

@@ -1,0 +1,127 @@
+"""The device, its precision and its speed settings; and what to put into a fault report.
+
+device = pick_device("auto")                     # cuda, else mps, else cpu, with its speed settings
+dtype, why = pick_dtype("auto", device)          # bfloat16 where it pays
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from lib.files import ROOT
+
+# Peak dense bf16 (T4, V100: fp16) FLOP/s, from NVIDIA's data sheets; longer names first.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
+    "A10G": 70e12, "A10": 125e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
+}  # fmt: skip
+
+
+def pick_device(name: str, spare_memory: bool = False) -> torch.device:
+    """The device a --device flag means, made ready for speed or, on a CPU, to spare memory; "auto" is CUDA,
+    else Apple's MPS, else the CPU. Raises ValueError for a name that is no device or that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by backend
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--device {name!r} cannot be used ({reason}); try cpu, cuda, cuda:1, mps or auto"
+        ) from error
+    if device.type == "cpu" and not spare_memory and platform.libc_ver()[0] == "glibc":
+        # By default glibc hands large freed buffers back to the system and then fetches them again, page by
+        # page: more than half of the time of a training step on two cores (0.4 of it remained; measured on
+        # the demo). But what FSDP gathers and gives back leaves holes that nothing else fits.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: take no buffer from outside the heap
+    if (
+        device.type == "cpu"
+        and torch.cpu._is_avx512_bf16_supported()
+        and not torch.cpu._is_amx_tile_supported()
+    ):
+        # Allowing bfloat16 in float32 products makes torch leave these to oneDNN, which without AMX computes
+        # them in float32 all the same: on an AMD twice as fast as MKL (two cores of a Turin: 0.37 against
+        # 0.18 TFLOP/s, both with errors of 2e-6).
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+    return device
+
+
+def pick_dtype(name: str, device: torch.device, before: str | None = None) -> tuple[torch.dtype, str]:
+    """The precision of matrix products that --dtype means, and why; `before` is what a resumed run had."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if before:
+        return getattr(torch, before), "as before"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU has it"
+        return torch.float16, "this GPU has no bfloat16; gradients are scaled"
+    if device.type != "cpu":
+        return torch.float32, f"the safe choice on {device.type}"
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
+        times = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            torch.mm(a, b)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    ratio = seconds(torch.float32) / seconds(torch.bfloat16)
+    chosen = torch.bfloat16 if ratio > 1.5 else torch.float32
+    return chosen, f"bfloat16 products run at {ratio:.1f} times float32's speed on this CPU"
+
+
+def cast_linears(model: torch.nn.Module, dtype: torch.dtype):
+    """Casts the layers' matrices to dtype: once, where autocast would for each token. The same products."""
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.to(dtype)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """What PEAK_FLOPS says of the device; 0 where it says nothing, or for float32."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), 0.0)
+
+
+def versions() -> str:
+    """What a report of a fault must say: this commit, the packages and the machine, a line each."""
+    git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "not a git clone"
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):  # Linux has its full name
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        processor = re.findall(r"^model name\s*: (.*)", text, flags=re.MULTILINE)[0]
+    names = ("torch", "numpy", "tiktoken", "gigatoken", "transformers", "datasets", "huggingface_hub")
+    packages = dict.fromkeys(names, "not installed")
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
+    facts = {
+        "commit": commit,
+        "python": platform.python_version(),
+        **packages,
+        "system": platform.platform(),
+        "cpu": f"{processor}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}",
+        "gpu": ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+        or ("Apple MPS" if torch.backends.mps.is_available() else "none"),
+    }
+    return "\n".join(f"{name:16}{fact}" for name, fact in facts.items())

@@ -1,0 +1,121 @@
+"""Token shards on the Hugging Face Hub, fetched as training needs them.
+
+    folder = hub_shards.open_folder("hf://datasets/org/name")        # or a folder on this machine
+    reader = shards.ShardReader(folder, "train", seq_len=1024)
+
+On disk: data/hub/, a cache of bounded size.
+"""
+
+import contextlib
+import hashlib
+import math
+import queue
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from lib import files, hub
+from lib.shards import (
+    BIN_HEADER_BYTES,
+    HEAD_TOKENS,
+    MANIFEST,
+    NPY_HEADER_BYTES,
+    Folder,
+    list_shards,
+    shards_among,
+)  # fmt: skip
+
+HUB_CACHE = files.DATA / "hub"
+
+
+class HubFolder(Folder):
+    """The shards of a data set on the Hugging Face Hub, hf://datasets/org/name[@revision].
+
+    A shard is fetched when it is wanted (the next one in the background), checked against its SHA-256 and
+    kept under data/hub/; those not wanted for longest make room when all take more than `cache_bytes`.
+    """
+
+    def __init__(self, location: str, cache_bytes: float = 20e9):
+        """Raises ValueError for another location or a cache too small for three shards, OSError if the Hub
+        does not answer."""
+        repo, revision = hub.parse_hub(location)
+        commit, self.files = hub.list_hub(repo, revision)
+        self.name, self.commit, self.cache_bytes = f"{hub.HUB_PREFIX}{repo}@{commit}", commit, cache_bytes
+        self.folder = HUB_CACHE / repo.replace("/", "--") / commit[:12]
+        if MANIFEST in self.files:
+            hub.fetch(self.files[MANIFEST], self.folder)
+            self.entries = list_shards(self.folder)
+        else:
+            self.entries = shards_among((path for path in self.files if "/" not in path), location)
+        for entry in self.entries:
+            self._compare(entry)
+        largest = max(self.files[entry["file"]].size for entry in self.entries)
+        if cache_bytes < 3 * largest:
+            raise ValueError(
+                f"--cache-gb is {cache_bytes / 1e9:g}; {location} needs room for three shards of "
+                f"{largest / 1e9:.2g} GB: at least {math.ceil(3 * largest / 1e8) / 10}"
+            )
+        here = [path for entry in self.entries if (path := self.folder / entry["file"]).is_file()]
+        here.sort(key=lambda path: path.stat().st_mtime)
+        self.recent = dict.fromkeys(path.name for path in here)  # the last is the one wanted last
+        self.heads: dict[str, np.ndarray] = {}
+        self.lock = threading.Lock()
+        self.expected: queue.Queue[dict] = queue.Queue()
+        # A daemon: a run that is over does not wait for it, as it would for an executor's threads.
+        threading.Thread(target=self._fetch_expected, daemon=True).start()
+
+    def _compare(self, entry: dict):
+        """Raises ValueError unless the repository lists the shard as the manifest does; without a manifest,
+        believes the list."""
+        file = self.files.get(entry["file"])
+        header = BIN_HEADER_BYTES if entry["file"].endswith(".bin") else NPY_HEADER_BYTES
+        if file is None:
+            raise ValueError(f"{self.name} has a {MANIFEST} that lists {entry['file']}, but not the file")
+        entry.setdefault("tokens", (file.size - header) // 2)
+        entry.setdefault("sha256", file.sha256)
+        if file.size != header + 2 * entry["tokens"] or (file.sha256 and file.sha256 != entry["sha256"]):
+            raise ValueError(f"{file.url} does not have the size or SHA-256 that its {MANIFEST} says")
+
+    def path(self, entry: dict) -> Path:
+        path = hub.fetch(self.files[entry["file"]], self.folder)
+        with self.lock:
+            self.recent.pop(path.name, None)
+            self.recent[path.name] = None
+            while sum(self.files[name].size for name in self.recent) > self.cache_bytes:
+                oldest = next(iter(self.recent))
+                del self.recent[oldest]
+                with contextlib.suppress(OSError):  # another process was faster, or Windows has it open
+                    (self.folder / oldest).unlink()
+        return path
+
+    def head(self, entry: dict, tokens: int) -> np.ndarray | None:
+        if tokens > HEAD_TOKENS or "head_sha256" not in entry or entry["file"] in self.recent:
+            return None
+        if entry["file"] in self.heads:
+            return self.heads[entry["file"]][:tokens]
+        data = hub.read_start(self.files[entry["file"]], NPY_HEADER_BYTES + 2 * HEAD_TOKENS)
+        ids = np.frombuffer(data, dtype="<u2", offset=NPY_HEADER_BYTES)
+        if hashlib.sha256(ids.tobytes()).hexdigest() != entry["head_sha256"]:
+            raise ValueError(f"{self.files[entry['file']].url} does not begin as its {MANIFEST} says")
+        self.heads[entry["file"]] = ids
+        return ids[:tokens]
+
+    def expect(self, entry: dict):
+        if entry["file"] not in self.recent:
+            self.expected.put(entry)
+
+    def _fetch_expected(self):
+        while True:
+            with contextlib.suppress(Exception):  # it is asked for again, loudly, when it is needed
+                self.path(self.expected.get())
+
+    def check(self, entry: dict):
+        """A shard is checked when it is fetched."""
+
+
+def open_folder(location: str | Path, cache_bytes: float = 20e9) -> Folder:
+    """The shards in a folder, or in a repository hf://datasets/org/name of the Hub."""
+    if str(location).startswith(hub.HUB_PREFIX):
+        return HubFolder(str(location), cache_bytes)
+    return Folder(Path(location))

@@ -1,0 +1,315 @@
+"""Token shards, written: parts of a source in parallel, then joined.
+
+    plan = shard_writer.plan_of(shard_writer.begin(folder, about))
+    with shard_writer.PartWriter(folder, 0, shard_tokens=100_000_000, plan=plan) as writer:
+        writer.write(ids)
+        writer.close()
+    manifest = shard_writer.merge(folder)
+
+On disk, until `merge`: data/<name>/parts/000000/, a folder a part of the source. The format is in shards.py.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from lib import files
+from lib.shards import (
+    DEFAULT_VAL_TOKENS,
+    END_OF_TEXT,
+    FORMAT_VERSION,
+    HEAD_TOKENS,
+    MANIFEST,
+    SHARD_NAME,
+    SPLITS,
+    is_complete,
+    load_manifest,
+    open_shard,
+)  # fmt: skip
+
+PARTS = "parts"
+
+
+class PartWriter:
+    """Cuts the stream of tokens of one part of a source into shards, in folder/parts/<part>.
+
+    The first `val_tokens` go to the validation split, the rest to `split`. With val_tokens None, validation
+    gets DEFAULT_VAL_TOKENS, or a tenth of a stream too short for that. A thread writes a shard while the
+    tokens of the next are made. An interrupted part is taken up where its last whole shard ended: the caller
+    goes on with document number `documents_done`, and leaves out that document's first `tokens_done` tokens.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        part: int,
+        shard_tokens: int,
+        val_tokens: int | None = None,
+        split: str = "train",
+        plan: str = "",
+    ):
+        """`plan` is the `plan_of` the data set. Raises OSError if another process is writing the part, and
+        ValueError if what is there is of another plan."""
+        from filelock import FileLock, Timeout
+
+        self.folder, self.shard_tokens, self.split = part_folder(folder, part), shard_tokens, split
+        self.pieces: list[np.ndarray] = []
+        self.held = 0  # tokens in pieces
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder.with_suffix(".lock"))
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise OSError(f"another process is writing part {part} of {folder}; wait for it") from error
+        begun = {"plan": plan, "complete": False, "val_tokens": val_tokens, "shards": []}
+        self.state = read_part(folder, part) or begun
+        if self.state["plan"] != plan:
+            raise ValueError(
+                f"{self.folder} belongs to another source, or was begun with other flags; remove it"
+            )
+        self.shards: list[dict] = self.state["shards"]
+        self._drop_what_is_not_whole()
+        if not self.shards:
+            self.state["val_tokens"] = val_tokens
+        self.val_left: int | None = self.state["val_tokens"]
+        if self.val_left is not None:
+            self.val_left -= sum(shard["tokens"] for shard in self.shards if shard["split"] == "val")
+        self.documents_done, self.tokens_done = self._position()
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.writing: Future | None = None
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, *exc):
+        self.thread.shutdown(wait=True)
+        self.lock.release()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the part so far."""
+        return self.held + sum(shard["tokens"] for shard in self.shards)
+
+    def write(self, ids: np.ndarray):
+        """Appends uint16 tokens (N,) to the stream."""
+        self.pieces.append(ids)
+        self.held += len(ids)
+        if self.val_left is None and self.held >= 10 * DEFAULT_VAL_TOKENS:
+            self._set_val_tokens(DEFAULT_VAL_TOKENS)
+        while self.val_left is not None and self.held >= self._next_size():
+            self._write_shard(self._next_size())
+
+    def close(self, read_back: bool = False):
+        """Writes what is left and marks the part as complete; with read_back, after comparing the shards'
+        bytes on disk with those that were written. Raises ValueError if validation takes all the part has."""
+        if self.val_left is None:
+            self._set_val_tokens(self.held // 10)
+        if self.val_left and self.val_left >= self.held:
+            raise ValueError(
+                f"the text, or the first part of it, has {self.tokens:,} tokens, of which --val-tokens takes "
+                f"{self.state['val_tokens']:,}: none is left for training; give a smaller --val-tokens"
+            )
+        while self.held:
+            self._write_shard(min(self.held, self._next_size()))
+        self._wait()
+        for shard in self.shards if read_back else []:
+            if files.hash_file(self.folder / shard["file"]) != shard["sha256"]:
+                raise OSError(
+                    f"{self.folder / shard['file']} does not hold what was written: is the disk sound?"
+                )
+        self.state["complete"] = True
+        files.write_json(self.folder / "part.json", self.state)
+
+    def _set_val_tokens(self, val_tokens: int):
+        self.state["val_tokens"] = self.val_left = val_tokens
+
+    def _next_size(self) -> int:
+        return min(self.shard_tokens, self.val_left) if self.val_left else self.shard_tokens
+
+    def _write_shard(self, tokens: int):
+        """Takes so many tokens off the stream and has them written in the background."""
+        split = "val" if self.val_left else self.split
+        if self.val_left:
+            self.val_left -= tokens
+        self.held -= tokens
+        stream, self.pieces = self.pieces, []
+        for i, piece in enumerate(stream):
+            if len(piece) > tokens:  # the shard ends inside this piece
+                self.pieces = [piece[tokens:], *stream[i + 1 :]]
+                stream = [*stream[:i], piece[:tokens]]
+                break
+            tokens -= len(piece)
+        self._wait()
+        self.writing = self.thread.submit(self._store, split, stream)
+
+    def _wait(self):
+        if self.writing:
+            self.writing.result()
+
+    def _store(self, split: str, pieces: list[np.ndarray]):
+        number = sum(shard["split"] == split for shard in self.shards)
+        path = self.folder / f"{split}_{number:06d}.npy"
+        tokens, digest = sum(map(len, pieces)), hashlib.sha256()
+        header = io.BytesIO()
+        layout = {"descr": "<u2", "fortran_order": False, "shape": (tokens,)}
+        np.lib.format.write_array_header_1_0(header, layout)  # as np.save does
+
+        def fill(f: BinaryIO):
+            for block in (header.getbuffer(), *(piece.data for piece in pieces)):
+                f.write(block)
+                digest.update(block)
+
+        files.write_atomically(path, fill)
+        self.shards.append(
+            dict(
+                file=path.name,
+                split=split,
+                tokens=tokens,
+                documents=sum(int(np.count_nonzero(piece == END_OF_TEXT)) for piece in pieces),
+                sha256=digest.hexdigest(),
+                head_sha256=hashlib.sha256(open_shard(path)[:HEAD_TOKENS].tobytes()).hexdigest(),
+            )
+        )
+        files.write_json(self.folder / "part.json", self.state)
+
+    def _drop_what_is_not_whole(self):
+        """Keeps the shards before the first that is missing or damaged, and removes all other files."""
+        for i, shard in enumerate(self.shards):
+            path = self.folder / shard["file"]
+            if not path.is_file() or files.hash_file(path) != shard["sha256"]:
+                del self.shards[i:]
+                self.state["complete"] = False
+                break
+        whole = {"part.json", *(shard["file"] for shard in self.shards)}
+        for path in self.folder.iterdir():
+            if path.name not in whole:
+                path.unlink()
+
+    def _position(self) -> tuple[int, int]:
+        """The number of the last document that was begun, and how many of its tokens are written, its 50256
+        included."""
+        begun, tokens = sum(shard["documents"] for shard in self.shards), 0
+        for shard in reversed(self.shards):
+            ids = open_shard(self.folder / shard["file"])
+            starts = np.flatnonzero(ids == END_OF_TEXT)
+            if len(starts):
+                return begun - 1, tokens + len(ids) - int(starts[-1])
+            tokens += len(ids)
+        return 0, 0
+
+
+def part_folder(folder: Path, part: int) -> Path:
+    return folder / PARTS / f"{part:06d}"
+
+
+def plan_of(manifest: dict) -> str:
+    """A hash of what a data set is to be made of, which all its parts must agree on."""
+    plan = {key: value for key, value in manifest.items() if key not in ("complete", "shards")}
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def read_part(folder: Path, part: int) -> dict | None:
+    """What a PartWriter has said of its part, if anything; a damaged part.json says nothing."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return json.loads((part_folder(folder, part) / "part.json").read_text(encoding="utf-8"))
+    return None
+
+
+def begin(folder: Path, about: dict) -> dict:
+    """Starts a data set: its manifest, incomplete, with `about` (name, source, number of parts, ...) in it.
+    Where several processes begin at once, one does; returns the manifest that is there. Raises ValueError
+    for a folder that holds shards of other origin."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / MANIFEST
+    if not path.is_file():
+        if strangers := [p.name for p in folder.iterdir() if SHARD_NAME.fullmatch(p.name)]:
+            raise ValueError(
+                f"{folder} holds shards without a {MANIFEST}, such as {strangers[0]}; "
+                "choose another --name or --out-dir"
+            )
+        first = folder / f".{MANIFEST}.{os.getpid()}.{threading.get_ident()}.begin"
+        files.write_json(first, {"format": FORMAT_VERSION, **about, "complete": False, "shards": []})
+        try:
+            os.link(first, path)  # fails where the name exists: whoever was first has written the manifest
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(first, path)
+        first.unlink(missing_ok=True)
+    return load_manifest(path)
+
+
+def missing_parts(folder: Path, manifest: dict) -> list[int]:
+    return [p for p in range(manifest["parts"]) if not (read_part(folder, p) or {}).get("complete")]
+
+
+def merge(folder: Path) -> dict:
+    """Gives the shards of all parts their final names and completes the manifest, which is returned. May be
+    interrupted and repeated, and called by several processes at once. Raises ValueError where a part is
+    missing; or where nothing is left for training, and then clears the folder for another try."""
+    try:
+        return _merge(folder)
+    except (ValueError, OSError):
+        if is_complete(folder):  # another process was faster
+            return load_manifest(folder / MANIFEST)
+        raise
+
+
+def _merge(folder: Path) -> dict:
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} has no {MANIFEST}; fineweb.py makes it when it begins a data set")
+    manifest = load_manifest(folder / MANIFEST)
+    if manifest["complete"]:
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
+        return manifest
+    if missing := missing_parts(folder, manifest):
+        some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        raise ValueError(f"{folder}: of {manifest['parts']} parts, these are missing or incomplete: {some}")
+    parts = [part for number in range(manifest["parts"]) if (part := read_part(folder, number))]
+    if len(parts) < manifest["parts"]:
+        raise ValueError(f"{folder / PARTS} was removed while its parts were joined")
+    if strangers := [n for n, part in enumerate(parts) if part["plan"] != plan_of(manifest)]:
+        raise ValueError(
+            f"{folder}: parts {strangers} are of another source, revision or flags than {MANIFEST}"
+        )
+    if not any(shard["split"] == "train" for part in parts for shard in part["shards"]):
+        clear(folder)
+        raise ValueError(f"{manifest.get('source')} has no text for training")
+    entries = []
+    for split in SPLITS:
+        found = [
+            (n, shard) for n, part in enumerate(parts) for shard in part["shards"] if shard["split"] == split
+        ]
+        for number, (part, shard) in enumerate(found):
+            path = folder / f"{manifest['name']}_{split}_{number:06d}.npy"
+            with contextlib.suppress(FileNotFoundError):  # moved by an earlier try, or by another process
+                os.replace(part_folder(folder, part) / shard["file"], path)
+            open_shard(path, shard["tokens"])
+            entries.append({**shard, "file": path.name})
+    files.flush(folder)
+    manifest |= {"complete": True, "shards": entries}
+    files.write_json(folder / MANIFEST, manifest)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    for left in folder.glob(f".{MANIFEST}.*"):  # of killed processes
+        left.unlink(missing_ok=True)
+    return manifest
+
+
+def clear(folder: Path):
+    """Removes the parts, shards and manifest that `begin` and its followers made in folder."""
+    manifest = load_manifest(folder / MANIFEST)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    ours = re.compile(rf"\.?{re.escape(manifest['name'])}_(train|val|test)_\d+\.(npy|bin)(\..*tmp)?")
+    for path in [p for p in folder.iterdir() if ours.fullmatch(p.name)]:
+        path.unlink()
+    (folder / MANIFEST).unlink()
