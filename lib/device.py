@@ -1,7 +1,7 @@
-"""The device, its precision and its speed settings; and what to put into a fault report.
+"""The device, its precision and speed settings; the versions for a fault report.
 
-device = pick_device("auto")                     # cuda, else mps, else cpu, with its speed settings
-dtype, why = pick_dtype("auto", device)          # bfloat16 where it pays
+    device = pick_device("auto")                     # cuda, else mps, else cpu, with its speed settings
+    dtype, why = pick_dtype("auto", device)          # bfloat16 if it is faster
 """
 
 import contextlib
@@ -26,8 +26,11 @@ PEAK_FLOPS = {
 
 
 def pick_device(name: str, spare_memory: bool = False) -> torch.device:
-    """The device a --device flag means, made ready for speed or, on a CPU, to spare memory; "auto" is CUDA,
-    else Apple's MPS, else the CPU. Raises ValueError for a name that is no device or that is not there."""
+    """The device that --device names, with its speed settings; "auto" is CUDA, else Apple's MPS, else the CPU.
+
+    spare_memory: on a CPU, return freed memory to the system. Raises ValueError for a device that does not
+    exist.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -39,9 +42,9 @@ def pick_device(name: str, spare_memory: bool = False) -> torch.device:
             f"--device {name!r} cannot be used ({reason}); try cpu, cuda, cuda:1, mps or auto"
         ) from error
     if device.type == "cpu" and not spare_memory and platform.libc_ver()[0] == "glibc":
-        # By default glibc hands large freed buffers back to the system and then fetches them again, page by
-        # page: more than half of the time of a training step on two cores (0.4 of it remained; measured on
-        # the demo). But what FSDP gathers and gives back leaves holes that nothing else fits.
+        # By default glibc returns large freed buffers to the system and fetches them again page by page. That
+        # took more than half of a training step on two cores (measured on the demo: 0.4 of the time remained).
+        # Under FSDP, gathered weights leave holes that no other buffer fits, so it keeps the default.
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take no buffer from outside the heap
@@ -50,15 +53,15 @@ def pick_device(name: str, spare_memory: bool = False) -> torch.device:
         and torch.cpu._is_avx512_bf16_supported()
         and not torch.cpu._is_amx_tile_supported()
     ):
-        # Allowing bfloat16 in float32 products makes torch leave these to oneDNN, which without AMX computes
-        # them in float32 all the same: on an AMD twice as fast as MKL (two cores of a Turin: 0.37 against
-        # 0.18 TFLOP/s, both with errors of 2e-6).
+        # This setting makes torch use oneDNN for float32 products. Without AMX, oneDNN still computes them in
+        # float32, and on an AMD twice as fast as MKL does (two cores of a Turin: 0.37 against 0.18 TFLOP/s,
+        # both with errors of 2e-6).
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
     return device
 
 
 def pick_dtype(name: str, device: torch.device, before: str | None = None) -> tuple[torch.dtype, str]:
-    """The precision of matrix products that --dtype means, and why; `before` is what a resumed run had."""
+    """The precision of matrix products that --dtype names, and the reason; `before`: a resumed run's."""
     if name != "auto":
         return getattr(torch, name), "as asked"
     if before:
@@ -85,14 +88,14 @@ def pick_dtype(name: str, device: torch.device, before: str | None = None) -> tu
 
 
 def cast_linears(model: torch.nn.Module, dtype: torch.dtype):
-    """Casts the layers' matrices to dtype: once, where autocast would for each token. The same products."""
+    """Casts the linear layers to dtype once, as autocast would in every forward pass. Products are the same."""
     for part in model.modules():
         if isinstance(part, torch.nn.Linear):
             part.to(dtype)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """What PEAK_FLOPS says of the device; 0 where it says nothing, or for float32."""
+    """The device's peak in PEAK_FLOPS, in FLOP/s; 0 if it is unknown, or for float32."""
     if device.type != "cuda" or dtype == torch.float32:
         return 0.0
     name = torch.cuda.get_device_name(device)
@@ -100,7 +103,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def versions() -> str:
-    """What a report of a fault must say: this commit, the packages and the machine, a line each."""
+    """What a fault report needs, one line per fact: this commit, the packages and the machine."""
     git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, encoding="utf-8", check=True).stdout.strip()

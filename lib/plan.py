@@ -1,10 +1,9 @@
-"""What a training will take, before it begins: memory by part, the largest batch that fits, hours, money.
+"""The cost of a run before it starts: memory by part, the largest batch that fits, hours, money.
 
-    python train_gpt2.py --dry-run                   # of a run as its flags describe it
-    python train_gpt2.py --batch-size auto           # the largest batch that fits this device
-    python bench.py --plan --model-size 350M         # of a size, on GPUs that need not be there
+    python train_gpt2.py --dry-run                   # memory, hours and cost of the run that the flags describe
+    python train_gpt2.py --batch-size auto           # trains with the largest batch that fits this device
 
-The memory is counted tensor by tensor, from model.py; tests hold it against the measured peak of real steps.
+Memory is counted tensor by tensor from model.py. Tests compare it with the measured peak of real steps.
 """
 
 import contextlib
@@ -19,15 +18,15 @@ import torch
 from lib.device import PEAK_FLOPS
 from model import GPT, GPTConfig
 
-MFU = 0.4  # share of the peak that a plan counts on: model FLOPs utilisation
-HEADROOM = {"tried": 0.1, "computed": 0.2}  # the share of free memory that --batch-size auto leaves alone
+MFU = 0.4  # model FLOPs utilisation that a plan assumes
+HEADROOM = {"tried": 0.1, "computed": 0.2}  # share of free memory that --batch-size auto leaves free
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A training step, as far as its memory depends on it."""
+    """Everything that the memory of a training step depends on."""
 
-    config: GPTConfig
+    model_config: GPTConfig
     seq_len: int = 1024
     total_batch_tokens: int = 524_288
     optimizer: str = "adamw"
@@ -38,40 +37,40 @@ class Workload:
     recompute: bool = False
 
     def accumulates(self, batch_size: int) -> bool:
-        """Whether there are gradients of an earlier micro-step."""
+        """Whether a micro-step finds gradients of an earlier one."""
         return self.total_batch_tokens > batch_size * self.seq_len * self.world_size
 
     @property
     def share(self) -> float:
-        """Of weights, gradients and optimizer state, what one process has."""
+        """The share of weights, gradients and optimizer state that one process holds."""
         return 1 / self.world_size if self.fsdp else 1.0
 
     def step_bytes(self, batch_size: int) -> dict[str, float]:
-        """Memory of one process by part, without torch.compile, at a step's peak: when the loss has just been
-        computed or, of a small batch, when all gradients are there."""
-        config, width = self.config, self.dtype.itemsize
-        C, L, P = config.n_embd, config.n_layer, config.num_params
-        N, embedding, matrices = batch_size * self.seq_len, config.padded_vocab_size * C, 12 * L * C * C
+        """Peak memory of one process in a step without torch.compile, bytes by part. The peak is at the loss
+        or, for small batches, when all gradients exist."""
+        model_config, width = self.model_config, self.dtype.itemsize
+        C, L, P = model_config.n_embd, model_config.n_layer, model_config.num_params
+        N, embedding, matrices = batch_size * self.seq_len, model_config.padded_vocab_size * C, 12 * L * C * C
         on_cpu, is_cast = self.device_type == "cpu", width < 4
         is_divided, is_copied = self.fsdp and self.world_size > 1, self.world_size > 1 and not self.fsdp
         accumulates = self.accumulates(batch_size)
 
-        # A layer keeps, in bytes a channel: the residual stream twice (float32), both LayerNorms' outputs,
+        # A layer keeps, in bytes per channel: the residual stream twice (float32), both LayerNorms' outputs,
         # q, k, v, the attention's output, and the MLP's inside before and after GELU, four times as wide.
         layer = 2 * 4 + 2 * width + 3 * width + width + 2 * 4 * width
-        if config.dropout and on_cpu:  # two masks; attention keeps T x T numbers three times, all in float32
-            layer += 2 * width + 3 * 4 * config.n_head * self.seq_len / C + 6 * is_cast
-        elif config.dropout:  # two masks of bytes
+        if model_config.dropout and on_cpu:  # two masks; attention keeps T x T numbers three times, all in float32
+            layer += 2 * width + 3 * 4 * model_config.n_head * self.seq_len / C + 6 * is_cast
+        elif model_config.dropout:  # two masks of bytes
             layer += 2
         layers = 4 * L + layer if self.recompute else L * layer  # of all but one layer, the input only
         cast = matrices / L if self.recompute else matrices  # autocast's copies
-        # LinearCrossEntropy has the embedding's copy, if it is cast, and its gradient; then either a chunk's
-        # logits and log-softmax, or the chunk's share of the gradient (which a CPU casts, too).
-        chunk, kept = N / 8 * config.padded_vocab_size, embedding * (4 + width * is_cast)
+        # LinearCrossEntropy holds the embedding's gradient and, if cast, its copy; then either a chunk's logits
+        # and log-softmax, or the chunk's share of the gradient (which a CPU casts, too).
+        chunk, kept = N / 8 * model_config.padded_vocab_size, embedding * (4 + width * is_cast)
         at_logits = kept + chunk * (4 + 4)
         at_gradient = kept + chunk * (4 + width * is_cast) + embedding * (width + 4 * (is_cast and on_cpu))
 
-        root = 4 * (embedding + config.block_size * C)  # FSDP gathers it for the step, and two blocks in turn
+        root = 4 * (embedding + model_config.block_size * C)  # FSDP gathers it for the step, and two blocks at a time
         always = {
             "weights": 4 * P * self.share,
             "gathered": (root + 2 * 4 * matrices / L) * is_divided,
@@ -84,39 +83,38 @@ class Workload:
             "activations": N * C * (layers + 4 + 3 * width),
             "loss": max(at_logits, at_gradient),
         }
-        # The embedding's gradient is the sum of two; FSDP divides it when it is whole.
+        # The embedding's gradient is the sum of two; FSDP shards it only when it is complete.
         at_end = always | {"gradients": 4 * (P * self.share + (3 if is_divided else 2) * embedding)}
         parts = max(at_loss, at_end, key=lambda parts: sum(parts.values()))
-        if on_cpu:  # holes in a heap that is never trimmed (pick_device), and torch's kernels: as measured
+        if on_cpu:  # measured: torch's kernels, and holes in a heap that is never trimmed (pick_device)
             parts |= {"rest": 0.1 * sum(parts.values()) + 0.1e9}
         return {name: float(size) for name, size in parts.items() if size}
 
     def need(self, batch_size: int) -> float:
-        """All parts of `step_bytes` together."""
+        """The sum of `step_bytes`."""
         return sum(self.step_bytes(batch_size).values())
 
     def saving_bytes(self) -> int:
-        """Main memory for copies while a checkpoint is written: weights and optimizer, and the weights once
-        more in Hugging Face's layout."""
-        return (4 + 8 + 4) * self.config.num_params
+        """Main memory for the copies while a checkpoint is written: weights, optimizer state, and the weights
+        in Hugging Face's layout."""
+        return (4 + 8 + 4) * self.model_config.num_params
 
     def largest_batch(self, fits: Callable[[int], bool]) -> int:
-        """The largest batch_size that divides a process's share of a step and that fits; 0 if none does."""
+        """The largest batch size that fits and divides a process's share of a step; 0 if none does."""
         share = self.total_batch_tokens // (self.seq_len * self.world_size)
         return next((n for n in range(share, 0, -1) if share % n == 0 and fits(n)), 0)
 
     def fitting_batch(self, model: GPT, device: torch.device) -> tuple[int, str]:
-        """The largest batch that fits the device's memory, 0 if none does; and by what account. On CUDA steps
-        are tried; elsewhere, and for a sharded model or one without memory, `step_bytes` decides."""
+        """The largest batch that fits the device's memory (0: none), and the reason. On CUDA, real steps are
+        tried; elsewhere, and for a sharded or meta model, `step_bytes` decides."""
         is_there = not model.wte.weight.is_meta
         is_tried = device.type == "cuda" and is_there and not self.fsdp
         how = "tried" if is_tried else "computed"
         if is_tried:
-            peak_of_step(
-                model, 1, self.seq_len, self.dtype, 0, False
-            )  # CUDA's libraries take memory for good
+            # CUDA's libraries take memory in the first step and never return it.
+            peak_of_step(model, 1, self.seq_len, self.dtype, 0, False)
         free, source = free_memory(device, self.world_size)
-        free += 4 * self.config.num_params * self.share * is_there  # the weights are part of a step
+        free += 4 * self.model_config.num_params * self.share * is_there  # the weights are part of a step
         room = free * (1 - HEADROOM[how]) - self.saving_bytes() * (device.type == "cpu")
 
         def fits(batch_size: int) -> bool:
@@ -124,7 +122,7 @@ class Workload:
             if not is_tried:
                 return sum(parts.values()) <= room
             beside = parts["optimizer"] + parts.get("exchange", 0)
-            return sum(parts.values()) <= 1.3 * room and (  # much more need not be tried
+            return sum(parts.values()) <= 1.3 * room and (  # a batch far too large is not tried
                 peak_of_step(
                     model, batch_size, self.seq_len, self.dtype, beside, self.accumulates(batch_size)
                 )
@@ -141,8 +139,10 @@ class Workload:
 def peak_of_step(
     model: GPT, batch_size: int, seq_len: int, dtype: torch.dtype, beside: float, has_gradients: bool
 ) -> float:
-    """Bytes that forward and backward of so many sequences take on the GPU, tried, with so many `beside` them
-    and, on demand, gradients that are there before; inf where there are not so many."""
+    """Peak GPU memory of a real forward and backward pass, in bytes; inf if it runs out of memory.
+
+    beside: bytes to occupy meanwhile; has_gradients: whether gradients exist before.
+    """
     device, peak = model.wte.weight.device, math.inf
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -163,8 +163,8 @@ def peak_of_step(
 
 
 def free_memory(device: torch.device, processes: int) -> tuple[float, str]:
-    """Bytes that this process, one of so many, may still take on its device, and by what account. Raises
-    ValueError where the system does not say."""
+    """Bytes that this process, one of several, may still take on its device, and the source of the figure.
+    Raises ValueError if the system does not say."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached, "free on the GPU"
@@ -186,7 +186,7 @@ def free_memory(device: torch.device, processes: int) -> tuple[float, str]:
 
 
 def cgroup_room(root: Path = Path("/")) -> float:
-    """Bytes that the limits set on this process's memory (by a container, by SLURM) leave; inf if none is."""
+    """Bytes left by this process's memory limits (a container's, SLURM's); inf if there is no limit."""
     room, groups = math.inf, root / "proc/self/cgroup"
     for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else ():
         _, controllers, group = line.split(":", 2)
@@ -198,7 +198,7 @@ def cgroup_room(root: Path = Path("/")) -> float:
         }[controllers]
         inside = root / top / group.lstrip("/")
         for folder in (inside, *inside.parents):
-            # Without a limit there is no such file, or no number in it. What was read from disk makes room.
+            # Without a limit the file is missing or holds no number. The page cache counts as free.
             with contextlib.suppress(OSError, ValueError, IndexError):
                 stat = (folder / "memory.stat").read_text(encoding="utf-8")
                 taken = int((folder / used).read_text(encoding="utf-8"))
@@ -207,48 +207,26 @@ def cgroup_room(root: Path = Path("/")) -> float:
     return room
 
 
-def describe_memory(work: Workload, batch_size: int, device: torch.device) -> str:
-    """The memory of a step by part, beside what is free."""
-    parts, saving = work.step_bytes(batch_size), work.saving_bytes()
-    need, (free, source) = sum(parts.values()), free_memory(device, work.world_size)
+def describe(
+    work: Workload, batch_size: int, device: torch.device, tokens: int, dollars_per_gpu_hour: float = 0.0
+) -> str:
+    """The plan of a run: memory of a step by part beside the free memory, FLOPs, and for each kind of GPU the
+    hours and, given a price, the cost."""
+    parts, saving, gpus = work.step_bytes(batch_size), work.saving_bytes(), work.world_size
+    need, (free, source) = sum(parts.values()), free_memory(device, gpus)
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    fits = need + saving * (device.type == "cpu") <= free
-    return (
-        f"memory {need / 1e9:.2f} GB a process at a step's peak, about: {listed}\n"
+    flops = work.model_config.flops_per_token(work.seq_len)
+    lines = [
+        f"memory {need / 1e9:.2f} GB per process at a step's peak, about: {listed}",
         f"       {free / 1e9:.2f} GB are {source}; while a checkpoint is written, its copies take "
-        f"{saving / 1e9:.2f} GB of main memory"
-        + ("" if fits else "\nnote   this does not fit: take a smaller --batch-size, or auto")
-    )
-
-
-def describe_scaling(config: GPTConfig, seq_len: int, total_batch_tokens: int) -> str:
-    """On paper, a line a number of H100s: milliseconds of a step's products at MFU and of the exchange of its
-    gradients, by three ways, and the share of the time that is then left for products.
-
-    A ring moves 2 (N - 1) / N times the gradients through each GPU's link, 3 times with FSDP, which gathers
-    weights, too: 450 GB/s by NVLink within a machine of 8, 50 GB/s (400 Gbit/s a GPU) beyond. DDP hides it
-    behind the backward pass, two thirds of the products, FSDP behind all. Latency is not counted.
-    """
-    ways = {"DDP": (4 * 2, 2 / 3), "DDP bfloat16": (2 * 2, 2 / 3), "FSDP": (4 * 3, 1.0)}  # bytes a parameter
-    lines = ["  GPUs  products" + "".join(f"{name:>20}" for name in ways)]
-    for gpus in (8, 16, 32, 64, 128, 256, 512, 1024):
-        if gpus * seq_len > total_batch_tokens:
-            break
-        products = total_batch_tokens * config.flops_per_token(seq_len) / (MFU * PEAK_FLOPS["H100"] * gpus)
-        line = f"{gpus:6} {1000 * products:9,.1f}"
-        for size, hidden in ways.values():
-            exchange = size * config.num_params * (gpus - 1) / gpus / (450e9 if gpus <= 8 else 50e9)
-            share = products / (products + max(0.0, exchange - hidden * products))
-            line += f" {1000 * exchange:13,.1f} {share:5.0%}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def describe_hours(flops: float, gpus: int = 1, dollars_per_gpu_hour: float = 0.0) -> str:
-    """A line a GPU: the hours of so many FLOPs on so many of it and, if a price is given, what they cost."""
-    lines = []
+        f"{saving / 1e9:.2f} GB of main memory",
+        f"flops  {flops / 1e9:.2f} GFLOP per token (forward and backward), {tokens * flops:.2e} in all",
+        f"hours  without evaluation, on {gpus} of these GPUs at {MFU:.0%} of the peak:",
+    ]
+    if need + saving * (device.type == "cpu") > free:
+        lines.insert(2, "note   this does not fit: take a smaller --batch-size, or auto")
     for name, peak in PEAK_FLOPS.items():
-        hours = flops / (MFU * peak * gpus) / 3600
+        hours = tokens * flops / (MFU * peak * gpus) / 3600
         dollars = f" {hours * gpus * dollars_per_gpu_hour:12,.2f} dollars" if dollars_per_gpu_hour else ""
         lines.append(f"  {name:10} {hours:10,.2f}{dollars}")
     return "\n".join(lines)

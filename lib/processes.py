@@ -1,0 +1,187 @@
+"""The processes that torchrun started: they connect, sum and broadcast values, and notice who is gone.
+
+    with processes.connect("auto", timeout_seconds=600) as process:      # one process is fine, too
+        process.print("on rank 0 only")
+        total, = process.all_reduce(loss)
+    processes.launch(__file__, 8, sys.argv[1:])                          # what torchrun would start
+"""
+
+import contextlib
+import datetime
+import hashlib
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lib.device import pick_device
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among the world_size that train together."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    store: dist.Store | None = None  # torchrun's key-value store, for messages outside of training
+    is_orphan: threading.Event = field(default_factory=threading.Event)  # set when torchrun is gone
+    is_over: threading.Event = field(default_factory=threading.Event)  # set at the end
+    began: float = field(default_factory=time.monotonic)
+
+    def print(self, text: str):
+        """Prints on rank 0, at once."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def all_reduce(self, *values: float) -> list[float]:
+        """Each value summed over all processes."""
+        if self.world_size == 1:
+            return list(values)
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        totals = torch.tensor(values, dtype=kind, device=self.device)
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every process."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def barrier(self):
+        """Waits until all processes are here."""
+        self.broadcast(None)  # dist.barrier would need a device under NCCL
+
+    def disconnect(self):
+        """Leaves the process group. No DistributedDataParallel may exist any more: its destructor would join
+        gloo's threads while it holds the interpreter's lock, for which one of them may wait (torch 2.13)."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    def send_heartbeats(self):
+        """Counts seconds in the store until the end. A store that is gone means that torchrun was killed."""
+        with contextlib.suppress(RuntimeError):
+            while self.store:
+                self.store.add(f"seconds of rank {self.rank}", 1)
+                if self.is_over.wait(1):
+                    return
+        self.is_orphan.set()
+
+    def find_silent(self) -> str:
+        """Names the ranks whose heartbeats have stopped. Takes 2.5 to 4 seconds."""
+        if not self.store:
+            return "there is no other"
+        names, before, after = [f"seconds of rank {rank}" for rank in range(self.world_size)], [], []
+
+        def listen(store: dist.Store):
+            with contextlib.suppress(RuntimeError):
+                before.extend(store.add(name, 0) for name in names)
+                time.sleep(2.5)
+                after.extend(store.add(name, 0) for name in names)
+
+        listener = threading.Thread(target=listen, args=(self.store,), daemon=True)
+        listener.start()
+        listener.join(4.0)
+        if len(after) < len(names):
+            return "no sign of life from torchrun, or from rank 0 where there is none"
+        silent = [str(rank) for rank in range(self.world_size) if before[rank] == after[rank]]
+        return f"no sign of life from rank {', '.join(silent)}" if silent else "all ranks are alive"
+
+
+@contextlib.contextmanager
+def connect(device: str, timeout_seconds: float, spare_memory: bool = False) -> Iterator[Process]:
+    """This process, connected to the others if torchrun started it, with one GPU per process.
+
+    device and spare_memory are those of `pick_device`. If a collective operation fails in the body, the ranks
+    that are silent are named on standard error.
+    """
+    process = join_group(device, timeout_seconds, spare_memory)
+    heart = threading.Thread(target=process.send_heartbeats, daemon=True)
+    if process.store:
+        heart.start()
+    try:
+        yield process
+    except RuntimeError:  # if one process is lost, the others fail in their next collective operation
+        if process.world_size > 1:
+            print(f"rank {process.rank} failed; {process.find_silent()}", file=sys.stderr, flush=True)
+        raise
+    finally:
+        process.is_over.set()
+        if process.store:  # Python would abort if it ended while the thread is inside the store
+            heart.join(2.0)
+
+
+def join_group(device_name: str, timeout_seconds: float, spare_memory: bool) -> Process:
+    """Joins torchrun's process group, if there is one. Raises ValueError for several processes on MPS."""
+    if "RANK" not in os.environ:
+        return Process(0, 1, pick_device(device_name))
+    if device_name == "cuda" or (device_name == "auto" and torch.cuda.is_available()):
+        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(device_name, spare_memory)
+    if device.type == "mps":
+        raise ValueError(
+            "--device mps has one GPU and takes one process; several processes need --device cpu"
+        )
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else rank 0 holds the store
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=rank == 0 and not has_agent, wait_for_workers=False)
+    # torchrun's store still has the addresses of the processes before a restart. gloo sometimes connected to
+    # those (torch 2.13), so each start has a prefix of its own.
+    store = dist.PrefixStore(rendezvous(store, rank, world_size, timeout_seconds), store)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    options: dict[str, Any] = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device, **options)
+    else:
+        dist.init_process_group("gloo", **options)
+    return Process(rank, world_size, device, store)
+
+
+def rendezvous(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
+    """A name for this start of all processes, which no earlier start had. (Not torchrun's count of restarts:
+    each machine counts its own.) Raises RuntimeError if some processes do not come in time."""
+    mine, name, end = secrets.token_hex(8), "", time.monotonic() + timeout_seconds
+    everyone = [f"token of rank {number}" for number in range(world_size)]
+    for key in ("tokens", *everyone) if rank == 0 else ("tokens",):
+        store.compare_set(key, "", "none")  # so that reading does not block
+    store.set(everyone[rank], mine)
+    while time.monotonic() < end:
+        if rank == 0:  # the token of a rank that has not come yet may be an earlier start's
+            store.set("tokens", " ".join(token.decode() for token in store.multi_get(everyone)))
+        tokens = store.get("tokens").decode()
+        seen = hashlib.sha256(tokens.encode()).hexdigest()
+        if seen != name and mine in tokens:
+            name = seen
+            store.add(name, 1)
+        if name and store.add(name, 0) == world_size:
+            return name
+        time.sleep(max(0.02, world_size / 1000))
+    raise RuntimeError(
+        f"rank {rank}: not all of the {world_size} processes came within {timeout_seconds:g} s "
+        "(--timeout-seconds)"
+    )
+
+
+def launch(script: str, count: int, argv: list[str]):
+    """Runs a script in `count` processes on this machine; exits with their exit code."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run.main(["--standalone", f"--nproc-per-node={count}", script, *argv])
+    except ChildFailedError as error:  # the processes have said why
+        sys.exit(max(1, error.get_first_failure()[1].exitcode))
+    except SignalException as error:  # it was passed on to the processes, and they have stopped
+        sys.exit(128 + error.sigval)
