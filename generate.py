@@ -5,24 +5,19 @@
     python generate.py --prompt-file story.txt --stop "The end"
     cat story.txt | python generate.py --prompt-file -
     python generate.py --num-samples 3 --show-probs
-    python generate.py --interactive                    # the text grows as you and the model take turns
+    python generate.py --interactive                    # you and the model take turns at one text
 
-Standard output is the prompt and its continuation, nothing else. One sample is printed as it is made. Several
-are made together and parted by an empty line; on a terminal they stand side by side. Top-k 50 and a
-temperature of 0.8 by default: cautious, for small models.
+Standard output is the prompt and its continuation, nothing else. A single sample is printed while it is
+generated. Several samples are generated as one batch and separated by empty lines. The default temperature
+and top-k are cautious, for small models.
 """
 
-import atexit
 import codecs
 import dataclasses
 import itertools
-import json
-import os
+import re
 import shlex
-import shutil
 import sys
-import textwrap
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +26,12 @@ from typing import Literal, NamedTuple
 import torch
 import tyro
 
-from lib import tokenizer
+from lib import cli, files, terminal, tokenizer
 from lib.checkpoint import load_model
 from lib.device import cast_linears, pick_dtype
 from model import GPT
 
-# What /set changes in a conversation.
+# The settings that /set changes in a conversation.
 SETTINGS = (
     "max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "seed", "special_tokens",
     "show_probs",
@@ -48,74 +43,51 @@ COMMANDS = """\
 /show             the settings
 /reset            forget the text so far
 /help             this list
-Ctrl-C stops a text, Ctrl-D ends. A line that begins with / is no text; put a blank before it."""
+Ctrl-C stops a text, Ctrl-D ends. A line that begins with / is a command, with a blank before it a text."""
 
-# Probabilities below the first number have the second as their colour, of a terminal's 256.
-SHADES = ((0.01, 196), (0.05, 208), (0.2, 220), (0.5, 112), (2.0, 34))
+Stops = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = ""
-    """A checkpoint, a run folder, a size (gpt2, 124M, ...) or a Hub id; by default the newest run's
-    checkpoint."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps, ..."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Precision of the network's matrix products, auto for the fastest; logits are float32 in any case."""
-    compile: bool = False
-    """Compile the network with torch.compile: half a minute first, then faster; for long texts."""
-    prompt: str = "Hello, I'm a language model,"
-    """The text to continue."""
-    prompt_file: str = ""
-    """Continue the text of this file instead; - for standard input. A line end at its end is left out."""
-    interactive: bool = False
-    """Read line after line and continue each; the text so far stays in the context. /help lists commands,
-    Ctrl-D ends."""
-    max_tokens: int = 128
-    """Tokens to add, at most; an <|endoftext|> ends a text earlier."""
-    temperature: float = 0.8
-    """0 takes the likeliest token each time; 1 samples as the model learnt; higher is wilder."""
-    top_k: int = 50
-    """Choose among the so many likeliest tokens; 0 for all."""
-    top_p: float = 1.0
-    """Choose among the likeliest tokens that together have this probability; 1 for all."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens that occurred become less likely (1.2 is usual)."""
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """End before this text (\\n is a line end); may be given several times."""
-    num_samples: int = 1
-    """Continuations of the same prompt."""
-    seed: int = 0
-    """The same seed gives the same text on the same machine."""
-    special_tokens: bool = False
-    """Read <|endoftext|> in the prompt as the control token, not as thirteen characters."""
-    show_probs: bool = False
-    """Colour each token by the probability that the model gave it, before penalty, temperature, top-k and
-    top-p; without colours (NO_COLOR, no terminal) a table on standard error. --json has them, too."""
-    json: str = ""
-    """Also write prompt, settings and texts to this file."""
+    model: str = cli.knob("", "A checkpoint, run folder, size (gpt2) or Hub id; by default the newest run.")
+    device: str = cli.knob("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = cli.knob(
+        "float32", "Precision of the matrix products, auto for the fastest. Logits are always float32."
+    )
+    compile: bool = cli.knob(False, "Run torch.compile: half a minute first, then faster; for long texts.")
+    prompt: str = cli.knob("Hello, I'm a language model,", "The text to continue.")
+    prompt_file: str = cli.knob("", "A file with the prompt; - for standard input. Omits a trailing newline.")
+    interactive: bool = cli.knob(False, "Continue each line that is typed; the context is the whole text.")
+    max_tokens: int = cli.knob(128, "Tokens to add, at most; <|endoftext|> ends a text earlier.", at_least=1)
+    temperature: float = cli.knob(0.8, "0 takes the likeliest token; 1 samples as trained; higher is wilder.")
+    top_k: int = cli.knob(50, "Choose among this many likeliest tokens; 0 for all.", at_least=0)
+    top_p: float = cli.knob(1.0, "Choose among the likeliest tokens of this joint probability; 1 for all.")
+    repetition_penalty: float = cli.knob(1.0, "Above 1, makes repeats less likely (1.2 is usual).", above=0)
+    stop: Stops = cli.knob((), "End before this text (\\n is a newline).")  # noqa: RUF009
+    num_samples: int = cli.knob(1, "Continuations of the same prompt.", at_least=1)
+    seed: int = cli.knob(0, "The same seed gives the same text on the same machine.")
+    special_tokens: bool = cli.knob(False, "Read <|endoftext|> in the prompt as the control token.")
+    show_probs: bool = cli.knob(
+        False,
+        "Colour each token by its probability in the model, before penalty, temperature, top-k and top-p; "
+        "without colours (NO_COLOR, no terminal), a table on standard error. --json has them, too.",
+    )
+    json: str = cli.knob("", "Also write prompt, settings and texts to this file.")
 
 
 def check(cfg: Config):
     """Raises ValueError for a value that cannot work."""
-    bounds = {
-        "max_tokens": (cfg.max_tokens >= 1, "at least 1"),
-        "temperature": (cfg.temperature == 0 or cfg.temperature >= 0.01, "0 (greedy) or at least 0.01"),
-        "top_k": (cfg.top_k >= 0, "0 or more"),
-        "top_p": (0 < cfg.top_p <= 1, "above 0 and at most 1"),
-        "repetition_penalty": (cfg.repetition_penalty > 0, "above 0"),
-        "num_samples": (cfg.num_samples >= 1, "at least 1"),
-    }
-    for name, (fits, bound) in bounds.items():
-        if not fits:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be {bound}")
+    cli.check_bounds(cfg)
+    if not (cfg.temperature == 0 or cfg.temperature >= 0.01):
+        raise ValueError(f"--temperature is {cfg.temperature}; it must be 0 (greedy) or at least 0.01")
+    if not 0 < cfg.top_p <= 1:
+        raise ValueError(f"--top-p is {cfg.top_p}; it must be above 0 and at most 1")
     if cfg.prompt_file and cfg.prompt != Config.prompt:
         raise ValueError("--prompt and --prompt-file are two prompts: leave one out")
     for name in ("prompt", "prompt_file", "num_samples", "json"):
         if cfg.interactive and getattr(cfg, name) != getattr(Config, name):
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"--interactive makes one text, from the lines that it reads: leave {flag} out")
+            raise ValueError(f"--interactive makes one text from typed lines: leave {cli.flag(name)} out")
 
 
 def read_prompt(cfg: Config) -> str:
@@ -130,31 +102,28 @@ def read_prompt(cfg: Config) -> str:
         raise ValueError(f"--prompt-file {cfg.prompt_file}: {error}") from error
 
 
-def options(cfg: Config, device: torch.device) -> dict:
-    """What GPT.stream_with_logits takes, from the flags."""
-    return dict(
-        max_new_tokens=cfg.max_tokens,
-        temperature=cfg.temperature,
-        top_k=cfg.top_k or None,
-        top_p=cfg.top_p,
-        repetition_penalty=cfg.repetition_penalty,
-        generator=torch.Generator(device=device).manual_seed(cfg.seed),
-    )
+def encode_prompt(prompt: str, cfg: Config) -> list[int]:
+    """The prompt's ids; <|endoftext|>, after which a new text begins, if the prompt is empty."""
+    return tokenizer.encode(prompt, special=cfg.special_tokens) or [tokenizer.END_OF_TEXT]
+
+
+# -----------------------------------------------------------------------------
+# tokens become text
 
 
 class Piece(NamedTuple):
-    """What a token adds to the text: nothing, where its character is not yet whole."""
+    """The text that a token adds: none as long as its character is incomplete."""
 
     text: str
-    token: int | None  # none for the sign that stands for a character cut off at the end
-    probability: float  # 0 where it was not asked for
+    token: int | None  # None for the replacement character of an incomplete last character
+    probability: float  # 0 without --show-probs
 
 
 class Sample:
-    """A continuation while it is made: tokens go in, pieces of text come out.
+    """A continuation while it is generated: takes tokens, returns pieces of text.
 
-    It ends at <|endoftext|>, or before the stop string that is complete first. Tokens that may yet be part of
-    one are held back.
+    It ends at <|endoftext|>, or before the first stop string to be complete. Tokens that may be the beginning
+    of a stop string are held back.
     """
 
     def __init__(self, stops: Sequence[str] = ()):
@@ -164,7 +133,7 @@ class Sample:
         self.done = False
 
     def add(self, token: int, probability: float) -> list[Piece]:
-        """Takes the next token; returns the pieces that no stop string can reach any more."""
+        """Takes the next token. Returns the pieces that no stop string can contain any more."""
         if self.done:
             return []
         if token == tokenizer.END_OF_TEXT:
@@ -181,7 +150,7 @@ class Sample:
         return self.take(len(text) - max(begun, default=0))
 
     def take(self, size: int) -> list[Piece]:
-        """The pieces that lie within the first `size` characters of what is held."""
+        """Removes and returns the held pieces that lie within the first `size` characters."""
         taken = []
         while self.held and len(self.held[0].text) <= size:
             taken.append(self.held.pop(0))
@@ -189,7 +158,7 @@ class Sample:
         return taken
 
     def end(self) -> list[Piece]:
-        """No token follows: the pieces that were held back."""
+        """Ends the text. Returns the pieces that were held back."""
         if self.done:
             return []
         self.done, rest = True, self.utf8.decode(b"", final=True)
@@ -197,11 +166,14 @@ class Sample:
 
 
 def stream_pieces(model: GPT, ids: list[int], cfg: Config) -> Iterator[list[list[Piece]]]:
-    """num_samples continuations of ids, made together: for each step, the new pieces of each."""
+    """Continues ids num_samples times, as one batch. Yields, for each step, the new pieces of each sample."""
     device = model.wte.weight.device
     samples = [Sample(cfg.stop) for _ in range(cfg.num_samples)]
     idx = torch.tensor([ids] * cfg.num_samples, device=device)
-    for tokens, logits in model.stream_with_logits(idx, **options(cfg, device)):
+    generator = torch.Generator(device=device).manual_seed(cfg.seed)
+    choice = (cfg.temperature, cfg.top_k or None, cfg.top_p, cfg.repetition_penalty)
+    steps = model.stream_with_logits(idx, cfg.max_tokens, *choice, generator=generator)
+    for tokens, logits in steps:
         probabilities = torch.zeros(len(samples))
         if cfg.show_probs:
             probabilities = logits.softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
@@ -212,29 +184,17 @@ def stream_pieces(model: GPT, ids: list[int], cfg: Config) -> Iterator[list[list
     yield [sample.end() for sample in samples]
 
 
-def has_colours() -> bool:
-    """Whether standard output shows colours, and nobody minds (no-color.org)."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-
-
-def shaded(text: str, probability: float) -> str:
-    """The text in its probability's colour."""
-    return f"\x1b[38;5;{next(shade for bound, shade in SHADES if probability < bound)}m{text}\x1b[0m"
-
-
-def rendered(pieces: list[Piece], cfg: Config) -> str:
-    """The pieces as they are printed: text, coloured where that is asked for and can be."""
-    if cfg.show_probs and has_colours():
-        return "".join(shaded(piece.text, piece.probability) for piece in pieces if piece.text)
+def render(pieces: list[Piece], cfg: Config) -> str:
+    """The pieces' text, coloured if --show-probs asks for it and the terminal has colours."""
+    if cfg.show_probs and terminal.has_colours():
+        return "".join(terminal.colour(piece.text, piece.probability) for piece in pieces if piece.text)
     return "".join(piece.text for piece in pieces)
 
 
-def explain(samples: list[list[Piece]]):
-    """The colours' legend, or the probabilities as a table, on standard error."""
-    if has_colours():
-        bounds = [0.0, *(bound for bound, _ in SHADES)]
-        legend = [shaded(f"from {low:.0%}", low) for low in bounds[:-1]]
-        print("probability in the model:", *legend, file=sys.stderr)
+def print_probabilities(samples: list[list[Piece]]):
+    """Prints on standard error the colours' legend or, without colours, a table of probabilities."""
+    if terminal.has_colours():
+        print("probability in the model:", terminal.format_legend(), file=sys.stderr)
         return
     for number, pieces in enumerate(samples, 1):
         print(f"sample {number}: probability in the model, id, token", file=sys.stderr)
@@ -244,21 +204,33 @@ def explain(samples: list[list[Piece]]):
                 print(f"{piece.probability:9.3g}  {piece.token:5}  {token!r}", file=sys.stderr)
 
 
-def columns(texts: list[str], width: int) -> str:
-    """The texts side by side, in lines of `width` cells; one below the other where they would be narrow."""
-    gap = "   "
-    share = (width + len(gap)) // len(texts) - len(gap)
-    if share < 20:
-        return "\n\n".join(texts)
-    # A wide character takes two cells: while lines are measured, a filler makes it two characters.
-    filled = [
-        "".join(c + "\0" if unicodedata.east_asian_width(c) in "FW" else c for c in text) for text in texts
-    ]
-    wrapped = [
-        [part for line in text.splitlines() for part in textwrap.wrap(line, share) or [""]] for text in filled
-    ]
-    rows = itertools.zip_longest(*wrapped, fillvalue="")
-    return "\n".join(gap.join(part.ljust(share) for part in row).rstrip() for row in rows).replace("\0", "")
+# -----------------------------------------------------------------------------
+# a prompt, or a conversation
+
+
+def complete(model: GPT, source: str, cfg: Config):
+    """Prints the prompt and its continuation, or several; writes --json."""
+    samples: list[list[Piece]] = [[] for _ in range(cfg.num_samples)]
+    is_single = cfg.num_samples == 1
+    if is_single:
+        print(cfg.prompt, end="", flush=True)
+    for new in stream_pieces(model, encode_prompt(cfg.prompt, cfg), cfg):
+        for sample, pieces in zip(samples, new):
+            sample += pieces
+        if is_single:
+            print(render(new[0], cfg), end="", flush=True)
+    print("" if is_single else "\n\n".join(cfg.prompt + render(sample, cfg) for sample in samples))
+    if cfg.show_probs:
+        print_probabilities(samples)
+    if cfg.json:
+        texts = [cfg.prompt + "".join(piece.text for piece in sample) for sample in samples]
+        result = {**dataclasses.asdict(cfg), "model": source, "texts": texts}
+        if cfg.show_probs:
+            result["tokens"] = [
+                [dict(id=p.token, text=p.text, probability=p.probability) for p in s if p.token is not None]
+                for s in samples
+            ]
+        files.write_json(Path(cfg.json), result)
 
 
 def converse(model: GPT, source: str, cfg: Config):
@@ -269,15 +241,16 @@ def converse(model: GPT, source: str, cfg: Config):
         file=sys.stderr,
     )
     text, turns = "", itertools.count(1)
-    for line in typed_lines():
+    for line in terminal.read_lines():
         if line.startswith("/"):
             command, *words = line.split(maxsplit=1)
             if command == "/reset":
                 text = ""
             elif command == "/set" and words:
-                cfg = changed(cfg, words[0])
+                cfg = change_setting(cfg, words[0])
             elif command == "/show":
-                print(f"model {source}\n{settings(cfg)}", file=sys.stderr)
+                settings = [f"{name.replace('_', '-')} {getattr(cfg, name)}" for name in SETTINGS]
+                print(f"model {source}", *settings, sep="\n", file=sys.stderr)
             else:
                 wrong = "" if command == "/help" else f"{line} is no command. There are:\n"
                 print(wrong + COMMANDS, file=sys.stderr)
@@ -287,119 +260,40 @@ def converse(model: GPT, source: str, cfg: Config):
             text += take_turn(model, text, dataclasses.replace(cfg, seed=cfg.seed + next(turns)))
 
 
-def settings(cfg: Config) -> str:
-    """What /set changes, a line each."""
-    return "\n".join(f"{name.replace('_', '-')} {getattr(cfg, name)}" for name in SETTINGS)
-
-
 def take_turn(model: GPT, text: str, cfg: Config) -> str:
-    """Prints the continuation of the text, up to its end or Ctrl-C; returns it."""
+    """Prints the continuation of the text, up to its end or Ctrl-C. Returns it."""
     made: list[Piece] = []
     try:
         for (pieces,) in stream_pieces(model, encode_prompt(text, cfg), cfg):
-            print(rendered(pieces, cfg), end="", flush=True)
+            print(render(pieces, cfg), end="", flush=True)
             made += pieces
     except KeyboardInterrupt:
         pass
     print()
     if cfg.show_probs:
-        explain([made])
+        print_probabilities([made])
     return "".join(piece.text for piece in made)
 
 
-def typed_lines() -> Iterator[str]:
-    """Lines from a terminal, with a history and line editing, or from a pipe, until they end."""
-    is_terminal = sys.stdin.isatty()
-    has_editor = is_terminal and sys.stdout.isatty()  # else input() would print its prompt into the text
-    if has_editor:
-        keep_history()
-    while True:
-        try:
-            if is_terminal and not has_editor:
-                print("> ", end="", file=sys.stderr, flush=True)
-            yield input("> " if has_editor else "")
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        except KeyboardInterrupt:
-            if not is_terminal:
-                raise
-            print(file=sys.stderr)
-
-
-def keep_history():
-    """Line editing, and a history that outlives the session, in a file for its owner's eyes."""
-    try:
-        import readline
-    except ImportError:  # Windows, where the console has both
-        return
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2_generate_history"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        if path.stat().st_size:  # macOS's editline refuses an empty file
-            readline.read_history_file(path)
-    except OSError as error:
-        print(f"the history is not kept: {error}", file=sys.stderr)
-        return
-    readline.set_history_length(1000)
-    atexit.register(readline.write_history_file, path)
-
-
-def changed(cfg: Config, words: str) -> Config:
-    """cfg after /set: `temperature 0.7` does what the flag would have done. What the flag would refuse is
-    refused in its words, and nothing changes."""
+def change_setting(cfg: Config, words: str) -> Config:
+    """cfg after /set: `temperature 0.7` has the effect of the flag. A value that the flag refuses is refused
+    with the flag's message, and cfg stays as it is."""
     try:
         name, *values = shlex.split(words)
-        flag = f"--{name.lstrip('-')}"
+        flag, setting = f"--{name.lstrip('-')}", re.sub("^-*(no-)?|=.*", "", name).replace("-", "_")
+        if setting not in SETTINGS:
+            raise ValueError(f"{flag} is no setting of a conversation; /show lists them")
+        # The default's stop strings are left out because a repeated flag adds to them; /set replaces them.
         args = [arg for value in values for arg in (flag, value)] or [flag]
-        # A repeated flag adds to the default, and /set replaces.
-        new = tyro.cli(Config, args=args, default=dataclasses.replace(cfg, stop=()), add_help=False)
+        new = cli.parse(Config, None, args, dataclasses.replace(cfg, stop=()))
         new = dataclasses.replace(new, stop=new.stop or cfg.stop)
         check(new)
-        for field in dataclasses.fields(Config):
-            if field.name not in SETTINGS and getattr(new, field.name) != getattr(cfg, field.name):
-                raise ValueError(f"{flag} stays as it is in a conversation; /show names what can be set")
         return new
     except ValueError as error:
         print(error, file=sys.stderr)
-    except SystemExit:
-        pass  # tyro has said why
+    except SystemExit:  # cli.parse has printed the reason
+        pass
     return cfg
-
-
-def encode_prompt(prompt: str, cfg: Config) -> list[int]:
-    """The prompt's ids; a new text, which begins after <|endoftext|>, where the prompt is empty."""
-    return tokenizer.encode(prompt, special=cfg.special_tokens) or [tokenizer.END_OF_TEXT]
-
-
-def complete(model: GPT, source: str, cfg: Config):
-    """Prints the prompt's continuation, or several; writes --json."""
-    samples: list[list[Piece]] = [[] for _ in range(cfg.num_samples)]
-    if cfg.num_samples == 1:
-        print(cfg.prompt, end="", flush=True)
-    for new in stream_pieces(model, encode_prompt(cfg.prompt, cfg), cfg):
-        for sample, pieces in zip(samples, new):
-            sample += pieces
-        if cfg.num_samples == 1:
-            print(rendered(new[0], cfg), end="", flush=True)
-    texts = [cfg.prompt + "".join(piece.text for piece in sample) for sample in samples]
-    if cfg.num_samples == 1:
-        print()
-    elif sys.stdout.isatty() and not cfg.show_probs:
-        print(columns(texts, shutil.get_terminal_size().columns))
-    else:
-        print("\n\n".join(cfg.prompt + rendered(sample, cfg) for sample in samples))
-    if cfg.show_probs:
-        explain(samples)
-    if cfg.json:
-        result = {**dataclasses.asdict(cfg), "model": source, "texts": texts}
-        if cfg.show_probs:
-            result["tokens"] = [
-                [dict(id=p.token, text=p.text, probability=p.probability) for p in s if p.token is not None]
-                for s in samples
-            ]
-        Path(cfg.json).write_text(json.dumps(result, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def main(cfg: Config):
@@ -411,21 +305,10 @@ def main(cfg: Config):
     cast_linears(model, dtype)
     if cfg.compile:
         model.hidden = torch.compile(model.hidden)
+    answer = converse if cfg.interactive else complete
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        if cfg.interactive:
-            converse(model, source, cfg)
-        else:
-            complete(model, source, cfg)
+        answer(model, source, cfg)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader, say `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (ValueError, OSError) as error:
-        print(f"generate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(lambda: main(cli.parse(Config, __doc__)))

@@ -1,44 +1,45 @@
-"""Stage 3: HellaSwag, the multiple-choice test that GPT-2-sized models are measured by.
+"""Stage 3: HellaSwag, the multiple-choice test by which models of GPT-2's size are compared.
 
     python hellaswag.py --model gpt2 --device cuda
     python hellaswag.py                                   # the newest checkpoint under log/
     python hellaswag.py --model log/<run>/step_019073 --limit 1000 --json scores.json
 
 Each of the 10,042 validation items is a context with four endings, one of them true (Zellers et al., 2019).
-The model chooses the ending to which it gives the highest probability (acc), or the highest for its length
-(acc_norm). Two protocols are in use, and their figures differ:
+The model chooses the ending of the highest probability (acc), or of the highest for its length (acc_norm).
+Two protocols are in use, and their figures differ:
 
     completion  the raw context and " " + ending; acc_norm is by tokens (build-nanogpt, OpenAI's eval style)
-    harness     cleaned text, begun by the activity label; acc_norm is by characters (EleutherAI's lm_eval)
+    harness     cleaned text after the activity label; acc_norm is by characters (EleutherAI's lm_eval)
 
 GPT-2 124M reaches 28.59 / 29.55 and 28.92 / 31.14 (acc / acc_norm, percent), XL 38.42 / 48.93 and 40.04 /
-50.89: build-nanogpt's and the harness's own figures. Chance is 25. The data (12 MB) come from the author's
-repository, into data/hellaswag/, and are checked against their SHA-256.
+50.89: the figures of build-nanogpt and of lm_eval themselves. Chance is 25.
+
+On disk: data/hellaswag/hellaswag_val.jsonl (12 MB), downloaded from its author's repository and checked
+against its SHA-256.
 """
 
 import itertools
 import json
 import math
 import re
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import tyro
 from tqdm import tqdm
 
-from lib import files, tokenizer
+from lib import cli, files, tokenizer
+from lib.checkpoint import load_model
+from lib.device import cast_linears, pick_dtype
 from model import GPT
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-SIZE = 12_246_618
 DATA = files.DATA / "hellaswag" / "hellaswag_val.jsonl"
 PROTOCOLS = ("completion", "harness")
 Row = tuple[list[int], list[int]]  # the ids of a context and of one ending
@@ -46,28 +47,24 @@ Row = tuple[list[int], list[int]]  # the ids of a context and of one ending
 
 @dataclass(frozen=True)
 class Config:
-    model: str = ""
-    """A checkpoint, a run folder, a size (gpt2, 124M, ...) or a Hub id; by default the newest run's
-    checkpoint."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps, ..."""
-    data: str = ""
-    """Another hellaswag_val.jsonl than the one that is downloaded."""
-    limit: int = 0
-    """Score only the first so many items; 0 for all."""
-    batch_size: int = 64
-    """Rows (context and one ending) at a time."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Precision of the network's matrix products, auto for the fastest; logits are float32 in any case."""
-    json: str = ""
-    """Also write the figures to this file."""
-    download: bool = False
-    """Only download the data."""
+    model: str = cli.knob("", "A checkpoint, run folder, size (gpt2) or Hub id; by default the newest run.")
+    device: str = cli.knob("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    data: str = cli.knob("", "A hellaswag_val.jsonl; by default the downloaded one.")
+    limit: int = cli.knob(0, "Score only this many first items; 0 for all.", at_least=0)
+    batch_size: int = cli.knob(64, "Rows (a context and one ending) per batch.", at_least=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = cli.knob(
+        "float32", "Precision of the matrix products, auto for the fastest. Logits are always float32."
+    )
+    json: str = cli.knob("", "Also write the figures to this file.")
+    download: bool = cli.knob(False, "Only download the data.")
+
+
+# -----------------------------------------------------------------------------
+# items
 
 
 def download(url: str = URL, path: Path = DATA, sha256: str = SHA256, tries: int = 4) -> Path:
-    """Fetches the data, unless they are there already. Raises OSError, naming the URL, when they cannot be
-    had."""
+    """Downloads the data unless they are there already. Raises OSError, naming the URL, if that fails."""
     try:
         return files.download(url, path, sha256, tries)
     except OSError as error:
@@ -75,10 +72,8 @@ def download(url: str = URL, path: Path = DATA, sha256: str = SHA256, tries: int
 
 
 def load_items(path: str | Path = "", limit: int = 0) -> list[dict]:
-    """The items of a HellaSwag JSONL file (by default the downloaded one). Raises ValueError for a bad
-    file."""
-    if limit < 0:
-        raise ValueError(f"--limit is {limit}; it must be 0 (all) or more")
+    """The first `limit` items (0: all) of a HellaSwag JSONL file, by default the downloaded one. Raises
+    ValueError for any other file."""
     path = Path(path) if path else download()
     try:
         items = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
@@ -94,42 +89,57 @@ def load_items(path: str | Path = "", limit: int = 0) -> list[dict]:
     return items[:limit] if limit else items
 
 
+def load_or_explain(process: Any, limit: int) -> tuple[list[dict], str]:
+    """For training on several processes: the items and "", or no items and the reason why the download
+    failed. Rank 0 downloads; process.broadcast(value) returns rank 0's value on every process."""
+    problem = ""
+    if process.rank == 0:
+        try:
+            download()
+        except OSError as error:
+            problem = str(error)
+    problem = process.broadcast(problem)
+    return ([], problem) if problem else (load_items(limit=limit), "")
+
+
 def render(item: dict, protocol: str) -> tuple[list[Row], list[int]]:
-    """The four rows of an item, and the length that acc_norm divides each ending's score by."""
+    """The four rows of an item, and the lengths by which acc_norm divides their scores."""
     if protocol == "completion":
-        context, endings = item["ctx"], item["endings"]
-        ids = tokenizer.encode(context)
-        rows = [(ids, tokenizer.encode(" " + ending)) for ending in endings]
+        context = tokenizer.encode(item["ctx"])
+        rows = [(context, tokenizer.encode(" " + ending)) for ending in item["endings"]]
         return rows, [len(ending) for _, ending in rows]
-    context = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
+    text = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
     endings = [clean(ending) for ending in item["endings"]]
-    # As lm_eval does, the text is tokenized whole and cut where the context's ids end.
-    cut = len(tokenizer.encode(context.rstrip()))
-    whole = [tokenizer.encode(context + " " + ending) for ending in endings]
+    # Like lm_eval: tokenize context and ending together, and cut them where the context's ids end.
+    cut = len(tokenizer.encode(text.rstrip()))
+    whole = [tokenizer.encode(text + " " + ending) for ending in endings]
     return [(ids[:cut], ids[cut:]) for ids in whole], [len(ending) for ending in endings]
 
 
 def clean(text: str) -> str:
-    """lm_eval's clean-up of WikiHow's mark-up (lm_eval/tasks/hellaswag/utils.py)."""
+    """Removes WikiHow's mark-up as lm_eval does (lm_eval/tasks/hellaswag/utils.py)."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+# -----------------------------------------------------------------------------
+# scores
 
 
 @torch.inference_mode()
 def score(model: GPT, rows: list[Row], batch_size: int, progress: tqdm | None = None) -> list[float]:
-    """The log-probability of each row's ending after its context, in nats, computed from float32 logits.
+    """The log-probability of each row's ending after its context, in nats, from float32 logits.
 
-    A row longer than the model's context loses its beginning. The network runs under whatever autocast is on;
-    the logits do not.
+    The network runs under the caller's autocast. A row longer than the model's context loses its beginning.
     """
     longest, cut = model.config.block_size + 1, []
     for context, ending in rows:
         ids = (context + ending)[-longest:]
-        start = max(1, len(ids) - len(ending))  # the first token of all has nothing that it could follow from
+        start = max(1, len(ids) - len(ending))  # nothing precedes the very first token: it is not scored
         cut.append((tuple(ids[:start]), ids[start:]))
     scores = torch.zeros(len(rows), dtype=torch.float64)
-    waiting: list[tuple[torch.Tensor, ...]] = []  # for logits: they come a thousand at a time
-    for batch, *found in read_endings(model, cut, batch_size):
-        waiting.append(tuple(found))
+    waiting: list[tuple[torch.Tensor, ...]] = []  # for logits, which are computed for 1,000 tokens or more
+    for batch, *ending_tokens in read_endings(model, cut, batch_size):
+        waiting.append(tuple(ending_tokens))
         if sum(len(targets) for _, targets, _ in waiting) >= 1000:
             add_losses(model, waiting, scores)
         if progress is not None:
@@ -140,7 +150,7 @@ def score(model: GPT, rows: list[Row], batch_size: int, progress: tqdm | None = 
 
 
 def add_losses(model: GPT, waiting: list[tuple[torch.Tensor, ...]], scores: torch.Tensor):
-    """Takes all that is waiting (vectors, targets, rows) off the scores (rows,)."""
+    """Subtracts the waiting tokens' losses from their rows' scores, and clears the list."""
     x, targets, rows = (torch.cat(parts) for parts in zip(*waiting))
     scores.index_add_(0, rows, -model.token_losses(x, targets))
     waiting.clear()
@@ -149,37 +159,38 @@ def add_losses(model: GPT, waiting: list[tuple[torch.Tensor, ...]], scores: torc
 def read_endings(
     model: GPT, rows: list[tuple[tuple[int, ...], list[int]]], batch_size: int
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The network's part of scoring. Yields a batch of rows and of its N tokens in endings: the vectors from
-    which they follow (N, C), the tokens (N,), and of which row each is (N,), on the CPU.
+    """Runs the network over the rows. Yields a batch of rows, and for the N tokens of its endings the vectors
+    (N, C) that predict them, the tokens (N,), and the row of each (N,), on the CPU.
 
-    A context is read once, whatever the number of its endings: contexts of equal length together, then their
-    endings, those of like length together, on top of the contexts' keys and values.
+    A context is read once, however many endings it has: contexts of equal length are read as one batch, then
+    endings of similar length as batches that continue the contexts' key-value cache.
     """
     device = model.wte.weight.device
     least = 128 if device.type == "cpu" else 1024  # tokens that keep the device busy
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), rows[i][0]))
     for _, same_length in itertools.groupby(order, key=lambda i: len(rows[i][0])):
-        for group in batched(same_length, 4 * batch_size):
-            contexts = {context: n for n, context in enumerate(dict.fromkeys(rows[i][0] for i in group))}
-            cache = model.new_cache(len(rows[group[0]][0]))
+        group = iter(same_length)
+        while part := list(itertools.islice(group, 4 * batch_size)):
+            contexts = {context: n for n, context in enumerate(dict.fromkeys(rows[i][0] for i in part))}
+            cache = model.new_cache(len(rows[part[0]][0]))
             last = model.hidden(torch.tensor(list(contexts), device=device), cache)[:, -1]  # (contexts, C)
-            for batch in alike({i: len(rows[i][1]) for i in group}, batch_size, least):
+            for batch in batch_by_length({i: len(rows[i][1]) for i in part}, batch_size, least):
                 width = len(rows[batch[-1]][1])
                 tokens = torch.tensor([rows[i][1] + [-1] * (width - len(rows[i][1])) for i in batch])
                 which = torch.tensor([contexts[rows[i][0]] for i in batch], device=device)
-                x = last[which][:, None]  # (B, 1, C): what the first token of an ending follows from
+                x = last[which][:, None]  # (B, 1, C): they predict the first token of each ending
                 if width > 1:
-                    more = [layer.select(which, width - 1) for layer in cache]
+                    longer = [layer.select(which, width - 1) for layer in cache]
                     unread = tokens[:, :-1].clamp(min=0).to(device)
-                    x = torch.cat([x, model.hidden(unread, more)], dim=1)  # (B, width, C)
+                    x = torch.cat([x, model.hidden(unread, longer)], dim=1)  # (B, width, C)
                 row, place = (tokens >= 0).nonzero(as_tuple=True)
                 targets = tokens[row, place].to(device)
                 yield batch, x[row.to(device), place.to(device)], targets, torch.tensor(batch)[row]
 
 
-def alike(lengths: dict[int, int], batch_size: int, least: int) -> Iterator[list[int]]:
-    """Rows by rising length, at most batch_size at a time; a batch that has `least` tokens takes no row that
-    would make more than a tenth of it padding."""
+def batch_by_length(lengths: dict[int, int], batch_size: int, least: int) -> Iterator[list[int]]:
+    """Yields batches of at most batch_size rows, by rising length. A batch of `least` tokens or more takes no
+    row that would make over a tenth of it padding."""
     batch, tokens = [], 0
     for row, length in sorted(lengths.items(), key=lambda item: item[1]):
         padded = length * (len(batch) + 1)
@@ -192,13 +203,6 @@ def alike(lengths: dict[int, int], batch_size: int, least: int) -> Iterator[list
         yield batch
 
 
-def batched(items: Iterable[int], size: int) -> Iterator[list[int]]:
-    """itertools.batched of Python 3.12, as lists."""
-    items = iter(items)
-    while batch := list(itertools.islice(items, size)):
-        yield batch
-
-
 def evaluate(
     model: GPT,
     items: list[dict],
@@ -208,17 +212,15 @@ def evaluate(
 ) -> dict:
     """{"n": ..., protocol: {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr"}, ...}, accuracies in 0 to 1.
 
-    Under torch.distributed the items are dealt out to the processes, each item to one.
+    Under torch.distributed each process scores its share of the items, and all return the sum.
     """
-    if batch_size < 1:
-        raise ValueError(f"--batch-size is {batch_size}; it must be at least 1")
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     result: dict = {"n": len(items)}
     for protocol in protocols:
         mine = [(render(item, protocol), int(item["label"])) for item in items[rank::world_size]]
         rows = [row for (item_rows, _), _ in mine for row in item_rows]
-        hidden_bar = None if show and rank == 0 else True  # None: shown on a terminal only
-        with tqdm(total=len(rows), desc=f"HellaSwag, {protocol}", unit="row", disable=hidden_bar) as progress:
+        hide = None if show and rank == 0 else True  # None: show the bar on a terminal only
+        with tqdm(total=len(rows), desc=f"HellaSwag, {protocol}", unit="row", disable=hide) as progress:
             scores = score(model, rows, batch_size, progress)
         right = [0, 0]
         for n, ((_, lengths), label) in enumerate(mine):
@@ -229,25 +231,19 @@ def evaluate(
             total = torch.tensor(right, device=model.wte.weight.device)
             dist.all_reduce(total)
             right = total.tolist()
-        acc, acc_norm = (count / len(items) for count in right)
-        result[protocol] = {
-            "acc": acc,
-            "acc_norm": acc_norm,
-            "acc_stderr": standard_error(acc, len(items)),
-            "acc_norm_stderr": standard_error(acc_norm, len(items)),
-        }
+        accuracies = dict(zip(("acc", "acc_norm"), (count / len(items) for count in right)))
+        errors = {f"{key}_stderr": standard_error(acc, len(items)) for key, acc in accuracies.items()}
+        result[protocol] = {**accuracies, **errors}
     return result
 
 
 def standard_error(accuracy: float, n: int) -> float:
-    """Of the mean of n yes-or-no outcomes, with the n - 1 of lm_eval."""
+    """The standard error of the mean of n yes-or-no outcomes, with n - 1 as in lm_eval."""
     return math.sqrt(accuracy * (1 - accuracy) / max(1, n - 1))
 
 
 def main(cfg: Config) -> dict:
-    from lib.checkpoint import load_model
-    from lib.device import cast_linears, pick_dtype
-
+    cli.check_bounds(cfg)
     if cfg.download:
         print(download())
         return {}
@@ -268,13 +264,9 @@ def main(cfg: Config) -> dict:
             f"acc_norm {s['acc_norm']:.2f} ± {s['acc_norm_stderr']:.2f}"
         )
     if cfg.json:
-        Path(cfg.json).write_text(json.dumps(result, indent=2), encoding="utf-8")
+        files.write_json(Path(cfg.json), result)
     return result
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"hellaswag.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(lambda: main(cli.parse(Config, __doc__)))

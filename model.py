@@ -1,4 +1,4 @@
-"""GPT-2 in PyTorch: the network, its loss, its key/value cache, sampling, Hugging Face weights in and out.
+"""GPT-2 in PyTorch: the network, its loss, its key-value cache, sampling, Hugging Face weights in and out.
 
     from model import GPT, GPTConfig
     model = GPT(GPTConfig.named("124M"))         # 124,439,808 parameters, freshly initialised
@@ -6,11 +6,11 @@
     loss = model(tokens, targets)                # a float32 scalar; 10.9 before training, near 3.1 after
     logits = model(tokens)                       # (B, T, V)
 
-Shape comments use: B batch, T time (tokens), S tokens seen by a query, C channels, V vocabulary,
-Vp padded vocabulary, nh heads, hs head size (C = nh * hs).
+Axes: B batch, T time (tokens), S cached and new tokens together, C channels, V vocabulary, Vp padded
+vocabulary, nh heads, hs head size (C = nh * hs).
 
-The architecture is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019),
-section 2.3, and of OpenAI's code (github.com/openai/gpt-2, src/model.py).
+The architecture follows "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019),
+section 2.3, and OpenAI's code (github.com/openai/gpt-2, src/model.py).
 """
 
 import json
@@ -37,7 +37,7 @@ END_OF_TEXT = 50256
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT-2. Defaults are the 124M model's; raises ValueError for shapes that cannot exist."""
+    """The shape of a GPT-2, by default the 124M model's. Raises ValueError for an impossible shape."""
 
     block_size: int = 1024  # positions, the longest context
     vocab_size: int = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
@@ -59,45 +59,43 @@ class GPTConfig:
 
     @classmethod
     def named(cls, size: str, **overrides) -> "GPTConfig":
-        """The config of a published size ("124M", "gpt2-xl", ...), with single fields replaced."""
+        """The config of a published size ("124M", "gpt2-xl", ...), with some fields replaced."""
         shape = SIZES.get(HUB_NAMES.get(size, size))
         if shape is None:
-            raise ValueError(
-                f"model size {size!r} is unknown; choose one of {', '.join([*SIZES, *HUB_NAMES])}"
-            )
+            raise ValueError(f"unknown model size {size!r}; choose one of {', '.join([*SIZES, *HUB_NAMES])}")
         return cls(**{**shape, **overrides})
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: the vocabulary rounded up to 128, a size that matrix units like."""
+        """Rows of the embedding: the vocabulary rounded up to a multiple of 128, for faster products."""
         return -(-self.vocab_size // 128) * 128
 
     @property
     def num_params(self) -> int:
         """Trainable parameters, without the padding rows of the embedding."""
         C = self.n_embd
-        block = (4 * C + 12 * C * C) + (3 + 1 + 4 + 1) * C  # two LayerNorms and four matrices; four biases
+        block = 12 * C * C + (3 + 1 + 4 + 1) * C + 4 * C  # four matrices, their biases, two LayerNorms
         return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of forward and backward, a token of a context of seq_len.
+        """Floating-point operations of forward and backward, per token, in contexts of seq_len tokens.
 
-        6 for each parameter used in a matrix product plus 12 * n_layer * C * T for attention:
-        PaLM (Chowdhery et al., 2022), appendix B. The causal mask is not credited.
+        6 per parameter in a matrix product, plus 12 * n_layer * C * T for attention, as if it had no causal
+        mask: PaLM (Chowdhery et al., 2022), appendix B.
         """
         matmul_params = self.num_params - self.block_size * self.n_embd
         return 6 * matmul_params + 12 * self.n_layer * self.n_embd * seq_len
 
 
 class KVCache:
-    """Keys and values that one attention layer has computed so far, with room for `size` tokens."""
+    """The keys and values that one attention layer has computed so far, at most `size` tokens."""
 
     def __init__(self, size: int):
         self.size, self.length = size, 0
         self.kv: torch.Tensor | None = None  # (2, B, nh, size, hs), made by the first append
 
     def append(self, kv: torch.Tensor) -> torch.Tensor:
-        """Adds keys and values (2, B, nh, T, hs); returns all so far (2, B, nh, S, hs)."""
+        """Adds keys and values (2, B, nh, T, hs). Returns all so far, (2, B, nh, S, hs)."""
         _, B, nh, T, hs = kv.shape
         if self.kv is None:
             self.kv = kv.new_empty(2, B, nh, self.size, hs)
@@ -106,7 +104,7 @@ class KVCache:
         return self.kv[..., : self.length, :]
 
     def select(self, rows: torch.Tensor, room: int) -> "KVCache":
-        """A cache that goes on from these rows (N,) of this one, with room for so many tokens more."""
+        """A new cache with a copy of these rows (N,), and room for `room` more tokens."""
         assert self.kv is not None
         selected = KVCache(self.length + room)
         selected.append(self.kv[:, rows, :, : self.length])
@@ -114,12 +112,12 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and what came before."""
+    """Multi-head attention (Vaswani et al., 2017, section 3.2); a token sees itself and earlier tokens."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key, value in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
@@ -129,21 +127,18 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(qkv[1:])  # (B, nh, S, hs)
         mask, is_causal, S = None, False, k.size(2)
-        if 1 < T < S:  # several new tokens on top of old ones
+        if 1 < T < S:  # several new tokens after cached ones
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        elif T > 1:  # as a statement: torch.compile has no value for `T > 1` once T may vary
+        elif T > 1:  # not `is_causal = T > 1`: torch.compile has no value for that once T may vary
             is_causal = True
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=is_causal,
-        )  # fmt: skip
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide inside, with GELU in its tanh form (openai/gpt-2, src/model.py)."""
+    """Two layers, 4 * C wide between them, with the tanh form of GELU (openai/gpt-2, src/model.py)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -157,7 +152,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each reading a normalised copy of the residual stream."""
+    """One layer: attention, then the MLP. Each reads a normalised copy of the residual stream x and adds to
+    it (pre-LayerNorm: paper, section 2.3)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -172,20 +168,18 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2: token and position embeddings, `n_layer` blocks, a last LayerNorm, logits from the tied wte."""
+    """GPT-2: token and position embeddings, n_layer blocks, a last LayerNorm, logits from the tied wte."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.recompute = False  # activation checkpointing; see `hidden`
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd),
-            )
-        )
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(config.n_embd),
+        })  # fmt: skip
         self.init_weights()
 
     @property
@@ -199,8 +193,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Matrices from N(0, 0.02), positions from N(0, 0.01), biases 0, LayerNorm gains 1 (openai/gpt-2,
-        src/model.py); projections into the residual stream scaled by 1/sqrt(2 * n_layer), its number of
-        additions (paper, section 2.3)."""
+        src/model.py). Projections into the residual stream, to which 2 * n_layer of them add, are scaled by
+        1/sqrt(2 * n_layer) (paper, section 2.3)."""
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -210,22 +204,20 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
             else:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
-        self.wte.weight[self.config.vocab_size :] = 0.0  # padding: no gradient reaches it, so it stays zero
+        self.wte.weight[self.config.vocab_size :] = 0.0  # padding: it gets no gradient, so it stays zero
 
     def hidden(self, idx: torch.Tensor, cache: list[KVCache] | None = None) -> torch.Tensor:
-        """Token ids (B, T) to the vectors that the logits are read from (B, T, C).
+        """Token ids (B, T) to the vectors (B, T, C) from which `lm_head` computes the logits.
 
-        With a cache (from `new_cache`), idx continues the tokens already in it. With `recompute`, what is
-        inside a block is not kept in training: the backward pass computes it again, with the same dropout
-        (Chen et al., 2016, arXiv:1604.06174). Raises ValueError where the context would grow past block_size.
+        With a cache (from `new_cache`), idx continues the tokens in the cache. With `recompute`, training
+        stores only each block's input, and the backward pass recomputes the rest with the same dropout
+        (Chen et al., 2016, arXiv:1604.06174). Raises ValueError for a context longer than block_size.
         """
-        T = idx.size(1)
         start = cache[0].length if cache else 0
-        if start + T > self.config.block_size:
-            raise ValueError(
-                f"a context of {start + T} tokens; this model has {self.config.block_size} positions"
-            )
-        pos = torch.arange(start, start + T, device=idx.device)
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"a context of {end} tokens; this model has {self.config.block_size} positions")
+        pos = torch.arange(start, end, device=idx.device)
         x = self.wte(idx) + self.transformer["wpe"](pos)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.blocks):
@@ -236,27 +228,25 @@ class GPT(nn.Module):
         return self.transformer["ln_f"](x)
 
     def lm_head(self, x: torch.Tensor) -> torch.Tensor:
-        """Vectors (..., C) to logits (..., V) in float32, under autocast too: GPT-2's logits lie near -100,
-        where bfloat16 knows halves only. The weight is the token embedding's."""
+        """Vectors (..., C) to logits (..., V), by the token embedding's weights. In float32, under autocast
+        too: GPT-2's logits lie near -100, where bfloat16 has steps of 0.5."""
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.wte.weight.float())[..., : self.config.vocab_size]
 
     def token_losses(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """-log p of each target (N,), in nats, from float32 logits of x (N, C); float64 on the CPU.
+        """-log p in nats of each target (N,), given vectors x (N, C): (N,), float64, on the CPU.
 
-        A thousand rows at a time: their logits take 200 MB. For evaluation; training has `forward`.
+        For evaluation. Takes 1,000 rows at a time, whose float32 logits need 200 MB.
         """
-        parts = [
-            F.cross_entropy(self.lm_head(x_c), targets_c, reduction="none").cpu()
-            for x_c, targets_c in zip(x.split(1000), targets.split(1000))
-        ]
-        return torch.cat(parts).double()
+        chunks = zip(x.split(1000), targets.split(1000))
+        losses = [F.cross_entropy(self.lm_head(x_c), t_c, reduction="none").cpu() for x_c, t_c in chunks]
+        return torch.cat(losses).double()
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: list[KVCache] | None = None
     ) -> torch.Tensor:
-        """Logits (B, T, V) of the next token; with targets (B, T), their mean cross-entropy instead, in
-        nats."""
+        """Token ids (B, T) to the logits of each next token, (B, T, V); given targets (B, T), to the mean
+        cross-entropy in nats instead."""
         x = self.hidden(idx, cache)
         if targets is None:
             return self.lm_head(x)
@@ -266,7 +256,7 @@ class GPT(nn.Module):
         return LinearCrossEntropy.apply(*args, torch.is_grad_enabled())  # type: ignore[return-value]
 
     def new_cache(self, size: int | None = None) -> list[KVCache]:
-        """An empty cache, one part a layer, with room for `size` tokens (by default block_size)."""
+        """An empty cache, one KVCache per layer, for `size` tokens (by default block_size)."""
         return [KVCache(size or self.config.block_size) for _ in range(self.config.n_layer)]
 
     def stream(self, idx: torch.Tensor, max_new_tokens: int, **options) -> Iterator[torch.Tensor]:
@@ -286,23 +276,23 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
         use_cache: bool = True,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Continues the prompts idx (B, T), T >= 1; yields the next token of each, (B,), and the network's
-        own logits for it, (B, V), until max_new_tokens are made or every row has met stop_token (rows that
-        end early repeat it).
+        """Continues the prompts idx (B, T), T >= 1. Yields the next token of each, (B,), and the logits from
+        which it was drawn, (B, V), before penalty and temperature. Ends after max_new_tokens, or when every
+        row has reached stop_token; a row that ends earlier repeats it.
 
-        temperature 0 is greedy. top_k and top_p (nucleus: Holtzman et al., 2019) narrow the choice; both in
-        Hugging Face's order, after repetition_penalty (CTRL: Keskar et al., 2019, section 4.1) and
-        temperature. Past block_size the later half of the context is kept and read again.
+        Logits pass, in Hugging Face's order, repetition_penalty (CTRL: Keskar et al., 2019, section 4.1),
+        temperature (0 is greedy), top_k, and top_p (nucleus: Holtzman et al., 2019). When the context grows
+        past block_size, its later half is kept and read again.
         """
         context, cache = idx[:, -self.config.block_size :], self.new_cache() if use_cache else None
-        choices = min(self.config.vocab_size, END_OF_TEXT + 1)
+        choices = min(self.config.vocab_size, END_OF_TEXT + 1)  # some published files have padding rows
         seen = torch.zeros(idx.size(0), choices, dtype=torch.bool, device=idx.device)
         seen.scatter_(1, idx, True)
         done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         unread = context
         for _ in range(max_new_tokens):
             x = self.hidden(unread, cache) if cache else self.hidden(context)
-            logits = self.lm_head(x[:, -1])[:, :choices]  # (B, V); some published files have padding rows
+            logits = self.lm_head(x[:, -1])[:, :choices]  # (B, V)
             adjusted = logits
             if repetition_penalty != 1.0:
                 penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
@@ -322,16 +312,16 @@ class GPT(nn.Module):
                 cache = self.new_cache() if cache else None
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
-        """The prompts idx (B, T) and their continuations, (B, T + new); `options` are those of
+        """The prompts idx (B, T) and their continuations: (B, T + new). For options see
         `stream_with_logits`."""
         return torch.cat([idx, *(t[:, None] for t in self.stream(idx, max_new_tokens, **options))], dim=1)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, dropout: float = 0.0) -> "GPT":
-        """Weights in Hugging Face format: a local directory, a size name ("gpt2", "124M", ...) or a Hub id.
+        """A model with weights in Hugging Face format: a directory, a size ("gpt2", "124M", ...) or a Hub id.
 
-        Reads config.json and *.safetensors only, so nothing in the repository can run. Raises ValueError for
-        a model that is not GPT-2, FileNotFoundError for a directory without weights.
+        Reads config.json and *.safetensors only: no code of a repository runs. Raises ValueError for a model
+        that is not GPT-2, FileNotFoundError for a directory without weights.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -340,12 +330,10 @@ class GPT(nn.Module):
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face model directory")
         config = config_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")), dropout)
-        index, weights = folder / "model.safetensors.index.json", {}
-        parts = ["model.safetensors"]
+        index, parts, weights = folder / "model.safetensors.index.json", ["model.safetensors"], {}
         if index.is_file():  # large models come in parts
-            parts = sorted(
-                {Path(p).name for p in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-            )
+            file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]  # by tensor
+            parts = sorted({Path(part).name for part in file_of.values()})
         for part in parts:
             if not (folder / part).is_file():
                 raise FileNotFoundError(f"{folder} has no {part}; only safetensors weights are read")
@@ -357,35 +345,33 @@ class GPT(nn.Module):
             model = cls(config)
         try:
             model.load_state_dict(from_hf(weights, config), assign=True)
-        except RuntimeError as error:  # missing, superfluous or misshapen tensors
+        except RuntimeError as error:  # a tensor is missing, unknown or of another shape
             raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from error
         return model
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """mean(cross_entropy(x @ weight.T, targets)), an eighth of the rows at a time.
+    """cross_entropy(x @ weight.T, targets), the mean, computed for an eighth of the rows at a time.
 
-    All logits of a batch in float32 would be the largest tensor of the whole network (B=16, T=1024: 3.3 GB).
-    So the gradient, softmax(logits) - onehot(targets), is turned into those of x and weight while a chunk's
-    logits are at hand, and only those two are kept for the backward pass.
+    A batch's float32 logits would be the largest tensor of all (3.3 GB for B=16, T=1024). Therefore the
+    forward pass also computes the gradient: from a chunk's softmax(logits) - onehot(targets) it makes the
+    gradients of x and weight, keeps these two, and frees the logits.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size: int, needs_grad: bool):  # pyright: ignore
-        """x (N, C), weight (Vp, C), targets (N,); columns from vocab_size on are masked. A float32 scalar."""
+        """x (N, C), weight (Vp, C), targets (N,) to a float32 scalar. Masks logits from vocab_size on."""
         w = weight.to(x.dtype)
         nll = torch.zeros((), dtype=torch.float32, device=x.device)
         dx, dw = [], torch.zeros_like(weight) if needs_grad else None
         for x_c, targets_c in zip(x.chunk(8), targets.chunk(8)):
-            logits = (
-                x_c @ w.t()
-            ).float()  # (N/8, Vp); at the step's peak, so each is let go as soon as may be
+            logits = (x_c @ w.t()).float()  # (N/8, Vp)
             logits[:, vocab_size:] = -math.inf
             logp = logits.log_softmax(dim=-1)
-            del logits
+            del logits  # this is the peak of a step's memory: free each large tensor at once
             nll -= logp.gather(1, targets_c[:, None]).sum()
             if dw is not None:
-                # Not yet divided by N: in float16 that would underflow. The backward pass divides at the end.
+                # The backward pass divides by N: divided here, float16 would underflow.
                 dlogits = logp.exp_().scatter_add_(1, targets_c[:, None], -torch.ones_like(logp[:, :1]))
                 dlogits = dlogits.to(x.dtype)
                 dx.append(dlogits @ w)
@@ -410,7 +396,7 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """One token id a row, (B,), from logits (B, V); see `GPT.stream_with_logits` for the options."""
+    """Draws a token id for each row of logits (B, V): (B,). For options see `GPT.stream_with_logits`."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / temperature
@@ -419,15 +405,14 @@ def sample(
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p is not None and top_p < 1:
         values, order = logits.sort(descending=True)
-        before = values.softmax(dim=-1).cumsum(dim=-1) - values.softmax(
-            dim=-1
-        )  # probability of better tokens
-        logits = logits.scatter(1, order, values.masked_fill(before >= top_p, -math.inf))
+        p = values.softmax(dim=-1)
+        better = p.cumsum(dim=-1) - p  # the sum over all likelier tokens
+        logits = logits.scatter(1, order, values.masked_fill(better >= top_p, -math.inf))
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 
 def hub_snapshot(name: str) -> Path:
-    """Downloads (once) the config and the safetensors of a size name or Hub id; returns their folder."""
+    """Downloads the config and the safetensors of a size or Hub id, once. Returns their folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -435,38 +420,34 @@ def hub_snapshot(name: str) -> Path:
     name = hub_ids.get(name, name)
     repo = f"openai-community/{name}" if name in HUB_NAMES else name
     if repo.count("/") != 1 or repo.startswith((".", "/")):
-        raise ValueError(
-            f"{name!r} is neither a directory here, nor a size ({', '.join([*hub_ids, *HUB_NAMES])}), "
-            "nor a Hub id (organisation/name)"
-        )
-    # The largest repositories also hold other frameworks' weights: take what is read, nothing else.
-    try:
+        sizes = ", ".join([*hub_ids, *HUB_NAMES])
+        raise ValueError(f"{name!r} is no directory here, no size ({sizes}) and no Hub id (org/name)")
+    try:  # repositories also hold other frameworks' weights
         return Path(snapshot_download(repo, allow_patterns=["config.json", "model*.safetensors*"]))
     except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{repo} is not on this machine, and the Hub cannot be reached; a directory with a model in it "
-            "needs no Hub: log/<run>, once `python train_gpt2.py demo` has made one"
-        ) from error
+        reason = f"{repo} is not on this machine, and the Hub cannot be reached"
+        own = "`python train_gpt2.py demo` makes a model that needs no Hub: log/<run>"
+        raise FileNotFoundError(f"{reason}; {own}") from error
 
 
-# Hugging Face keeps GPT-2's matrices as OpenAI's code had them, (in, out); nn.Linear has (out, in).
+# Hugging Face stores GPT-2's matrices as OpenAI's code did, (in, out). nn.Linear has (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 def to_hf(state: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
-    """Our state dict in Hugging Face's GPT2LMHeadModel layout, without the padding rows."""
+    """Converts our state dict to that of Hugging Face's GPT2LMHeadModel, without the padding rows."""
     out = {k: v.t().contiguous() if k.endswith(TRANSPOSED) else v for k, v in state.items()}
     out["transformer.wte.weight"] = out["transformer.wte.weight"][: config.vocab_size].contiguous()
     return out
 
 
 def from_hf(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
-    """The reverse of `to_hf`; also takes OpenAI's layout on the Hub, without the "transformer." prefix."""
+    """The reverse of `to_hf`. Also takes OpenAI's files on the Hub: keys without "transformer."."""
     state = {}
     for key, value in weights.items():
         key = "transformer." + key.removeprefix("transformer.")
         if key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
-            continue  # the causal mask, which old files carry, and the tied copy of wte
+            continue  # causal masks, which old files have, and the tied copy of wte
         state[key] = (value.t() if key.endswith(TRANSPOSED) else value).float().contiguous()
     if "transformer.wte.weight" not in state:
         raise ValueError("the weights hold no wte.weight: this is not a GPT-2")
@@ -476,32 +457,20 @@ def from_hf(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, to
 
 
 def config_to_hf(config: GPTConfig) -> dict:
-    """The config.json with which transformers builds the same network."""
+    """The config.json from which transformers builds the same network."""
     end_of_text = END_OF_TEXT if config.vocab_size > END_OF_TEXT else None
     return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "n_embd": config.n_embd,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": True,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "dtype": "float32",
-    }
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+        "vocab_size": config.vocab_size, "n_positions": config.block_size, "n_ctx": config.block_size,
+        "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head,
+        "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "resid_pdrop": config.dropout,
+        "layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": True,
+        "bos_token_id": end_of_text, "eos_token_id": end_of_text, "dtype": "float32",
+    }  # fmt: skip
 
 
 def config_from_hf(hf: dict, dropout: float = 0.0) -> GPTConfig:
-    """The reverse of `config_to_hf`. Raises ValueError for what GPT-2 is not, naming the entry."""
+    """The reverse of `config_to_hf`. Raises ValueError, naming the entry, for a model that is not GPT-2."""
     expected = {
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -516,11 +485,5 @@ def config_from_hf(hf: dict, dropout: float = 0.0) -> GPTConfig:
         default = allowed[0] if key != "model_type" else None
         if hf.get(key, default) not in allowed:
             raise ValueError(f"config.json has {key} = {hf.get(key)!r}; GPT-2 has {allowed[0]!r}")
-    return GPTConfig(
-        block_size=hf.get("n_positions", 1024),
-        vocab_size=hf.get("vocab_size", 50257),
-        n_layer=hf.get("n_layer", 12),
-        n_head=hf.get("n_head", 12),
-        n_embd=hf.get("n_embd", 768),
-        dropout=dropout,
-    )
+    shape = {key: hf[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd") if key in hf}
+    return GPTConfig(block_size=hf.get("n_positions", 1024), dropout=dropout, **shape)

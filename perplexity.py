@@ -6,81 +6,60 @@
     python perplexity.py --model gpt2 --data data/wikitext-103 --split test --protocol wikitext
     (its shards: python fineweb.py --source wikitext-103)
 
-Three figures of the same total, in nats, of -log p(token | what came before):
+Prints three figures of the same total, the sum of -log p(token | earlier tokens) in nats:
 
-    token perplexity   exp(total / tokens), tokens being GPT-2's
-    word perplexity    exp(total / words), words being what white space parts: comparable between tokenizers
-    bits a byte        total / ln 2 / bytes of UTF-8: comparable between languages, too
+    token perplexity   exp(total / tokens), with GPT-2's tokens
+    word perplexity    exp(total / words), with words split at white space: comparable between tokenizers
+    bits per byte      total / ln 2 / bytes of UTF-8: comparable between languages, too
 
-The protocol says what came before, and is to be named with the figure:
+The protocol defines the earlier tokens. Name it with the figure:
 
-    stride     one stream of tokens. Each window reads a full context and scores what the window before it
-               did not hold; with the default stride of half a context a scored token has at least half a
-               context before it. So does Hugging Face's guide "Perplexity of fixed-length models", but it
-               weighs an overlapping window's mean by one token too few, and so differs slightly
-    rolling    lm_eval's loglikelihood_rolling: each document by itself, after <|endoftext|>, all its tokens
-               scored. A window begins with the last token of the one before; a long document's last window
-               is filled up with what came before. Words are counted as lm_eval does
-    wikitext   lm_eval's task of that name: rolling, over WikiText's pages as lm_eval cuts and detokenizes
-               them; words and bytes are those of the pages as they were
+    stride     The text is one stream of tokens. Each window reads a full context and scores the tokens that
+               the window before did not contain. With the default stride of half a context, a scored token
+               has at least half a context before it. Hugging Face's guide "Perplexity of fixed-length models"
+               does the same, but weighs an overlapping window by one token too few: it differs slightly
+    rolling    lm_eval's loglikelihood_rolling: each document by itself, after <|endoftext|>, with all its
+               tokens scored. A window begins with the last token of the window before. The last window of a
+               long document reaches back to a full context. Words are counted as in lm_eval
+    wikitext   lm_eval's task of that name: rolling over WikiText's pages, which lm_eval splits and
+               detokenizes. Words and bytes are those of the original pages
 
-GPT-2 124M on WikiText-103's test set: 37.50 in the paper, 37.37 by word in lm_eval (protocol wikitext), 29.94
-by token as Hugging Face counts.
+GPT-2 124M on WikiText-103's test set: 37.50 in the paper; 37.37 per word in lm_eval (protocol wikitext);
+29.94 per token in Hugging Face's guide.
 """
 
-import json
+import dataclasses
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
-from lib import shards, tokenizer
+from lib import cli, files, shards, tokenizer
 from lib.checkpoint import load_model
 from model import GPT
 
 
 @dataclass(frozen=True)
 class Config:
-    data: str
-    """A text file, or a folder of token shards."""
-    model: str = ""
-    """A checkpoint, a run folder, a size (gpt2, 124M, ...) or a Hub id; by default the newest run's
-    checkpoint."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps, ..."""
-    split: str = "val"
-    """Which split of a folder of shards."""
-    protocol: Literal["stride", "rolling", "wikitext"] = "stride"
-    """What a token is scored after: a strided window of the stream, or as lm_eval has it (see above)."""
-    stride: int = 0
-    """Tokens from one window to the next; 0 for half a context, the model's context for no overlap."""
-    limit: int = 0
-    """Score only the first so many tokens; 0 for all."""
-    batch_size: int = 8
-    """Windows at a time."""
-    json: str = ""
-    """Also write the figures to this file."""
-
-
-def check(cfg: Config):
-    """Raises ValueError for a value that cannot work with any model."""
-    for name, value, least in (("limit", cfg.limit, 0), ("batch-size", cfg.batch_size, 1)):
-        if value < least:
-            raise ValueError(f"--{name} is {value}; it must be at least {least}")
-    if cfg.stride and cfg.protocol != "stride":
-        raise ValueError(f"--stride is {cfg.stride}; the protocol {cfg.protocol} sets it: leave it out")
+    data: str = cli.knob(dataclasses.MISSING, "A text file, or a folder of token shards.")
+    model: str = cli.knob("", "A checkpoint, run folder, size (gpt2) or Hub id; by default the newest run.")
+    device: str = cli.knob("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    split: str = cli.knob("val", "The split of a folder of shards.")
+    protocol: Literal["stride", "rolling", "wikitext"] = cli.knob("stride", "See above.")
+    stride: int = cli.knob(0, "Tokens from one window to the next; 0 for half the model's context.")
+    limit: int = cli.knob(0, "Score only this many first tokens; 0 for all.", at_least=0)
+    batch_size: int = cli.knob(8, "Windows per batch.", at_least=1)
+    json: str = cli.knob("", "Also write the figures to this file.")
 
 
 def load_ids(cfg: Config) -> np.ndarray:
-    """The tokens to score, (N,). Raises FileNotFoundError for a path that is not there, ValueError for one
-    that holds no text."""
+    """The tokens to score, (N,). Raises FileNotFoundError for a missing path, ValueError for a path without
+    text."""
     path = Path(cfg.data)
     if path.is_dir():
         parts = [s for s in shards.list_shards(path) if s["split"] == cfg.split]
@@ -99,17 +78,18 @@ def load_ids(cfg: Config) -> np.ndarray:
 
 
 # -----------------------------------------------------------------------------
-# protocols: which tokens are scored, after which others
+# protocols: windows of tokens, and which of them are scored
 
 
 class Window(NamedTuple):
-    tokens: np.ndarray  # what is read, and one more
-    scored: int  # so many of the last of them
+    tokens: np.ndarray  # the tokens that are read, and one more
+    scored: int  # how many of the last tokens are scored
 
 
-def strided(ids: np.ndarray, context: int, stride: int) -> list[Window]:
-    """Windows of ids (N,), each `stride` after the one before, that score what no earlier one held; but for
-    the first token of a window, which has nothing before it. Raises ValueError for an impossible stride."""
+def make_strided_windows(ids: np.ndarray, context: int, stride: int) -> list[Window]:
+    """Windows of ids (N,), each `stride` tokens after the one before. A window scores the tokens that no
+    earlier window contains, but never its own first token, which has nothing before it. Raises ValueError
+    for an impossible stride."""
     if not 1 <= stride <= context:
         raise ValueError(f"--stride is {stride}; it must be between 1 and the model's context of {context}")
     windows, reached = [], 0
@@ -123,26 +103,25 @@ def strided(ids: np.ndarray, context: int, stride: int) -> list[Window]:
     return windows
 
 
-def rolling(ids: np.ndarray, context: int) -> list[Window]:
-    """Windows of one document's ids (N,) that score each of them once, the first after an <|endoftext|>.
-    Every window but a short document's reads a full context, so the last goes back to what was scored."""
+def make_rolling_windows(ids: np.ndarray, context: int) -> list[Window]:
+    """Windows of one document's ids (N,) that score each token once, the first after an <|endoftext|>.
+    Each reads a full context, and so the last overlaps the one before, unless the document is shorter."""
     stream = np.concatenate([[tokenizer.END_OF_TEXT], ids])
     ends = [*range(context, len(ids), context), len(ids)]
-    return [
-        Window(stream[max(0, end - context) : end + 1], end - begin) for begin, end in zip([0, *ends], ends)
-    ]
+    starts = [0, *ends]
+    return [Window(stream[max(0, end - context) : end + 1], end - start) for start, end in zip(starts, ends)]
 
 
-def documents(ids: np.ndarray) -> list[np.ndarray]:
+def split_documents(ids: np.ndarray) -> list[np.ndarray]:
     """The documents in a stream of tokens, without the <|endoftext|> before each."""
     parts = np.split(ids, np.flatnonzero(ids == tokenizer.END_OF_TEXT))
     parts = [part[part != tokenizer.END_OF_TEXT] for part in parts]
     return [part for part in parts if len(part)]
 
 
-def wikitext_pages(text: str) -> list[str]:
-    """WikiText's text as the pages of EleutherAI/wikitext_document_level, lm_eval's data: each begins with a
-    line " = Title = " (62 in the test set)."""
+def split_wikitext(text: str) -> list[str]:
+    """WikiText as the pages of lm_eval's data, EleutherAI/wikitext_document_level. A page begins at a line
+    " = Title = "; the test set has 62."""
     pages: list[list[str]] = [[]]
     for line in text.split("\n"):
         joined = line.replace("= = =", "===").replace("= =", "==").strip()
@@ -154,8 +133,8 @@ def wikitext_pages(text: str) -> list[str]:
 
 
 def detokenize(page: str) -> str:
-    """WikiText's spaced-out signs as they stand in prose: lm_eval's wikitext_detokenizer, rule by rule, but
-    for the one about slashes, which no page meets."""
+    """Removes WikiText's spaces around punctuation: lm_eval's wikitext_detokenizer, rule by rule, except for
+    its rule for slashes, which matches no page."""
     page = page.replace("s '", "s'")
     for sign in "-,.":
         page = page.replace(f" @{sign}@ ", sign)
@@ -171,11 +150,11 @@ def detokenize(page: str) -> str:
 
 
 @torch.inference_mode()
-def total_nll(model: GPT, windows: list[Window], batch_size: int = 8) -> tuple[float, int]:
-    """The sum of -log p(token | the tokens before it in its window), in nats, and the number of tokens
-    scored."""
+def sum_losses(model: GPT, windows: list[Window], batch_size: int = 8) -> tuple[float, int]:
+    """The sum of -log p(token | earlier tokens of its window) over the scored tokens, in nats, and their
+    number."""
     device = model.wte.weight.device
-    windows = sorted(windows, key=lambda window: len(window.tokens))  # little padding
+    windows = sorted(windows, key=lambda window: len(window.tokens))  # for little padding
     total, count = 0.0, 0
     for first in tqdm(range(0, len(windows), batch_size), desc="perplexity", unit="batch", disable=None):
         batch = windows[first : first + batch_size]
@@ -195,30 +174,30 @@ def total_nll(model: GPT, windows: list[Window], batch_size: int = 8) -> tuple[f
 
 
 def count_words(text: bytes, cfg: Config) -> int:
-    """What white space parts; for lm_eval also the nothing before a blank at a text's begin or after one at
-    its end."""
+    """Words between white space. As in lm_eval, all protocols but `stride` also count an empty word before
+    white space at the beginning of a text, and after it at the end."""
     words = text.decode("utf-8", errors="replace")
     return len(words.split() if cfg.protocol == "stride" else re.split(r"\s+", words))
 
 
 def measure(model: GPT, ids: np.ndarray, cfg: Config) -> dict:
-    """The figures of a stream of tokens (N,) under cfg's protocol."""
+    """The figures of a stream of tokens (N,), by cfg's protocol."""
     context = model.config.block_size
     stride = cfg.stride or (max(1, context // 2) if cfg.protocol == "stride" else context)
-    parts = documents(ids)
+    parts = split_documents(ids)
     if not parts:
         raise ValueError(f"{cfg.data} holds no text")
     texts = [tokenizer.decode_bytes(part) for part in parts]
     if cfg.protocol == "wikitext":
-        pages = wikitext_pages(b"".join(texts).decode("utf-8", errors="replace"))
+        pages = split_wikitext(b"".join(texts).decode("utf-8", errors="replace"))
         texts = [page.encode() for page in pages]
         parts = [np.array(tokenizer.encode(detokenize(page))) for page in pages]
     if cfg.protocol == "stride":
-        total, count = total_nll(model, strided(ids, context, stride), cfg.batch_size)
-        whole = total / count * (len(ids) - 1)  # the unscored first tokens of windows count as the average
+        total, count = sum_losses(model, make_strided_windows(ids, context, stride), cfg.batch_size)
+        whole = total / count * (len(ids) - 1)  # a window's unscored first token counts as the average
     else:
-        windows = [window for part in parts for window in rolling(part, context)]
-        total, count = total_nll(model, windows, cfg.batch_size)
+        windows = [window for part in parts for window in make_rolling_windows(part, context)]
+        total, count = sum_losses(model, windows, cfg.batch_size)
         whole = total
     size, words = sum(map(len, texts)), sum(count_words(text, cfg) for text in texts)
     return {
@@ -236,7 +215,9 @@ def measure(model: GPT, ids: np.ndarray, cfg: Config) -> dict:
 
 
 def main(cfg: Config) -> dict:
-    check(cfg)
+    cli.check_bounds(cfg)
+    if cfg.stride and cfg.protocol != "stride":
+        raise ValueError(f"--stride is {cfg.stride}; the protocol {cfg.protocol} sets it: leave it out")
     ids = load_ids(cfg)
     model, source = load_model(cfg.model, cfg.device)
     result = {"model": source, "data": cfg.data, **measure(model, ids, cfg)}
@@ -244,15 +225,11 @@ def main(cfg: Config) -> dict:
     print(f"{cfg.data}, {source}: protocol {how}")
     print(f"token perplexity {result['token_perplexity']:10.2f}   over {result['tokens']:,} tokens")
     print(f"word perplexity  {result['word_perplexity']:10.2f}   over {result['words']:,} words")
-    print(f"bits a byte      {result['bits_per_byte']:10.4f}   over {result['bytes']:,} bytes")
+    print(f"bits per byte    {result['bits_per_byte']:10.4f}   over {result['bytes']:,} bytes")
     if cfg.json:
-        Path(cfg.json).write_text(json.dumps(result, indent=2), encoding="utf-8")
+        files.write_json(Path(cfg.json), result)
     return result
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"perplexity.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(lambda: main(cli.parse(Config, __doc__)))

@@ -1,19 +1,18 @@
-"""Draws runs: training and validation loss, and HellaSwag, beside GPT-2's and GPT-3's own figures.
+"""Draws runs: training loss, validation loss and HellaSwag, beside the published figures of GPT-2 and GPT-3.
 
     python plot.py                                   # the newest run, into log/<run>/loss.png
     python plot.py log/a log/b --x tokens --log --theme dark --out compare.pdf
     python plot.py --text                            # as characters, in the terminal: over ssh, too
 
-The training loss is faint as it was logged, and over that a mean of --smooth steps, centred, so that it does
-not lag. The grey lines are for the run's size, or for 124M where its shape is not a published one. GPT-2's
-loss, on FineWeb-Edu, is drawn where a run comes within 1 of it.
+The training loss is drawn twice: faint, as it was logged, and as a centred mean of --smooth steps. Grey lines
+are the published figures for the run's size, or for 124M if its shape is not a published one. GPT-2's loss,
+which is on FineWeb-Edu, is drawn if a run comes within 1 of it.
 """
 
 import itertools
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,26 +21,27 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from lib import files
+from lib import cli, files
 
-LOG_ROOT = files.LOGS
 SUFFIXES = (".png", ".svg", ".pdf")
 X_LABELS = {"step": "step", "tokens": "tokens of training", "hours": "hours of training (no evaluation)"}
+Runs = Annotated[tuple[str, ...], tyro.conf.Positional]
 
 # On build-nanogpt's validation shard (play.ipynb there).
 VAL_LOSS = {"124M": {"GPT-2 124M on FineWeb-Edu (build-nanogpt)": 3.2924}}
-# acc_norm, completion style. GPT-2: hellaswag.py of build-nanogpt, dev/vislog.ipynb of llm.c. GPT-3, of 125M,
-# 350M, 760M and 1.3B: its paper, table H.1, zero-shot.
+# acc_norm, completion style. GPT-2: hellaswag.py of build-nanogpt, dev/vislog.ipynb of llm.c. GPT-3 (125M,
+# 350M, 760M, 1.3B): its paper, table H.1, zero-shot.
 HELLASWAG = {
     "124M": {"GPT-2 124M (build-nanogpt)": 0.2955, "GPT-3 Small (Brown et al., 2020)": 0.337},
     "350M": {"GPT-2 350M (llm.c)": 0.3752, "GPT-3 Medium (Brown et al., 2020)": 0.436},
     "774M": {"GPT-2 774M (llm.c)": 0.4320, "GPT-3 Large (Brown et al., 2020)": 0.510},
     "1558M": {"GPT-2 1558M (build-nanogpt)": 0.4893, "GPT-3 XL (Brown et al., 2020)": 0.547},
 }
+# As in model.py, whose import would take a second: it imports torch.
 HUB_NAMES = {"gpt2": "124M", "gpt2-medium": "350M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
 
-# Paper, ink, grid, and for the runs colours that the colour-blind tell apart (Okabe and Ito, 2008), but for
-# those that are hard to see on this paper.
+# Paper, ink, grid, and for the runs the colours of Okabe and Ito (2008), which colour-blind people can
+# distinguish, without those that are hard to see on this paper.
 THEMES = {
     "light": ("#ffffff", "#24292f", "#e3e6ea", "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9"),
     "dark": ("#0d1117", "#d6dde4", "#262c34", "#56b4e9 #e69f00 #009e73 #cc79a7 #f0e442 #d55e00"),
@@ -51,27 +51,22 @@ GREY = "#808890"
 
 @dataclass(frozen=True)
 class Config:
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Run folders; by default the newest under log/."""
-    out: str = ""
-    """The picture, .png, .svg or .pdf; by default loss.png in the first run's folder."""
-    x: Literal["step", "tokens", "hours"] = "step"
-    """The picture's horizontal axis; hours are summed from the log's tokens per second, so they are without
-    evaluation and checkpoints."""
-    smooth: int | None = None
-    """Steps of the training loss's mean; 1 for none; by default a fiftieth of the run's."""
-    log: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """A logarithmic horizontal axis."""
-    max_loss: float | None = None
-    """Losses above this are outside the picture, which leaves more room for those of the end."""
-    theme: Literal["light", "dark"] = "light"
-    """Colours."""
-    text: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the curves as lines of characters; a picture only with --out."""
+    runs: Runs = cli.knob((), "Run folders; by default the newest under log/.")  # noqa: RUF009
+    out: str = cli.knob("", "The picture, .png, .svg or .pdf; by default loss.png in the first run's folder.")
+    x: Literal["step", "tokens", "hours"] = cli.knob(
+        "step", "The horizontal axis; hours, from the logged tokens per second, are without evaluation."
+    )
+    smooth: int | None = cli.knob(
+        None, "Steps of the training loss's mean; 1 for none; by default a fiftieth of the run's.", at_least=1
+    )
+    log: cli.Switch = cli.knob(False, "A logarithmic horizontal axis.")  # noqa: RUF009
+    max_loss: float | None = cli.knob(None, "Cut off losses above this, to give the lower ones more room.")
+    theme: Literal["light", "dark"] = cli.knob("light", "Colours.")
+    text: cli.Switch = cli.knob(False, "Print the curves as text; draw only with --out.")  # noqa: RUF009
 
 
 class Run:
-    """A run's folder: its log by stream, and its settings, none where there is no config.json."""
+    """A run's folder, its log by stream, and its settings ({} without config.json)."""
 
     def __init__(self, folder: Path):
         self.folder, self.log = folder, read_log(folder)
@@ -82,13 +77,14 @@ class Run:
             raise ValueError(f"{path} is not JSON: {error}") from error
 
     def curve(self, stream: str, unit: str, window: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """A stream's x, in the unit, and smoothed values; those that are not finite are left out."""
+        """The x of a stream, in the unit, and its smoothed values, without those that are not finite."""
         steps, values = self.log[stream].T
         finite = np.isfinite(values)
-        return self.x(steps[finite], unit), smoothed(values[finite], window)
+        return self.x(steps[finite], unit), smooth(values[finite], window)
 
     def x(self, steps: np.ndarray, unit: str) -> np.ndarray:
-        """What had been trained when these steps began. Raises ValueError if the run does not tell."""
+        """The steps, tokens or hours of training before these steps began. Raises ValueError if the run's
+        files do not say."""
         if unit == "step":
             return steps
         batch_tokens = self.settings.get("total_batch_tokens")
@@ -103,17 +99,17 @@ class Run:
         return np.interp(steps, [logged[0], *(logged + 1)], [0, *hours])
 
     def window(self, cfg: Config) -> int:
-        """The steps of --smooth, made odd."""
+        """The number of steps in a mean: --smooth, made odd."""
         default = len(self.log.get("train", ())) // 50
         return (default if cfg.smooth is None else cfg.smooth) // 2 * 2 + 1
 
     def best(self, stream: str) -> float:
-        """A stream's lowest value, or HellaSwag's highest; nan where there is none."""
-        extreme = np.fmax if stream == "hella" else np.fmin  # which pass over nan
+        """A stream's lowest value, HellaSwag's highest; nan without values."""
+        extreme = np.fmax if stream == "hella" else np.fmin  # both ignore nan
         return extreme.reduce(self.log[stream][:, 1]) if stream in self.log else np.nan
 
     def size(self) -> str:
-        """The published size that the model has; 124M where it has none of them."""
+        """The model's published size; 124M if it has none."""
         name = str(self.settings.get("init_from") or self.settings.get("model_size"))
         is_published = all(self.settings.get(key) is None for key in ("n_layer", "n_head", "n_embd"))
         size = HUB_NAMES.get(name, name)
@@ -126,7 +122,7 @@ def read_log(run: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; give a run folder, log/<run>")
     streams: dict[str, list[tuple[int, float]]] = {}
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # a last line that is half there is left out
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # without an incomplete last line
     for number, line in enumerate(lines, 1):
         match = re.fullmatch(r"(\d+) (\w+) (-?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|inf|nan))", line)
         if not match:
@@ -137,9 +133,9 @@ def read_log(run: Path) -> dict[str, np.ndarray]:
     return {name: np.array(points) for name, points in streams.items()}
 
 
-def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Means of `window` (odd) values around each, (n,) to (n,). At the beginning, where losses fall steeply,
-    they reach back only a quarter of the way, and as far ahead; at the end, as far as there are values."""
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred means of `window` (odd) values, (n,) to (n,). At the beginning, where losses fall steeply, the
+    mean around value i reaches back i // 4 values and as far ahead. At the end it is cut off."""
     place = np.arange(len(values))
     before = np.minimum(window // 2, place // 4)
     after = np.minimum(before, place[::-1])
@@ -147,31 +143,31 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[place + after + 1] - sums[place - before]) / (before + after + 1)
 
 
-def names_of(runs: list[Run]) -> list[str]:
-    """The folders' names, or their paths where two have the same name."""
+def name_runs(runs: list[Run]) -> list[str]:
+    """The folders' names, or their paths if two have the same name."""
     names = [run.folder.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 
 
-def label_of(run: Run, name: str) -> str:
-    """The name and what the run reached."""
-    forms = {"val": "{:.3f}".format, "hella": percent}
+def format_label(run: Run, name: str) -> str:
+    """The name and the best values of the run."""
+    forms = {"val": "{:.3f}".format, "hella": format_percent}
     bests = [form(run.best(stream)) for stream, form in forms.items() if stream in run.log]
     return f"{name}: {', '.join(bests)}" if bests else name
 
 
-def short(number: float, _: int | None = None) -> str:
+def format_short(number: float, _: int | None = None) -> str:
     """1500000 as 1.5M."""
     size, letter = next(((s, c) for s, c in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if number >= s), (1, ""))
     return f"{number / size:g}{letter}"
 
 
-def percent(share: float, _: int | None = None) -> str:
+def format_percent(share: float, _: int | None = None) -> str:
     return f"{100 * share:.4g}%"
 
 
-def text(run: Run, name: str, width: int) -> str:
-    """The run's curves as lines of bars, one under the other."""
+def draw_text(run: Run, name: str, width: int) -> str:
+    """The run's curves as lines of bars, one line per stream."""
     streams = [stream for stream in ("train", "val", "hella") if stream in run.log]
     last = max((run.log[stream][-1, 0] for stream in streams), default=0)
     lines = [f"{name}, steps 0 to {last:,.0f}"]
@@ -179,13 +175,13 @@ def text(run: Run, name: str, width: int) -> str:
         steps, values = run.curve(stream, "step")
         if len(values):
             best = "" if stream == "train" else f", best {run.best(stream):.4g}"
-            bars = sparkline(steps / (last or 1), values, width)
+            bars = draw_bars(steps / (last or 1), values, width)
             lines.append(f"{stream:5} {values[0]:7.4g} {bars} {values[-1]:.4g}{best}")
     return "\n".join(lines)
 
 
-def sparkline(x: np.ndarray, y: np.ndarray, width: int) -> str:
-    """Bars for x from 0 to 1, each as high as the mean of its values, and blanks where there is none."""
+def draw_bars(x: np.ndarray, y: np.ndarray, width: int) -> str:
+    """`width` bars for x from 0 to 1, each as high as the mean of its values; blanks without values."""
     place = np.rint(x * (width - 1)).astype(int)
     counts = np.bincount(place, minlength=width)
     means = np.bincount(place, y, width) / np.where(counts, counts, np.nan)
@@ -194,7 +190,7 @@ def sparkline(x: np.ndarray, y: np.ndarray, width: int) -> str:
 
 
 def style(theme: str) -> dict[Any, Any]:
-    """matplotlib's settings. Text in SVG and PDF stays text, that can be searched and edited."""
+    """matplotlib's settings for a theme. Text in SVG and PDF stays text that can be searched."""
     from cycler import cycler
 
     paper, ink, grid, colours = THEMES[theme]
@@ -210,11 +206,11 @@ def style(theme: str) -> dict[Any, Any]:
 
 
 def draw(runs: list[Run], cfg: Config) -> Any:
-    """A matplotlib figure: the losses and, where a run has it, HellaSwag on their right."""
+    """Draws the losses and, if a run has it, HellaSwag to their right. Returns a matplotlib figure."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    names, windows = names_of(runs), sorted({run.window(cfg) for run in runs if "train" in run.log})
+    names, windows = name_runs(runs), sorted({run.window(cfg) for run in runs if "train" in run.log})
     has_hella = any("hella" in run.log for run in runs)
     with matplotlib.rc_context(style(cfg.theme)):
         figure = Figure(figsize=(12.8 if has_hella else 6.4, 4), layout="constrained")
@@ -222,7 +218,7 @@ def draw(runs: list[Run], cfg: Config) -> Any:
         loss, hella = panels[0], panels[-1]
         for run, name, look in zip(runs, names, itertools.cycle(matplotlib.rcParams["axes.prop_cycle"])):
             points = {"marker": "o", "markersize": 4}
-            loss.plot([], [], **look, **points, label=label_of(run, name))
+            loss.plot([], [], **look, **points, label=format_label(run, name))
             if "train" in run.log:
                 raw = {"color": look["color"], "linestyle": "-", "linewidth": 0.7, "alpha": 0.3}
                 loss.plot(*run.curve("train", cfg.x), **raw)
@@ -234,22 +230,22 @@ def draw(runs: list[Run], cfg: Config) -> Any:
         reached = np.fmin.reduce([run.best("val") for run in runs])
         draw_references(loss, VAL_LOSS, runs, "{:.2f}".format, lowest=reached - 1)
         if has_hella:
-            draw_references(hella, HELLASWAG, runs, percent)
+            draw_references(hella, HELLASWAG, runs, format_percent)
             hella.set_title("acc_norm, completion style", fontsize=9, loc="left")
             hella.set_ylabel("HellaSwag")
-            hella.yaxis.set_major_formatter(percent)
+            hella.yaxis.set_major_formatter(format_percent)
         steps = " to ".join(str(window) for window in dict.fromkeys([*windows[:1], *windows[-1:]]))
         mean = f", mean of {steps} steps (faint: each step)" if windows[-1:] > [1] else ""
         loss.set_title(f"lines: training loss{mean}; points: validation loss", fontsize=9, loc="left")
-        loss.set_ylabel("loss (nats a token)")
+        loss.set_ylabel("loss (nats per token)")
         if cfg.max_loss is not None:
-            cut_above(loss, cfg.max_loss)
+            limit_height(loss, cfg.max_loss)
         finish_axes(figure, panels, cfg, are_many=len(runs) > 1)
     return figure
 
 
 def draw_references(axes: Any, table: dict, runs: list[Run], form: Callable, lowest: float = -np.inf):
-    """The grey lines for the runs' sizes, named with their sources; none below lowest."""
+    """Draws the grey lines for the runs' sizes, labelled with their sources, but none below `lowest`."""
     sizes = dict.fromkeys(run.size() for run in runs)
     lines = [line for size in sizes for line in table.get(size, {}).items()]
     dashes = itertools.cycle([(0, (6, 3)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2))])
@@ -259,8 +255,8 @@ def draw_references(axes: Any, table: dict, runs: list[Run], form: Callable, low
             axes.axhline(value, color=GREY, linestyle=dash, linewidth=1.2, label=label)
 
 
-def cut_above(axes: Any, top: float):
-    """Shows nothing above top, and gives what is below the whole height."""
+def limit_height(axes: Any, top: float):
+    """Lets the vertical axis end at `top`. Raises ValueError if no loss is below it."""
     lowest = axes.dataLim.y0
     if not top > lowest:
         raise ValueError(f"--max-loss is {top}; it must be above the lowest loss, {lowest:.3f}")
@@ -268,12 +264,13 @@ def cut_above(axes: Any, top: float):
 
 
 def finish_axes(figure: Any, panels: list, cfg: Config, are_many: bool):
-    """The horizontal axes and the legends, that of several runs beside the panels: there the figure grows."""
+    """Sets up the horizontal axes and the legends. The legend of several runs stands beside the panels, and
+    the figure grows by its width."""
     for axes in panels:
         if cfg.log:
             axes.set_xscale("log", nonpositive="mask")
         axes.set_xlabel(X_LABELS[cfg.x])
-        axes.xaxis.set_major_formatter(short)
+        axes.xaxis.set_major_formatter(format_short)
     title = "best validation loss" + (", HellaSwag" if len(panels) > 1 else "")
     for axes in panels[are_many:]:
         axes.legend(title=title if axes is panels[0] else None, alignment="left")
@@ -286,24 +283,23 @@ def finish_axes(figure: Any, panels: list, cfg: Config, are_many: bool):
 
 
 def main(cfg: Config) -> Path | None:
-    """Prints the curves, or writes the picture and prints where it is."""
+    """Prints the curves, or writes the picture and prints its path."""
+    cli.check_bounds(cfg)
     folders = [Path(run) for run in cfg.runs]
     if not folders:
-        found = [path.parent for path in LOG_ROOT.glob("*/log.txt")]
+        found = [path.parent for path in files.LOGS.glob("*/log.txt")]
         if not found:
-            raise FileNotFoundError(f"{LOG_ROOT} holds no run; train one: `python train_gpt2.py demo`")
+            raise FileNotFoundError(f"{files.LOGS} holds no run; train one: `python train_gpt2.py demo`")
         folders = [max(found, key=lambda run: (run / "log.txt").stat().st_mtime)]
     out = Path(cfg.out) if cfg.out else folders[0] / "loss.png"
     out = out if out.suffix else out.with_suffix(".png")
     if out.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out {out} ends in {out.suffix}; it must be one of {', '.join(SUFFIXES)}")
-    if cfg.smooth is not None and cfg.smooth < 1:
-        raise ValueError(f"--smooth is {cfg.smooth}; it must be at least 1, which is no smoothing")
     runs = [Run(folder) for folder in folders]
     if cfg.text:
         width = max(10, shutil.get_terminal_size().columns - 40)
-        for run, name in zip(runs, names_of(runs)):
-            print(text(run, name, width))
+        for run, name in zip(runs, name_runs(runs)):
+            print(draw_text(run, name, width))
         if not cfg.out:
             return None
     import matplotlib
@@ -316,8 +312,4 @@ def main(cfg: Config) -> Path | None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"plot.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli.run(lambda: main(cli.parse(Config, __doc__)))

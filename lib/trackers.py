@@ -1,4 +1,4 @@
-"""A run's curves sent to TensorBoard, Weights & Biases or Trackio, beside its log.txt.
+"""Sends a run's curves to TensorBoard, Weights & Biases or Trackio, in addition to its log.txt.
 
     python train_gpt2.py --tracker tensorboard     # to look: tensorboard --logdir log
     python train_gpt2.py --tracker wandb           # after `wandb login`; or with WANDB_MODE=offline
@@ -6,13 +6,12 @@
 
 On disk: log/<run>/tensorboard, log/<run>/wandb, or Trackio's own folder (TRACKIO_DIR).
 
-Each is a package of its own, which only its own class imports. Curves have the same names in every tool
-and run, against the step and the tokens seen before it. The project is gpt2, in wandb WANDB_PROJECT; what the
-tools themselves read from the environment (WANDB_ENTITY, TRACKIO_SPACE_ID, ...) counts.
+Each tool is a package of its own, which only its own class imports. Curves have the same names in all tools,
+against the step and the tokens seen before it. The project is gpt2, for wandb WANDB_PROJECT if that is set.
+The tools' own environment variables (WANDB_ENTITY, TRACKIO_SPACE_ID, ...) have their usual effect.
 
-A resumed run goes on with the same curves, cut back like its log to the step of the checkpoint: in wandb,
-which takes no step back, the repeated steps keep the values that they had, and a Trackio server has them
-twice. What a tool has not got yet of the run's log, it is told first.
+A resumed run continues its curves, and first sends what the tool lacks of its log. It repeats the steps after
+its checkpoint: TensorBoard replaces their old values, wandb keeps the old values, Trackio shows both.
 """
 
 import contextlib
@@ -20,7 +19,6 @@ import importlib.util
 import itertools
 import os
 import re
-import sqlite3
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,18 +35,18 @@ CURVES = {  # by the stream of log.txt
     "spike": "train/spike",
 }
 PROJECT = "gpt2"
-FINISH_SECONDS = 20  # a run that is told to stop has little time to wait for a network
+FINISH_SECONDS = 20  # a run that must stop has little time to wait for a network
 
 
 def check(name: Name):
-    """Raises ValueError where the tracker's package is missing."""
+    """Raises ValueError if the tracker's package is missing."""
     spec = None if name == "none" else importlib.util.find_spec(name)
-    if name != "none" and (spec is None or spec.origin is None):  # None: a mere folder of that name
+    if name != "none" and (spec is None or spec.origin is None):  # no origin: only a folder of that name
         raise ValueError(f"--tracker {name} needs a package that is not installed: pip install {name}")
 
 
 def check_login(name: Name):
-    """Raises ValueError where the tracker would not let us in."""
+    """Raises ValueError if the tracker needs a login that fails."""
     if name == "wandb":
         import wandb
 
@@ -62,15 +60,15 @@ def check_login(name: Name):
 
 
 class TensorBoard:
-    """Events in the run's folder. TensorBoard knows one x, the step; so losses are written once more, against
-    tokens, as a run of its own beside it."""
+    """Writes events into the run's folder. TensorBoard has a single x, the step. Therefore a second run, in
+    by_tokens, has the losses against the tokens."""
 
     def __init__(self, run: Path, run_id: str, settings: dict[str, Any], first_step: int, is_new: bool):
         from torch.utils.tensorboard.summary import hparams
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self.where = run / "tensorboard"
-        self.has_before = first_step if self.where.exists() else 0
+        self.first_missing = first_step if self.where.exists() else 0
         first_token = first_step * settings["total_batch_tokens"]
         self.by_step = SummaryWriter(str(self.where), purge_step=first_step)
         self.by_tokens = SummaryWriter(f"{self.where}/by_tokens", purge_step=first_token)
@@ -92,9 +90,9 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of the same id however often it is resumed. Without network wandb itself tries again and again,
-    and keeps a copy of everything in the run's folder. Offline, each start has a folder of its own with the
-    whole curves: the newest is the one to `wandb sync`."""
+    """Sends to a run whose id stays the same when training resumes. Without a network wandb itself retries,
+    and keeps a copy of everything in the run's folder. Offline, each start makes a folder with the whole
+    curves: `wandb sync` the newest."""
 
     def __init__(self, run: Path, run_id: str, settings: dict[str, Any], first_step: int, is_new: bool):
         import wandb
@@ -110,11 +108,10 @@ class Wandb:
             settings=wandb.Settings(finish_timeout=FINISH_SECONDS),
         )
         self.where = Path(self.run.dir).parent
-        self.has_before = self.run.starting_step
-        if self.has_before > first_step:
-            print(
-                f"note   wandb keeps what it has of steps {first_step} to {self.has_before - 1}", flush=True
-            )
+        self.first_missing = self.run.starting_step
+        if self.first_missing > first_step:
+            steps = f"{first_step} to {self.first_missing - 1}"
+            print(f"note   wandb keeps its values of steps {steps}", flush=True)
 
     def write(self, step: int, tokens: int, values: dict[str, float]):
         if step >= self.run.starting_step:
@@ -125,7 +122,7 @@ class Wandb:
 
 
 class Trackio:
-    """A run of the same name. Trackio itself says, once, what it could not send."""
+    """Sends to a run of the same name. Trackio itself reports, once, what it could not send."""
 
     def __init__(self, run: Path, run_id: str, settings: dict[str, Any], first_step: int, is_new: bool):
         import trackio
@@ -133,13 +130,9 @@ class Trackio:
 
         resume = "never" if is_new else "allow"
         self.run = trackio.init(PROJECT, run.name, config=settings, resume=resume, embed=False)
-        # What it had not written when the run was killed it is told again.
-        self.has_before = max(0, min(first_step, self.run._next_step - 1))
+        # A killed run may not have written all values of its last step.
+        self.first_missing = max(0, min(first_step, self.run._next_step - 1))
         self.where = SQLiteStorage.get_project_db_path(PROJECT)
-        if self.where.exists():
-            with contextlib.closing(sqlite3.connect(self.where)) as database, database:
-                later = "DELETE FROM metrics WHERE run_id = ? AND step >= ?"
-                database.execute(later, (self.run.id, self.has_before))
 
     def write(self, step: int, tokens: int, values: dict[str, float]):
         self.run.log({**values, "tokens": tokens}, step=step)
@@ -150,57 +143,60 @@ class Trackio:
         trackio.finish()
 
 
-def without_secrets(error: Exception) -> str:
-    """What an error says, but for the value of a token or key in an address that it quotes."""
+def hide_secrets(error: Exception) -> str:
+    """The error's message, without the values of tokens and keys in the addresses that it quotes."""
     return re.sub(r"((?:token|key)=)[^&\s'\"]+", r"\1...", str(error))
 
 
 class Tracker(contextlib.AbstractContextManager):
-    """One of these, whose failures do not stop training.
+    """One of these tools. Its failures do not stop training.
 
-    run: the run's folder, its log.txt cut back already; run_id: the same whenever the run goes on; settings:
-    the run's, as hyperparameters; resumed_step: of the checkpoint that it goes on from. Raises ValueError
-    where a new run cannot be tracked; one that goes on does so without.
+    run           the run's folder; its log.txt is already cut back to resumed_step
+    run_id        stays the same when the run resumes
+    settings      the run's, sent as hyperparameters
+    resumed_step  of the checkpoint from which the run resumes; None for a new run
+
+    Raises ValueError if a new run cannot be tracked. A resumed run prints the reason and continues without.
     """
 
     def __init__(
         self, name: Name, run: Path, run_id: str, settings: dict[str, Any], resumed_step: int | None
     ):
-        self.name, self.tokens_a_step = name, settings["total_batch_tokens"]
+        self.name, self.tokens_per_step = name, settings["total_batch_tokens"]
         self.tool: TensorBoard | Wandb | Trackio | None = None
         tools = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
         try:
             self.tool = tools[name](run, run_id, settings, resumed_step or 0, resumed_step is None)
         except Exception as error:  # whatever a network or a library raises
             if resumed_step is None:
-                raise ValueError(f"--tracker {name}: {without_secrets(error)}") from error
+                raise ValueError(f"--tracker {name}: {hide_secrets(error)}") from error
             self.give_up(error)
         if self.tool:
-            self.catch_up(run / "log.txt", self.tool.has_before)
+            self.send_log(run / "log.txt", self.tool.first_missing)
 
-    def catch_up(self, log: Path, first_step: int):
-        """Sends what the log has of this step and those after it."""
+    def send_log(self, log: Path, first_step: int):
+        """Sends the log from first_step on."""
         lines = [line.split() for line in log.read_text(encoding="utf-8").splitlines()]
         for step, facts in itertools.groupby(lines, key=lambda words: int(words[0])):
             if step >= first_step:
                 self.write(step, {stream: float(value) for _, stream, value in facts})
 
     def write(self, step: int, values: dict[str, float]):
-        """values: by the streams of log.txt."""
+        """Sends the values of a step, by the streams of log.txt."""
         if self.tool:
             try:
                 named = {CURVES.get(stream, stream): value for stream, value in values.items()}
-                self.tool.write(step, step * self.tokens_a_step, named)
+                self.tool.write(step, step * self.tokens_per_step, named)
             except Exception as error:
                 self.give_up(error)
 
     def give_up(self, error: Exception):
         self.tool = None
-        failure = f"--tracker {self.name} failed ({type(error).__name__}: {without_secrets(error)})"
-        print(f"note   {failure}; training goes on, and log.txt has all", flush=True)
+        failure = f"--tracker {self.name} failed ({type(error).__name__}: {hide_secrets(error)})"
+        print(f"note   {failure}; training continues, and log.txt has all values", flush=True)
 
     def close(self, exit_code: int):
-        """Sends what is left. Once is enough."""
+        """Sends what is left, the first time that it is called."""
         tool, self.tool = self.tool, None
         if tool:
             try:

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import bench
-from lib import checkpoint
-from model import SIZES, GPTConfig
+from model import SIZES
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def test_memory_is_that_of_a_step_and_not_of_the_process_that_measures():
 
 
 def test_both_models_of_the_bench_are_the_same_network(small):
-    ours, theirs = bench.Bench(bench.Config(device="cpu", dtype="float32")).models()
+    ours, theirs = bench.Bench(bench.Config(device="cpu", dtype="float32")).make_models()
     idx = torch.arange(10)[None]
     torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=0)
 
@@ -67,20 +66,12 @@ def test_nothing_of_a_baseline_is_left_with_our_setting_of_float32_products():
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     runner = bench.Bench(bench.Config(device="cpu", dtype="float32"))
     before, seen = matmul.fp32_precision, []
-    runner.as_shipped(lambda: seen.append(matmul.fp32_precision))()
+    runner.restore_defaults(lambda: seen.append(matmul.fp32_precision))()
     assert seen == ["ieee"] and matmul.fp32_precision == before
 
 
-def test_the_plan_needs_no_device(monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "pick_device", lambda name: pytest.fail("no device is needed"))
-    assert bench.main(bench.Config(plan=True, model_size="350M")) == []
-    printed = capsys.readouterr().out
-    assert "354,823,168 parameters" in printed
-    hours = float(printed.partition("  H100  ")[2].split()[0])
-    flops = GPTConfig.named("350M").flops_per_token(1024)
-    assert hours == pytest.approx(10e9 * flops / (0.4 * 989e12) / 3600, abs=0.06)
-
-
-def test_nonsense_is_refused():
-    with pytest.raises(ValueError, match="at least 1"):
-        bench.main(bench.Config(repeats=0))
+@pytest.mark.parametrize("name", ["repeats", "items", "batch_size", "seq_len", "max_tokens"])
+def test_nonsense_is_refused(name):
+    cfg: dict = {name: 0}
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is 0; it must be at least 1"):
+        bench.main(bench.Config(**cfg))

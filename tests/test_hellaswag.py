@@ -1,19 +1,13 @@
-"""hellaswag.py: its rows and scores against hand-written ids, a plain loop and lm_eval; its download."""
+"""hellaswag.py: its rows and scores against hand-written ids, a plain loop and lm_eval; its data."""
 
-import gzip
-import hashlib
 import json
 import math
 import random
-import threading
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import requests
 import torch
 import torch.distributed as dist
 from helpers import VOCAB_SIZE, random_model, run_script, save_checkpoint
@@ -29,114 +23,42 @@ def item(activity: str, ctx_a: str, ctx_b: str, label: int, *endings: str) -> di
     """As in the real file: ctx is ctx_a and ctx_b, parted by a blank."""
     ctx = f"{ctx_a} {ctx_b}" if ctx_b else ctx_a
     return dict(
-        ind=len(ctx),
-        activity_label=activity,
-        ctx_a=ctx_a,
-        ctx_b=ctx_b,
-        ctx=ctx,
-        split="val",
-        split_type="indomain",
-        label=label,
-        endings=list(endings),
-        source_id=f"invented~{activity}",
-    )
+        ind=len(ctx), activity_label=activity, ctx_a=ctx_a, ctx_b=ctx_b, ctx=ctx, split="val",
+        split_type="indomain", label=label, endings=list(endings), source_id=f"invented~{activity}",
+    )  # fmt: skip
 
 
 HAND = item("Sitting", "A man sits down.", "he", 1, "eats.", "reads a book.", "reads.", "eats a book.")
 
-ITEMS = [
-    HAND,
-    item(
-        "Kite", "Two girls run on a beach.", "they", 2, "hold a kite.", "sleep.", "let it fly.", "eat sand."
-    ),
-    item(
-        "Tea", "A kettle boils.", "a woman", 0, "pours it out.", "drinks the kettle.", "boils, too.", "left"
-    ),
-    item(
-        "Rowing",
-        "The boat drifts off",
-        "",
-        3,
-        "a cliff.",
-        "the page.",
-        "its rails.",
-        "the shore and into fog.",
-    ),
-    item(
-        "Wood", "He splits a log.", "the log", 1, "thanks him.", "falls in two.", "is 3.5m long.", "smokes."
-    ),
-    item("Ça va", "Ein Mädchen tanzt — schön.", "the café", 0, "applauds.", "ist naïve.", "日本語.", "🙂"),
-    item(
-        "Food and Entertaining",
-        "[header] How to keep bread fresh [title] Cool it first. [step] Warm bread sweats in a bag.",
-        "",
-        1,
-        "[title] Eat all of it. [step] At once.",
-        "Wait for two hours. [substeps] Use a rack.",
-        "Bread is a  metaphor.",
-        "[title] Never bake.",
-    ),
-    item(
-        "Home and Garden",
-        "[header] How to plant a tree [title] Dig a hole twice as wide as the roots.",
-        "[step] the roots",
-        2,
-        "must be painted. [title] Use oil.",
-        "are not needed.  Cut them off.",
-        "need loose soil. [title] Water it. [step] Every day.",
-        "[step] sing.",
-    ),
-    item(
-        "Pets",
-        "[header] How to wash a cat [title] Trim the claws [title] Wait until it is asleep.",
-        "",
-        3,
-        "[step] It wakes.",
-        "Call a dog [title] Any dog.",
-        "Wash yourself, [step] and say so.",
-        "Use a soft brush first. [step] Then lukewarm water.",
-    ),
-    item(
-        "Sports and Fitness",
-        "[header] How to sail [title] Watch the wind. [step]",  # cleaned, it ends with a blank
-        "",
-        0,
-        "Wet a finger and hold it up.",
-        "Wet the wind.",
-        "[title] Row.",
-        "It is blue. [title] So is the sea.",
-    ),
-    item(
-        "Chess",
-        "She moves her queen. ",
-        "her rival",
-        0,
-        "resigns.",
-        "moves her queen, too!",
-        "is a rook.",
-        "e4",
-    ),
-    item(
-        "Snow",
-        "A child rolls a ball of snow",
-        "and",
-        2,
-        "melts.",
-        "rolls.",
-        "sets it on another one.",
-        "snow.",
-    ),
-    item(
-        "Violin",
-        "He tunes the strings,",
-        "then he",
-        3,
-        "tunes.",
-        "eats the bow.",
-        "is tuned.",
-        "plays a scale.",
-    ),
-]
+ITEMS = [HAND, *(item(*words) for words in [
+    ("Kite", "Two girls run on a beach.", "they", 2, "hold a kite.", "sleep.", "let it fly.", "eat sand."),
+    ("Tea", "A kettle boils.", "a woman", 0, "pours it out.", "drinks the kettle.", "boils, too.", "left"),
+    ("Rowing", "The boat drifts off", "", 3,
+     "a cliff.", "the page.", "its rails.", "the shore and into fog."),
+    ("Wood", "He splits a log.", "the log", 1, "thanks him.", "falls in two.", "is 3.5m long.", "smokes."),
+    ("Ça va", "Ein Mädchen tanzt — schön.", "the café", 0, "applauds.", "ist naïve.", "日本語.", "🙂"),
+    ("Food and Entertaining",
+     "[header] How to keep bread fresh [title] Cool it first. [step] Warm bread sweats in a bag.", "", 1,
+     "[title] Eat all of it. [step] At once.", "Wait for two hours. [substeps] Use a rack.",
+     "Bread is a  metaphor.", "[title] Never bake."),
+    ("Home and Garden",
+     "[header] How to plant a tree [title] Dig a hole twice as wide as the roots.", "[step] the roots", 2,
+     "must be painted. [title] Use oil.", "are not needed.  Cut them off.",
+     "need loose soil. [title] Water it. [step] Every day.", "[step] sing."),
+    ("Pets",
+     "[header] How to wash a cat [title] Trim the claws [title] Wait until it is asleep.", "", 3,
+     "[step] It wakes.", "Call a dog [title] Any dog.", "Wash yourself, [step] and say so.",
+     "Use a soft brush first. [step] Then lukewarm water."),
+    ("Sports and Fitness",
+     "[header] How to sail [title] Watch the wind. [step]", "", 0,  # cleaned, it ends with a blank
+     "Wet a finger and hold it up.", "Wet the wind.", "[title] Row.", "It is blue. [title] So is the sea."),
+    ("Chess", "She moves her queen. ", "her rival", 0,
+     "resigns.", "moves her queen, too!", "is a rook.", "e4"),
+    ("Snow", "A child rolls a ball of snow", "and", 2,
+     "melts.", "rolls.", "sets it on another one.", "snow."),
+    ("Violin", "He tunes the strings,", "then he", 3,
+     "tunes.", "eats the bow.", "is tuned.", "plays a scale."),
+])]  # fmt: skip
 
 
 def turned(items: list[dict]) -> list[dict]:
@@ -300,7 +222,7 @@ def test_many_rows_have_the_scores_that_each_has_alone(model):
 def test_a_batch_of_enough_tokens_is_hardly_padded():
     draw = random.Random(0)
     lengths = {row: draw.randint(1, 40) for row in range(500)}
-    batches = list(hellaswag.alike(lengths, batch_size=32, least=128))
+    batches = list(hellaswag.batch_by_length(lengths, batch_size=32, least=128))
     assert sorted(row for batch in batches for row in batch) == sorted(lengths)
     for batch in batches:
         widths = [lengths[row] for row in batch]
@@ -310,10 +232,10 @@ def test_a_batch_of_enough_tokens_is_hardly_padded():
     assert max(map(len, batches)) == 32 and len(batches) < 40
 
 
-@pytest.mark.parametrize("batch_size", [0, -1])
-def test_a_batch_size_below_one_is_refused_with_its_value(model, batch_size):
-    with pytest.raises(ValueError, match=f"batch.size.*{batch_size}"):
-        hellaswag.evaluate(model, ITEMS, batch_size=batch_size, show=False)
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("batch_size", -1), ("limit", -1)])
+def test_a_number_below_its_bound_is_refused_with_its_value(name, value):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is {value}; it must be at least"):
+        hellaswag.main(hellaswag.Config(**{name: value}))
 
 
 def test_under_autocast_the_logits_are_still_in_float32(model):
@@ -420,8 +342,6 @@ def test_items_are_read_and_limited(tmp_path):
     data = write_items(tmp_path / "items.jsonl", ITEMS)
     assert hellaswag.load_items(data) == ITEMS
     assert hellaswag.load_items(data, limit=5) == ITEMS[:5]
-    with pytest.raises(ValueError, match=r"limit.*-1"):
-        hellaswag.load_items(data, limit=-1)
 
 
 def test_line_separators_inside_a_text_are_no_line_ends(tmp_path):
@@ -438,20 +358,10 @@ def without(key: str) -> str:
 @pytest.mark.parametrize(
     "content",
     [
-        "",
-        "<html>rate limited</html>",
-        "[1, 2]",
-        "7",
-        json.dumps({**HAND, "label": ""}),
-        json.dumps({**HAND, "label": 4}),
+        *("", "<html>rate limited</html>", "[1, 2]", "7", json.dumps(HAND) + "\n" + json.dumps(HAND)[:40]),
+        *(json.dumps({**HAND, "label": label}) for label in ("", 4)),
         json.dumps({**HAND, "endings": HAND["endings"][:3]}),
-        without("label"),
-        without("endings"),
-        without("ctx"),
-        without("ctx_a"),
-        without("ctx_b"),
-        without("activity_label"),
-        json.dumps(HAND) + "\n" + json.dumps(HAND)[:40],
+        *map(without, ("label", "endings", "ctx", "ctx_a", "ctx_b", "activity_label")),
     ],
 )
 def test_a_file_that_is_not_hellaswag_is_refused_by_name(tmp_path, content):
@@ -463,128 +373,21 @@ def test_a_file_that_is_not_hellaswag_is_refused_by_name(tmp_path, content):
 
 # The download
 
-BODY = b"kettle" + b"".join(hashlib.sha256(bytes([n % 256, n // 256])).digest() for n in range(12_000))
-DIGEST = hashlib.sha256(BODY).hexdigest()
+
+def test_a_download_that_fails_says_what_to_do(tmp_path):
+    with pytest.raises(OSError, match=r"127\.0\.0\.1:9/nothing .*refused.*--data FILE"):
+        hellaswag.download("http://127.0.0.1:9/nothing", tmp_path / "items.jsonl", "", tries=1)
 
 
-@dataclass
-class Server:
-    """A web server with one file; `plan` says how each request in turn is answered, the last one for ever."""
-
-    plan: list[str]
-    url: str = ""
-    ranges: list[str | None] = field(default_factory=list)
-    end: threading.Event = field(default_factory=threading.Event)
-
-    def answer(self, request: BaseHTTPRequestHandler):
-        asked = request.headers.get("Range")
-        self.ranges.append(asked)
-        how = self.plan[min(len(self.ranges), len(self.plan)) - 1]
-        status, body, headers = 200, BODY, {}
-        if how == "404":
-            status, body = 404, b"not found"
-        elif how == "html":
-            body, headers = b"<html>too many requests</html>", {"Content-Type": "text/html"}
-        elif how == "altered":
-            body = BODY.replace(b"kettle", b"teapot")
-        elif "gzip" in request.headers.get("Accept-Encoding", ""):  # as GitHub does
-            body, headers = gzip.compress(body, mtime=0), {"Content-Encoding": "gzip"}
-        if asked and status == 200 and how != "no ranges":
-            begin = int(asked.removeprefix("bytes=").removesuffix("-"))
-            status, headers["Content-Range"] = 206, f"bytes {begin}-{len(body) - 1}/{len(body)}"
-            body = body[begin:]
-        request.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            request.send_header(name, value)
-        request.end_headers()
-        part = how in ("cut", "stall")
-        request.wfile.write(body[: len(body) // 2] if part else body)
-        request.wfile.flush()
-        if how == "stall":
-            self.end.wait()
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """Starts servers by plan. Between tries nothing is waited for, and a stalled one is given up soon."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(hellaswag.time, "sleep", lambda seconds: None)
-    get = requests.get
-
-    def impatient_get(url, *, timeout, **options):
-        assert 1 <= timeout <= 60
-        return get(url, timeout=0.3, **options)
-
-    monkeypatch.setattr(requests, "get", impatient_get)
-    running: list[tuple[Server, ThreadingHTTPServer]] = []
-
-    def start(*plan: str) -> Server:
-        server = Server(list(plan))
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                server.answer(self)
-
-            def log_message(self, *args):
-                pass
-
-        http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.url = f"http://127.0.0.1:{http.server_port}/hellaswag_val.jsonl"
-        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        running.append((server, http))
-        return server
-
-    yield start
-    for server, http in running:
-        server.end.set()
-        http.shutdown()
-        http.server_close()
-
-
-def test_a_download_is_checked_and_made_once(serve, tmp_path):
-    server, path = serve("whole"), tmp_path / "data" / "items.jsonl"
-    for _ in range(2):
-        assert hellaswag.download(server.url, path, DIGEST) == path
-    assert path.read_bytes() == BODY
-    assert server.ranges == [None]
-    assert [p.name for p in path.parent.iterdir()] == ["items.jsonl"]
-
-
-@pytest.mark.parametrize("trouble", ["cut", "stall"])
-def test_a_broken_download_goes_on_where_it_stopped(serve, tmp_path, trouble):
-    server, path = serve(trouble, "whole"), tmp_path / "items.jsonl"
-    hellaswag.download(server.url, path, DIGEST)
-    assert path.read_bytes() == BODY
-    first, second = server.ranges
-    assert first is None and second is not None
-    assert 0 < int(second.removeprefix("bytes=").removesuffix("-")) <= len(BODY) // 2
-    assert [p.name for p in tmp_path.iterdir()] == ["items.jsonl"]
-
-
-@pytest.mark.parametrize(
-    "plan", [("cut", "no ranges"), ("404", "whole"), ("html", "whole"), ("altered", "whole")]
-)
-def test_a_download_recovers_from_one_bad_answer(serve, tmp_path, plan):
-    server, path = serve(*plan), tmp_path / "items.jsonl"
-    hellaswag.download(server.url, path, DIGEST)
-    assert path.read_bytes() == BODY
-    assert len(server.ranges) == 2
-
-
-@pytest.mark.parametrize(
-    ("trouble", "reason"),
-    [
-        ("404", "404"),
-        ("html", "30 bytes"),
-        ("altered", hashlib.sha256(BODY.replace(b"kettle", b"teapot")).hexdigest()),
-        ("stall", "timed out"),
-        ("no server", "refused"),
-    ],
-)
-def test_a_download_that_fails_says_why_and_leaves_nothing(serve, tmp_path, trouble, reason):
-    url = serve(trouble).url if trouble != "no server" else "http://127.0.0.1:9/nothing"
-    with pytest.raises(OSError) as error:
-        hellaswag.download(url, tmp_path / "items.jsonl", DIGEST, tries=2)
-    for part in (url, reason, "2 tries", "--data FILE"):
-        assert part in str(error.value)
-    assert not list(tmp_path.iterdir())
+def test_all_processes_of_a_training_get_the_items_or_the_reason_why_not(tmp_path, monkeypatch):
+    """Rank 0 alone downloads; the other has what rank 0 has broadcast."""
+    data, said = tmp_path / "items.jsonl", []
+    monkeypatch.setattr(hellaswag.download, "__defaults__", ("http://127.0.0.1:9/nothing", data, "", 1))
+    ranks = [
+        SimpleNamespace(rank=0, broadcast=lambda value: said.append(value) or value),
+        SimpleNamespace(rank=1, broadcast=lambda value: said[-1]),
+    ]
+    (none, reason), other = [hellaswag.load_or_explain(process, limit=2) for process in ranks]
+    assert none == [] and "--data FILE" in reason and other == ([], reason)
+    write_items(data, ITEMS)
+    assert [hellaswag.load_or_explain(process, limit=2) for process in ranks] == [(ITEMS[:2], "")] * 2

@@ -20,16 +20,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from model import (
-    GPT,
-    MLP,
-    CausalSelfAttention,
-    GPTConfig,
-    config_from_hf,
-    config_to_hf,
-    sample,
-    to_hf,
-)
+from model import GPT, MLP, CausalSelfAttention, GPTConfig, config_from_hf, config_to_hf, sample, to_hf
 
 SHAPES = [
     dict(block_size=8, vocab_size=100, n_layer=1, n_head=1, n_embd=8),
@@ -45,19 +36,9 @@ def tokens(model: GPT, batch: int, length: int, seed: int = 1) -> torch.Tensor:
 
 def random_theirs(shape: dict, **options) -> GPT2LMHeadModel:
     """transformers' GPT-2, configured in its own words, with random weights everywhere."""
-    config = GPT2Config(
-        vocab_size=shape["vocab_size"],
-        n_positions=shape["block_size"],
-        n_embd=shape["n_embd"],
-        n_layer=shape["n_layer"],
-        n_head=shape["n_head"],
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=None,
-        eos_token_id=None,
-        **options,
-    )
+    shape = {"n_positions" if key == "block_size" else key: value for key, value in shape.items()}
+    options |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None)
+    config = GPT2Config(**shape, **options)
     theirs = GPT2LMHeadModel(config).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -79,20 +60,17 @@ def as_theirs(model: GPT) -> GPT2LMHeadModel:
 
 
 @pytest.mark.parametrize(
-    ("size", "count"),
+    ("size", "hub_name", "count"),
     [
-        ("124M", 124_439_808),
-        ("gpt2", 124_439_808),
-        ("350M", 354_823_168),
-        ("gpt2-medium", 354_823_168),
-        ("774M", 774_030_080),
-        ("gpt2-large", 774_030_080),
-        ("1558M", 1_557_611_200),
-        ("gpt2-xl", 1_557_611_200),
+        ("124M", "gpt2", 124_439_808),
+        ("350M", "gpt2-medium", 354_823_168),
+        ("774M", "gpt2-large", 774_030_080),
+        ("1558M", "gpt2-xl", 1_557_611_200),
     ],
 )
-def test_the_published_sizes_have_their_published_parameter_counts(size, count):
+def test_the_published_sizes_have_their_published_parameter_counts(size, hub_name, count):
     config = GPTConfig.named(size)
+    assert config == GPTConfig.named(hub_name)
     with torch.device("meta"):
         model = GPT(config)
     padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
@@ -175,11 +153,7 @@ def assert_same_function(ours: GPT, theirs: GPT2LMHeadModel):
     gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
     expected = {name: p.grad for name, p in theirs.named_parameters()}
     converted = to_hf(gradients, ours.config)
-    assert converted.keys() == expected.keys()
-    for name, gradient in converted.items():
-        torch.testing.assert_close(
-            gradient, expected[name], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n} {m}"
-        )
+    torch.testing.assert_close(converted, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -235,12 +209,12 @@ def test_cached_logits_equal_uncached_ones(chunks):
 def test_cached_generation_equals_uncached_also_past_the_context(temperature, prompt):
     model = random_model()
     idx = tokens(model, 2, prompt)
-    with_cache, without = (
-        model.generate(
-            idx, 60, temperature=temperature, generator=torch.Generator().manual_seed(3), use_cache=use_cache
-        )
-        for use_cache in (True, False)
-    )
+
+    def run(use_cache):
+        options = dict(temperature=temperature, generator=torch.Generator().manual_seed(3))
+        return model.generate(idx, 60, use_cache=use_cache, **options)
+
+    with_cache, without = run(True), run(False)
     assert with_cache.shape == (2, prompt + 60)
     assert torch.equal(with_cache[:, :prompt], idx)
     assert torch.equal(with_cache, without)
@@ -290,9 +264,8 @@ def test_a_row_that_meets_the_stop_token_repeats_it_and_leaves_the_others_alone(
 
     def run(stop):
         generator = torch.Generator().manual_seed(5)
-        return model.generate(idx, 20, stop_token=stop, generator=generator, use_cache=use_cache)[
-            :, 4:
-        ].tolist()
+        made = model.generate(idx, 20, stop_token=stop, generator=generator, use_cache=use_cache)
+        return made[:, 4:].tolist()
 
     free = run(None)
     stop = next(token for token in free[0][2:6] if token not in free[1])
@@ -340,16 +313,10 @@ def huggingface_probabilities(logits: torch.Tensor, ids: torch.Tensor, **options
 @pytest.mark.parametrize(
     "options",
     [
-        dict(),
-        dict(temperature=0.5),
-        dict(temperature=3.0),
-        dict(top_k=1),
-        dict(top_k=7),
-        dict(top_k=1000),
-        dict(top_p=0.1),
-        dict(top_p=0.9),
-        dict(top_p=1.0),
-        dict(top_k=20, top_p=0.8, temperature=0.7),
+        *(dict(), dict(top_k=20, top_p=0.8, temperature=0.7)),
+        *(dict(temperature=temperature) for temperature in (0.5, 3.0)),
+        *(dict(top_k=top_k) for top_k in (1, 7, 1000)),
+        *(dict(top_p=top_p) for top_p in (0.1, 0.9, 1.0)),
     ],
 )
 def test_sampling_draws_what_transformers_processors_would(options):
@@ -407,10 +374,8 @@ def test_the_loss_and_its_gradients_are_those_of_cross_entropy(batch, length):
     assert loss.dtype == torch.float32 and loss.shape == ()
     (3 * loss).backward()
     torch.testing.assert_close(loss, expected)
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(
-            p.grad, wanted[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n} {m}"
-        )
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         assert torch.equal(model(idx, targets), loss)
 
@@ -598,16 +563,6 @@ def test_from_pretrained_takes_a_dropout(tmp_path):
         (lambda d: edit_config(d, n_positions=9), ValueError, "wpe"),
         (lambda d: edit_config(d, vocab_size=99), ValueError, "wte"),
         (lambda d: save_file({"x": torch.ones(1)}, d / "model.safetensors"), ValueError, "wte"),
-    ],
-    ids=[
-        "no config",
-        "no weights",
-        "bad config",
-        "bad weights",
-        "n_layer",
-        "n_positions",
-        "vocab_size",
-        "other",
     ],
 )
 def test_a_directory_that_does_not_hold_a_whole_gpt2_is_refused(break_it, error, part, tmp_path):

@@ -66,8 +66,8 @@ def test_the_figures_are_those_of_hugging_faces_strided_recipe(folder, stride, l
     model, _ = perplexity.load_model(str(folder), "cpu")
     expected, tokens = strided_recipe(folder, ids, stride)
     for batch_size in (1, 3):
-        windows = perplexity.strided(np.array(ids, dtype=np.uint16), CONTEXT, stride)
-        total, count = perplexity.total_nll(model, windows, batch_size)
+        windows = perplexity.make_strided_windows(np.array(ids, dtype=np.uint16), CONTEXT, stride)
+        total, count = perplexity.sum_losses(model, windows, batch_size)
         assert count == tokens
         assert total == pytest.approx(expected, rel=1e-5)
 
@@ -95,15 +95,15 @@ def guide_perplexity(folder: Path, ids: list[int], stride: int) -> float:
 def test_the_guides_own_figure_differs_by_its_weights_alone(folder, stride, length):
     ids = tokenizer.encode(TEXT)[:length]
     model, _ = perplexity.load_model(str(folder), "cpu")
-    windows = perplexity.strided(np.array(ids, dtype=np.uint16), CONTEXT, stride)
+    windows = perplexity.make_strided_windows(np.array(ids, dtype=np.uint16), CONTEXT, stride)
     means, weights = [], []
     for number, window in enumerate(windows):
-        total, count = perplexity.total_nll(model, [window])
+        total, count = perplexity.sum_losses(model, [window])
         means.append(total / count)
         weights.append(count - (number > 0 and stride < CONTEXT))
     theirs = guide_perplexity(folder, ids, stride)
     assert theirs == pytest.approx(math.exp(np.average(means, weights=weights)), rel=1e-5)
-    total, count = perplexity.total_nll(model, windows)
+    total, count = perplexity.sum_losses(model, windows)
     is_same = stride == CONTEXT or len(windows) == 1
     assert theirs == pytest.approx(math.exp(total / count), rel=1e-5 if is_same else 0.02)
 
@@ -155,7 +155,7 @@ def assert_same_figures(ours: dict, theirs: dict):
 def test_the_wikitext_protocol_gives_the_figures_of_lm_evals_task(folder, tmp_path, as_shards):
     from lm_eval.tasks.wikitext import preprocess_wikitext
 
-    pages = perplexity.wikitext_pages(ARTICLES)
+    pages = perplexity.split_wikitext(ARTICLES)
     theirs = lm_evals_figures(
         *(folder, tmp_path, pages),
         doc_to_target=preprocess_wikitext.wikitext_detokenizer,
@@ -193,7 +193,7 @@ def test_rolling_windows_are_lm_evals(length):
     theirs = get_rolling_token_windows(ids.tolist(), prefix_token=50256, max_seq_len=8, context_len=1)
     ours = [
         (window.tokens[:-1].tolist(), window.tokens[-window.scored :].tolist())
-        for window in perplexity.rolling(ids, 8)
+        for window in perplexity.make_rolling_windows(ids, 8)
     ]
     assert ours == list(theirs)
 
@@ -210,15 +210,15 @@ def test_text_is_detokenized_as_lm_eval_does():
 
 
 def test_pages_begin_with_headings_of_the_first_level():
-    pages = perplexity.wikitext_pages(ARTICLES)
+    pages = perplexity.split_wikitext(ARTICLES)
     assert [page.split("\n")[0] for page in pages] == [
         " = Ann Example = ",
         " = Bob ( a song ) = ",
         " = Cy = ",
     ]
     assert " \n" + "\n".join(pages) == ARTICLES
-    assert perplexity.wikitext_pages("no\nheading") == ["no\nheading"]
-    assert perplexity.wikitext_pages(" \n") == [" \n"]
+    assert perplexity.split_wikitext("no\nheading") == ["no\nheading"]
+    assert perplexity.split_wikitext(" \n") == [" \n"]
 
 
 # The command

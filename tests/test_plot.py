@@ -66,11 +66,11 @@ def test_a_log_is_read_by_stream_and_half_a_last_line_is_left_out(tmp_path):
 def test_the_mean_is_centred_narrow_at_the_beginning_and_one_sided_at_the_end():
     values = np.array([9.0, 4, 1, 7, 4, 10, 1, 4, 7, 4, 4, 10])
     means = [9, 4, 1, 7, (7 + 4 + 10) / 3, 5, 5, 4, (1 + 4 + 7 + 4 + 4) / 5, 29 / 5, 25 / 4, 18 / 3]
-    assert plot.smoothed(values, 5).tolist() == pytest.approx(means)
-    assert plot.smoothed(values, 1).tolist() == values.tolist()
-    assert plot.smoothed(values[:0], 5).tolist() == []
+    assert plot.smooth(values, 5).tolist() == pytest.approx(means)
+    assert plot.smooth(values, 1).tolist() == values.tolist()
+    assert plot.smooth(values[:0], 5).tolist() == []
     line = np.arange(1000.0)
-    assert plot.smoothed(line, 101)[:950] == pytest.approx(line[:950])  # no lag, no bend
+    assert plot.smooth(line, 101)[:950] == pytest.approx(line[:950])  # no lag, no bend
 
 
 def test_steps_tokens_and_hours(tmp_path):
@@ -143,7 +143,7 @@ def test_the_command_draws_two_runs_into_one_picture(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
     found = words(out)
     for expected in (
-        "best validation loss, HellaSwag", "a: 9.250, 26.25%", "b: 8.500, 26.25%", "loss (nats a token)",
+        "best validation loss, HellaSwag", "a: 9.250, 26.25%", "b: 8.500, 26.25%", "loss (nats per token)",
         "GPT-2 124M (build-nanogpt): 29.55%", "GPT-3 Small (Brown et al., 2020): 33.7%",
     ):  # fmt: skip
         assert expected in found, expected
@@ -263,7 +263,7 @@ def test_the_suffix_chooses_the_format(tmp_path, name, begin):
 def test_a_log_with_only_some_of_the_streams_is_drawn(tmp_path, log):
     run = make_run(tmp_path / "run", log)
     assert plot.main(Config(runs=(str(run),), text=True, out=str(tmp_path / "a.svg")))
-    assert "loss (nats a token)" in words(tmp_path / "a.svg")
+    assert "loss (nats per token)" in words(tmp_path / "a.svg")
 
 
 def test_a_loss_that_is_not_finite_leaves_the_others_as_they_are(tmp_path):
@@ -275,11 +275,11 @@ def test_a_loss_that_is_not_finite_leaves_the_others_as_they_are(tmp_path):
 
 
 def test_the_newest_run_is_drawn_by_default(tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "files.LOGS", tmp_path)
+    monkeypatch.setattr(plot.files, "LOGS", tmp_path)
     for name, age in (("b", 300), ("a", 100), ("c", 200)):
         os.utime(make_run(tmp_path / name) / "log.txt", (10**9 - age, 10**9 - age))
     assert plot.main(Config()) == tmp_path / "a" / "loss.png"
-    monkeypatch.setattr(plot, "files.LOGS", tmp_path / "nothing")
+    monkeypatch.setattr(plot.files, "LOGS", tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match=r"train_gpt2\.py demo"):
         plot.main(Config())
 
@@ -290,13 +290,13 @@ def test_the_newest_run_is_drawn_by_default(tmp_path, monkeypatch):
 
 def test_a_curve_as_bars():
     down = np.arange(8.0)[::-1]
-    assert plot.sparkline(np.linspace(0, 1, 8), down, 8) == "█▇▆▅▄▃▂▁"
-    assert plot.sparkline(np.linspace(0, 0.5, 8), down, 15) == "█▇▆▅▄▃▂▁       "  # it ends in the middle
-    assert plot.sparkline(np.array([0.0, 1.0]), np.array([2.0, 3.0]), 5) == "▁   █"  # and nothing is made up
+    assert plot.draw_bars(np.linspace(0, 1, 8), down, 8) == "█▇▆▅▄▃▂▁"
+    assert plot.draw_bars(np.linspace(0, 0.5, 8), down, 15) == "█▇▆▅▄▃▂▁       "  # it ends in the middle
+    assert plot.draw_bars(np.array([0.0, 1.0]), np.array([2.0, 3.0]), 5) == "▁   █"  # and nothing is made up
     assert (
-        plot.sparkline(np.array([0.0, 0.01, 1.0]), np.array([0.0, 4.0, 9.0]), 5) == "▁   █"
+        plot.draw_bars(np.array([0.0, 0.01, 1.0]), np.array([0.0, 4.0, 9.0]), 5) == "▁   █"
     )  # means, 2 and 9
-    assert plot.sparkline(np.array([0.0, 1.0]), np.array([2.0, 2.0]), 2) == "▁▁"
+    assert plot.draw_bars(np.array([0.0, 1.0]), np.array([2.0, 2.0]), 2) == "▁▁"
 
 
 def test_the_command_prints_the_curves_of_each_run_and_draws_only_if_told(tmp_path):
