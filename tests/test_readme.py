@@ -85,6 +85,13 @@ def test_every_named_file_exists(page):
     assert not [name for name in names if not any((folder / name).is_file() for folder in folders)]
 
 
+def test_every_name_in_the_tour_stands_in_the_code():
+    code = "\n".join(p.read_text(encoding="utf-8") for f in ("", "lib") for p in (ROOT / f).glob("*.py"))
+    names = re.findall(r"`([A-Za-z_][\w.]*)`", PAGES["docs/tour.md"])
+    missing = {name for name in names if not re.search(rf"\b{name.split('.')[-1]}\b", code)}
+    assert not {name for name in missing if not (ROOT / name).exists()}
+
+
 def test_the_readme_lists_the_files_that_exist():
     (tree,) = re.findall(r"^```text\n(model\.py.*?)^```", PAGES["README.md"], flags=re.DOTALL | re.MULTILINE)
     names = {line.split()[0] for line in tree.splitlines() if line.strip()}
