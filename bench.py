@@ -52,7 +52,7 @@ Jobs = tuple[Job, ...]
 
 @dataclass(frozen=True)
 class Config:
-    jobs: Jobs = cli.knob(typing.get_args(Job), "The jobs to measure.")  # noqa: RUF009
+    jobs: Jobs = cli.knob(typing.get_args(Job), "The jobs to measure.")
     model_size: str = cli.knob("124M", "124M, 350M, 774M or 1558M.")
     seq_len: int = cli.knob(1024, "Tokens of context in `train` and `memory`.", at_least=1)
     batch_size: int = cli.knob(4, "Sequences per step in `train` and `memory`.", at_least=1)

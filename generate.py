@@ -64,7 +64,7 @@ class Config:
     top_k: int = cli.knob(50, "Choose among this many likeliest tokens; 0 for all.", at_least=0)
     top_p: float = cli.knob(1.0, "Choose among the likeliest tokens of this joint probability; 1 for all.")
     repetition_penalty: float = cli.knob(1.0, "Above 1, makes repeats less likely (1.2 is usual).", above=0)
-    stop: Stops = cli.knob((), "End before this text (\\n is a newline).")  # noqa: RUF009
+    stop: Stops = cli.knob((), "End before this text (\\n is a newline).")
     num_samples: int = cli.knob(1, "Continuations of the same prompt.", at_least=1)
     seed: int = cli.knob(0, "The same seed gives the same text on the same machine.")
     special_tokens: bool = cli.knob(False, "Read <|endoftext|> in the prompt as the control token.")

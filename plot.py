@@ -51,7 +51,7 @@ GREY = "#808890"
 
 @dataclass(frozen=True)
 class Config:
-    runs: Runs = cli.knob((), "Run folders; by default the newest under log/.")  # noqa: RUF009
+    runs: Runs = cli.knob((), "Run folders; by default the newest under log/.")
     out: str = cli.knob("", "The picture, .png, .svg or .pdf; by default loss.png in the first run's folder.")
     x: Literal["step", "tokens", "hours"] = cli.knob(
         "step", "The horizontal axis; hours, from the logged tokens per second, are without evaluation."
@@ -59,10 +59,10 @@ class Config:
     smooth: int | None = cli.knob(
         None, "Steps of the training loss's mean; 1 for none; by default a fiftieth of the run's.", at_least=1
     )
-    log: cli.Switch = cli.knob(False, "A logarithmic horizontal axis.")  # noqa: RUF009
+    log: cli.Switch = cli.knob(False, "A logarithmic horizontal axis.")
     max_loss: float | None = cli.knob(None, "Cut off losses above this, to give the lower ones more room.")
     theme: Literal["light", "dark"] = cli.knob("light", "Colours.")
-    text: cli.Switch = cli.knob(False, "Print the curves as text; draw only with --out.")  # noqa: RUF009
+    text: cli.Switch = cli.knob(False, "Print the curves as text; draw only with --out.")
 
 
 class Run:

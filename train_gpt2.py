@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import math
 import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -33,17 +32,19 @@ import torch
 from tqdm import tqdm
 
 import hellaswag
-from lib import checkpoint, cli, files, hub, hub_shards, parallel, plan, processes, report, runs, shards, stops
-from lib import tokenizer, trackers
+from lib import checkpoint, cli, parallel, plan, processes, report, runs, shards, stops, tokenizer, trackers
 from lib.cli import format_path, knob
 from lib.device import peak_flops, pick_dtype, versions
+from lib.files import hash_json
+from lib.hub import PREFIXES
+from lib.hub_shards import open_data
 from lib.optimizers import Optimizers
 from lib.processes import Process
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
-# the recipe: one line per setting. A resumed run keeps a `knob`. It may change what is `free`. It cannot change
-# a `shape`, which the saved tensors have. A `start` setting belongs to one start of the run.
+# the recipe: one line per setting. When a run is resumed, a `knob` must stay as it was (or --override), a
+# `free` setting may change, a `shape` cannot, and a `start` setting belongs to one start of the run.
 
 free, shape = functools.partial(knob, resume="free"), functools.partial(knob, resume="shape")
 start = functools.partial(knob, resume="start")
@@ -64,23 +65,23 @@ class Config:
     dropout: float = knob(0.0, "dropout probability; 0 for pre-training, 0.1 helps on small data")
     init_from: str = free("", "fine-tune these weights: a checkpoint, a size name or a Hub id")
     # optimization
-    batch_size: int | Literal["auto"] = free(16, "sequences per process and micro-step; auto: all that fit", above=0)
+    batch_size: int | Literal["auto"] = free(16, "sequences per micro-step and process", above=0)
     total_batch_tokens: int = knob(524_288, "tokens per optimizer step, by gradient accumulation", above=0)
     learning_rate: float = knob(6e-4, "peak learning rate", above=0)
-    schedule: Literal["cosine", "wsd"] = knob("cosine", "after warm-up: a cosine, or constant, then linear decay")
+    schedule: Literal["cosine", "wsd"] = knob("cosine", "after warm-up: cosine, or flat, then linear")
     decay_ratio: float = knob(0.4, "share of max_steps that wsd's decay takes", at_least=0, at_most=1)
     min_lr_ratio: float = knob(0.1, "the schedule ends at this fraction of the peak", at_least=0, at_most=1)
     max_steps: int = free(19_073, "optimizer steps; changes where the schedule ends", at_least=0)
     warmup_steps: int = knob(715, "steps of linear warm-up", at_least=0)
     weight_decay: float = knob(0.1, "weight decay of matrices and embeddings", at_least=0)
     grad_clip: float = knob(1.0, "maximal gradient norm; 0 for no clipping", at_least=0)
-    optimizer: Literal["adamw", "muon"] = shape("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest")
+    optimizer: Literal["adamw", "muon"] = shape("adamw", "muon: Muon for the blocks' matrices, else AdamW")
     seed: int = knob(1337, "initial weights, data order and dropout", at_least=0)
     # machine
     device: str = free("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "precision of the matrix products")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "precision of matrix products")
     compile: bool = free(True, "torch.compile; if that fails, training goes on without it")
-    activation_checkpointing: bool = free(False, "recompute blocks in the backward pass: less memory, more time")
+    activation_checkpointing: bool = free(False, "recompute blocks in the backward pass, to save memory")
     fsdp: bool = free(False, "shard weights, gradients and optimizer state over the processes")
     reduce_dtype: Literal["float32", "bfloat16"] = knob("float32", "precision of the gradients' all-reduce")
     num_gpus: int = start(1, "processes on this machine, one per GPU (CPU processes without GPUs)", above=0)
@@ -88,11 +89,11 @@ class Config:
     # run
     run_name: str = start("", "folder under log/; by default the model and the time")
     log_dir: str = start("", "parent of the run folders; by default log/ beside this script")
-    resume: str = start("", "a run, a checkpoint or hf://org/name; without a value the newest run, or --run-name's")
+    resume: str = start("", "a run, a checkpoint, hf://org/name; alone: the newest run, or --run-name's")
     override: cli.Switch = start(False, "resume although settings or data differ from the checkpoint's")
-    max_hours: float = free(0.0, "then save and stop, with exit code 4; counted per start; 0 for no limit", at_least=0)
+    max_hours: float = free(0.0, "save and stop (exit code 4) after so long; 0: never", at_least=0)
     eval_only: cli.Switch = start(False, "only evaluate --resume's or --init-from's model; write nothing")
-    dry_run: cli.Switch = start(False, "only check everything and print what the run would take; write nothing")
+    dry_run: cli.Switch = start(False, "only check, and print what the run would take; write nothing")
     dollars_per_gpu_hour: float = start(0.0, "price for --dry-run's cost; 0 for none", at_least=0)
     # periodic jobs: every so many steps and at the end; 0 for never
     val_every: int = free(250, "steps between validation losses", at_least=0)
@@ -102,22 +103,22 @@ class Config:
     sample_every: int = free(250, "steps between samples of four texts", at_least=0)
     sample_prompt: str = free("Hello, I'm a language model,", "beginning of the samples")
     checkpoint_every: int = free(5000, "steps between checkpoints", at_least=0)
-    checkpoint_minutes: float = free(0.0, "also save when the last checkpoint is this old; 0: never", at_least=0)
+    checkpoint_minutes: float = free(0.0, "also save when the last one is this old; 0: never", at_least=0)
     keep_last: int = free(0, "checkpoints to keep, beside the best and --keep-every's; 0 for all", at_least=0)
     keep_every: int = free(0, "keep checkpoints whose step this divides", at_least=0)
-    hub_repo: str = free("", "upload checkpoints to this model repository of the Hugging Face Hub (org/name)")
+    hub_repo: str = free("", "upload checkpoints to this model repository of the Hub (org/name)")
     tracker: trackers.Name = free("none", "also send the curves to TensorBoard, Weights & Biases or Trackio")
     # numerical faults
     max_bad_steps: int = free(5, "save and stop after so many steps in a row that were not finite", above=0)
-    spike_zscore: float = knob(6.0, "a loss so many standard deviations above the last 128 is a spike", at_least=0)
+    spike_zscore: float = knob(6.0, "standard deviations above the last losses that are a spike", at_least=0)
     skip_spikes: bool = knob(False, "do not change the weights at a spike")
 # fmt: on
 
 
 PRESETS = {
     "gpt2": Config(),
-    # 0.4 of gpt2's tokens. In small runs (log/gpt2-fast) Muon's best rate was six times AdamW's. It is also the
-    # 0.02 of Muon's author (github.com/KellerJordan/Muon) times 0.2 * sqrt(768) / ..., torch's scaling of Muon.
+    # 0.4 of gpt2's tokens. In small runs (log/gpt2-fast) Muon's best rate was six times AdamW's. In torch's
+    # scaling by 0.2 * sqrt(768), that is the 0.02 of Muon's author (github.com/KellerJordan/Muon).
     "gpt2-fast": Config(optimizer="muon", learning_rate=3.6e-3, max_steps=7_629, warmup_steps=286),
     "demo": Config(
         dataset_path="data/pydocs", n_layer=4, n_head=4, n_embd=256, seq_len=256, batch_size=8,
@@ -132,21 +133,25 @@ JOBS = ("val", "hellaswag", "sample", "checkpoint")
 
 
 def check(cfg: Config, world_size: int, device_type: str = "cpu"):
-    """Raises ValueError for settings that cannot work, with the value, the bound and the nearest that does."""
+    """Raises ValueError for settings that cannot work, with the value, the bound and the fix."""
     cli.check_bounds(cfg)
     if not cfg.eval_only:
         trackers.check(cfg.tracker)
     if cfg.fsdp and cfg.optimizer == "muon":
-        raise ValueError("--optimizer muon needs whole matrices; --fsdp shards them and takes adamw only")
-    if cfg.eval_only and not cfg.resume and not cfg.init_from:
+        raise ValueError("--optimizer is muon, for whole matrices; --fsdp shards them: takes --optimizer adamw")
+    if cfg.eval_only and cfg.resume in ("", "newest") and not cfg.init_from:
         raise ValueError(
             "--eval-only needs a model: give --resume (a run, a checkpoint; if alone, the newest run) "
             "or --init-from (a checkpoint, a size name or a Hub id)"
         )
     if cfg.eval_only and not (cfg.val_every or cfg.hellaswag_every or cfg.sample_every):
-        raise ValueError("--eval-only has nothing to do: set --val-every, --hellaswag-every or --sample-every")
+        raise ValueError(
+            "--eval-only has nothing to do: give --val-every, --hellaswag-every or --sample-every"
+        )
     if cfg.activation_checkpointing and cfg.dropout and device_type == "mps":
-        raise ValueError("--dropout with --activation-checkpointing cannot be repeated on mps: leave one out")
+        raise ValueError(
+            f"--dropout is {cfg.dropout}; on mps --activation-checkpointing cannot draw it twice: leave one out"
+        )
     rows = 1 if cfg.batch_size == "auto" else cfg.batch_size
     micro_step = rows * cfg.seq_len * world_size
     if cfg.total_batch_tokens % micro_step and not cfg.eval_only:
@@ -164,8 +169,8 @@ def check(cfg: Config, world_size: int, device_type: str = "cpu"):
 
 
 def make_optimizers(cfg: Config, model: GPT) -> list[torch.optim.Optimizer]:
-    """AdamW with betas (0.9, 0.95) and eps 1e-8 (GPT-3: Brown et al., 2020, appendix B). With --optimizer muon,
-    Muon (Jordan et al., 2024) for the blocks' matrices, scaled to AdamW's update size (Liu et al., 2025).
+    """AdamW with betas (0.9, 0.95) and eps 1e-8 (GPT-3: Brown et al., 2020, appendix B). With --optimizer
+    muon, Muon (Jordan et al., 2024) for the blocks' matrices, scaled to AdamW's size (Liu et al., 2025).
 
     Matrices and embeddings have weight decay; biases and LayerNorm have none.
     """
@@ -205,10 +210,11 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 @torch.no_grad()
 def validation_loss(model: GPT, reader: shards.ShardReader, val_tokens: int, process: Process) -> float:
-    """Mean loss in nats per token over the first val_tokens of the validation split. The batches never change;
-    processes share them out, so the figure does not depend on their number."""
+    """Mean loss in nats per token over the first val_tokens of the validation split. Processes share fixed
+    batches, so the figure does not depend on their number."""
     windows = min(reader.num_windows, max(1, val_tokens // reader.seq_len))
-    positions, rows = range(0, windows * reader.seq_len, reader.seq_len), max(1, VAL_BATCH_TOKENS // reader.seq_len)
+    seq_len = reader.seq_len
+    positions, rows = range(0, windows * seq_len, seq_len), max(1, VAL_BATCH_TOKENS // seq_len)
     mine, total = range(0, windows, rows)[process.rank :: process.world_size], 0.0
     hidden = None if process.rank == 0 else True  # None: shown on a terminal only
     for i in tqdm(mine, "validation", leave=False, disable=hidden):
@@ -272,31 +278,6 @@ class Setup:
         enabled, cache = self.dtype != torch.float32, not self.cfg.activation_checkpointing
         return torch.autocast(self.process.device.type, self.dtype, enabled, cache)
 
-    @property
-    def workload(self) -> plan.Workload:
-        cfg, process = self.cfg, self.process
-        return plan.Workload(
-            self.model.config, cfg.seq_len, cfg.total_batch_tokens, cfg.optimizer,
-            max(process.world_size, cfg.num_gpus), self.dtype, process.device.type, cfg.fsdp,
-            cfg.activation_checkpointing,
-        )  # fmt: skip
-
-    def choose_batch_size(self) -> tuple[int, str]:
-        """--batch-size as a number, the same on all processes, and the reason for auto. Raises ValueError if
-        not even one sequence fits."""
-        if self.cfg.batch_size != "auto":
-            return self.cfg.batch_size, ""
-        self.process.barrier()  # now all have their weights, and no more
-        mine, why = self.workload.fitting_batch(self.model, self.process.device)
-        rank, world_size = self.process.rank, self.process.world_size
-        chosen = int(min(self.process.all_reduce(*(mine * (r == rank) for r in range(world_size)))))
-        if not chosen:
-            raise ValueError(
-                f"--batch-size auto: not even one sequence of {self.cfg.seq_len} tokens fits ({why}); a "
-                "smaller --model-size or --seq-len would"
-            )
-        return chosen, f"auto, {why}"
-
 
 def prepare(cfg: Config, process: Process, found: runs.Found | None) -> Setup:
     """Checks the settings, opens the data and builds or loads the model; writes only the demo's shards.
@@ -314,23 +295,23 @@ def prepare(cfg: Config, process: Process, found: runs.Found | None) -> Setup:
     data = train_data = val_data = None
     fingerprint = ""
     try:
-        data = open_data(cfg, process, may_make=writes)
-        train_data = shards.ShardReader(data, "train", cfg.seq_len, cfg.seed)
-        val_data = shards.ShardReader(data, "val", cfg.seq_len, cfg.seed) if cfg.val_every else None
-        fingerprint = data.fingerprint()
+        data = open_data(cfg.dataset_path, 1e9 * cfg.cache_gb, process, may_make=writes)
     except FileNotFoundError as error:
         if not cfg.dry_run:
             raise
         process.print(f"note   the data are not there: {error}")
+    else:
+        train_data = shards.ShardReader(data, "train", cfg.seq_len, cfg.seed)
+        val_data = shards.ShardReader(data, "val", cfg.seq_len, cfg.seed) if cfg.val_every else None
+        fingerprint = data.fingerprint()
     loaded = checkpoint.load(found[0], cfg.dropout, found[1]) if found else None
     state = loaded.state if loaded else {}
-    digest = files.hash_json(state)
-    if process.all_reduce(digest != process.broadcast(digest))[0]:
+    if not process.agree(hash_json(state)):
         place = found[0] if found else "a new run"
-        raise ValueError(f"the processes do not begin alike: this one with {place}; all must see one --log-dir")
-    changes = []
-    if found:
-        changes = runs.compare_settings(cfg, found[0], state, fingerprint or state["data"], world_size)
+        raise ValueError(
+            f"the processes do not begin alike: this one with {place}; all must see one --log-dir"
+        )
+    changes = runs.compare_settings(cfg, found, fingerprint or state["data"], world_size) if found else []
     model = loaded.model if loaded else build_model(cfg)
     dtype, why = process.broadcast(pick_dtype(cfg.dtype, device, state.get("dtype")))
     tensors = loaded.optimizer if loaded else {}
@@ -345,26 +326,15 @@ def prepare(cfg: Config, process: Process, found: runs.Found | None) -> Setup:
     if val_data and not cfg.dry_run:
         setup.entropy = val_data.unigram_entropy(cfg.val_tokens)
         process.print(report.describe_losses(model.config.vocab_size, setup.entropy))
+    if cfg.hellaswag_every and not cfg.dry_run:
+        setup.hellaswag_items, problem = hellaswag.load_or_explain(process, cfg.hellaswag_limit)
+        if problem and cfg.eval_only and not (cfg.val_every or cfg.sample_every):
+            raise ValueError(f"--eval-only: HellaSwag cannot be had: {problem}")
+        if problem:
+            process.print(f"note   HellaSwag is left out: {problem}")
     for change in changes:
         process.print(f"note   {change}")
     return setup
-
-
-def open_data(cfg: Config, process: Process, may_make: bool) -> shards.Folder:
-    """The shards on the Hub, or in a folder relative to here or to this script. Makes the demo's if missing."""
-    if cfg.dataset_path.startswith(hub.HUB_PREFIX):
-        first = hub_shards.HubFolder(cfg.dataset_path, 1e9 * cfg.cache_gb) if process.rank == 0 else None
-        location = process.broadcast(first and first.name)  # with its commit, the same for all
-        return first or hub_shards.HubFolder(location, 1e9 * cfg.cache_gb)
-    data = Path(cfg.dataset_path)
-    data = data if data.exists() or data.is_absolute() else files.ROOT / data
-    if may_make and process.rank == 0 and data.name == "pydocs" and not shards.is_complete(data):
-        process.print("Making shards of the installed packages' documentation (fineweb.py --source pydocs)")
-        fineweb = [sys.executable, str(files.ROOT / "fineweb.py"), "--source", "pydocs", "--out-dir", str(data)]
-        if subprocess.run(fineweb, check=False).returncode:
-            raise ValueError(f"{data} could not be made")
-    process.barrier()
-    return shards.Folder(data)
 
 
 def build_model(cfg: Config) -> GPT:
@@ -372,28 +342,25 @@ def build_model(cfg: Config) -> GPT:
     shape = {k: v for k in ("n_layer", "n_head", "n_embd") if (v := getattr(cfg, k)) is not None}
     if cfg.init_from:
         if cfg.model_size != Config.model_size or shape:
-            raise ValueError("--init-from brings its own shape: leave out --model-size and --n-layer, -head, -embd")
+            raise ValueError(
+                "--init-from brings its own shape: leave out --model-size and --n-layer, -head, -embd"
+            )
         model, source = checkpoint.load_model(cfg.init_from, "cpu", cfg.dropout, spare_memory=cfg.fsdp)
         longest = model.config.block_size
         if cfg.seq_len > longest:
-            raise ValueError(f"--seq-len {cfg.seq_len} is longer than the {longest} of {source}: take {longest}")
+            raise ValueError(
+                f"--seq-len {cfg.seq_len} is longer than the {longest} of {source}: take {longest}"
+            )
         return model
     torch.manual_seed(cfg.seed)
     with torch.device("meta" if cfg.dry_run else "cpu"):
         return GPT(GPTConfig.named(cfg.model_size, block_size=cfg.seq_len, dropout=cfg.dropout, **shape))
 
 
-def find_folder(cfg: Config, model_config: GPTConfig, process: Process) -> Path:
-    """The run's folder. Raises ValueError if a new run's exists, or if there are links in it."""
-    name = cfg.run_name or f"gpt2-{model_config.num_params / 1e6:.0f}M_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    is_new = process.rank == 0 and not cfg.resume
-    return runs.find_folder(cfg.log_dir, process.broadcast(name), is_new)
-
-
 def find_due(step: int, cfg: Config) -> set[str]:
     """The periodic jobs of a step: those whose interval divides it; at the end, all that are on."""
-    due = {job for job in JOBS if (every := getattr(cfg, f"{job}_every")) and
-           (step % every == 0 or step == cfg.max_steps)}  # fmt: skip
+    every = {job: getattr(cfg, f"{job}_every") for job in JOBS}
+    due = {job for job, n in every.items() if n and (step % n == 0 or step == cfg.max_steps)}
     if cfg.checkpoint_minutes and step == cfg.max_steps:
         due.add("checkpoint")
     return due - {"checkpoint"} if step == 0 else due
@@ -404,14 +371,14 @@ def find_due(step: int, cfg: Config) -> set[str]:
 
 
 def train(cfg: Config, process: Process, found: runs.Found | None, stack: contextlib.ExitStack) -> Path:
-    """Trains to max_steps; returns the run's folder. Exits with the code in stops.py if the run stops early."""
+    """Trains to max_steps; returns the run's folder. A run that stops early exits with a code of stops.py."""
     setup = prepare(cfg, process, found)
-    state, device, world_size, model_config = setup.state, process.device, process.world_size, setup.model.config
-    data, train_data = setup.data, setup.train_data
+    state, data, train_data, model_config = setup.state, setup.data, setup.train_data, setup.model.config
+    device, rank, world_size = process.device, process.rank, process.world_size
     assert data and train_data
     raw_model = parallel.place(setup.model, process, cfg.fsdp, cfg.reduce_dtype)
     raw_model.recompute = cfg.activation_checkpointing
-    batch_size, why = setup.choose_batch_size()
+    batch_size, why = plan.choose_batch_size(cfg, raw_model, setup.dtype, process)
     cfg = dataclasses.replace(cfg, batch_size=batch_size)  # as it is saved
     sequences = cfg.total_batch_tokens // cfg.seq_len  # per step
     accumulation = sequences // (batch_size * world_size)  # micro-steps per step
@@ -421,7 +388,7 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
         optimizers.load_scaler(state["scaler"])
     setup.optimizer_tensors = {}  # they have been copied
 
-    folder = find_folder(cfg, model_config, process)
+    folder = runs.find_folder(cfg, model_config, process)
     settings = dataclasses.asdict(cfg) | {"run_name": folder.name, "resume": "", "override": False}
     keep = (cfg.keep_last, cfg.keep_every, cfg.hub_repo)
     run = stack.enter_context(runs.Run(folder, settings, process, state.get("step"), *keep))
@@ -437,10 +404,10 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
     first = train_data.batch(progress.step, 0, batch_size, sequences) if cfg.compile or world_size > 1 else ()
     batch = tuple(t.to(device) for t in first)
     model = parallel.wrap(raw_model, batch, setup.autocast, process, cfg.compile, cfg.reduce_dtype)
-    load_hellaswag(setup)
     peak = peak_flops(device, setup.dtype) * world_size
     about = {
-        "model": report.describe_model(model_config), "trained_on": describe_source(data, train_data),
+        "model": report.describe_model(model_config),
+        "trained_on": f"{data.describe_source()} ({train_data.num_tokens:,} tokens)",
         "config": settings, "world_size": world_size, "data": data.fingerprint(),
         "dtype": str(setup.dtype).removeprefix("torch."),
         "versions": {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")},
@@ -449,7 +416,7 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
     stack.callback(watch.signals.restore)
     first_step, last_checkpoint, train_seconds = progress.step, found and found[0], 0.0
     steps = range(first_step, cfg.max_steps)
-    rank, pin = process.rank, device.type == "cuda"
+    pin = device.type == "cuda"
     batches = train_data.batches(steps, accumulation, batch_size, sequences, rank, world_size, pin_memory=pin)
 
     # ---- the loop: max_steps + 1 times; the last time only evaluates and saves
@@ -476,7 +443,7 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
         # ---- one training step
         begin = time.perf_counter()
         model.train()
-        torch.manual_seed((cfg.seed * 2**40 + step * 2**12 + rank) % 2**63)  # dropout depends on the step alone
+        torch.manual_seed((cfg.seed * 2**40 + step * 2**12 + rank) % 2**63)  # of dropout, per step
         lr = learning_rate(step, cfg)
         optimizers.set_lr(lr)
         train_loss = torch.zeros((), device=device)
@@ -490,7 +457,7 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
             train_loss += loss.detach()
             optimizers.backward(loss)
         norm = optimizers.clip(cfg.grad_clip)
-        # One all-reduce per step shares the loss and each process's votes to stop. item() waits for the device.
+        # One all-reduce per step shares the loss and the votes to stop. item() waits for the device.
         loss_sum, *votes = process.all_reduce(train_loss.item(), *watch.votes())
         mean_loss = loss_sum / world_size
         verdict = stops.judge(mean_loss, norm, progress.recent_losses, cfg.spike_zscore, cfg.skip_spikes)
@@ -522,43 +489,11 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
     del model  # DDP, before its process group
     process.disconnect()
     if rank == 0:
-        finish(cfg, run, last_checkpoint, watch.exit_code)
+        run.finish(cfg, last_checkpoint, watch.exit_code)
     if watch.exit_code:
         process.print(f"Stopped at step {step}. To go on: --resume {format_path(folder)}")
         sys.exit(watch.exit_code)
     return folder
-
-
-def load_hellaswag(setup: Setup):
-    """Loads HellaSwag's items, if they are wanted. Training goes on without them and says so."""
-    cfg = setup.cfg
-    if cfg.hellaswag_every:
-        setup.hellaswag_items, problem = hellaswag.load_or_explain(setup.process, cfg.hellaswag_limit)
-        if problem and cfg.eval_only and not (cfg.val_every or cfg.sample_every):
-            raise ValueError(f"--eval-only: HellaSwag cannot be had: {problem}")
-        if problem:
-            setup.process.print(f"note   HellaSwag is left out: {problem}")
-
-
-def describe_source(data: shards.Folder, train_data: shards.ShardReader) -> str:
-    """The data set's origin and size, for a model card. A local file's folder is nobody's business."""
-    source = (shards.read_manifest(data.folder) or {}).get("source", data.name)
-    return f"{source if ':' in source else Path(source).name} ({train_data.num_tokens:,} tokens)"
-
-
-def finish(cfg: Config, run: runs.Run, last_checkpoint: Path | None, exit_code: int):
-    """Waits for the uploads, unless the run was stopped; draws the curves and says what to do next."""
-    for news in run.saver.finish(wait=not exit_code):
-        print(news, flush=True)
-    if exit_code:
-        return
-    here = format_path(run.folder)
-    print(f"\n{report.summarize(run.folder / 'log.txt', cfg.max_steps, cfg.total_batch_tokens)}")
-    print(f"Done. The log is in {here}/log.txt.")
-    if cfg.val_every and runs.draw_curves(run.folder, run.folder / "loss.png"):
-        print(f"The curves are in {here}/loss.png.")
-    if last_checkpoint:
-        print(report.suggest_next(run.folder, last_checkpoint, cfg.sample_prompt))
 
 
 # -----------------------------------------------------------------------------
@@ -569,30 +504,25 @@ def evaluate_only(cfg: Config, process: Process, found: runs.Found | None) -> Pa
     """Evaluates a checkpoint or --init-from's weights once; writes nothing."""
     setup = prepare(cfg, process, found)
     model = parallel.place(setup.model, process, cfg.fsdp, cfg.reduce_dtype)
-    load_hellaswag(setup)
     source = format_path(found[0]) if found else cfg.init_from
     process.print(f"only evaluating {source}; nothing is written")
-    evaluate(setup, model, setup.state.get("step", 0), {job for job in JOBS if getattr(cfg, f"{job}_every")})
+    due = {job for job in JOBS if getattr(cfg, f"{job}_every")}
+    evaluate(setup, model, setup.state.get("step", 0), due)
     process.disconnect()
     return found[0] if found else Path(cfg.init_from)
 
 
 def dry_run(cfg: Config, process: Process, found: runs.Found | None) -> Path:
     """Checks what a run would check and prints what it would take; returns the folder that it would have."""
-    device, world_size = process.device, max(process.world_size, cfg.num_gpus)  # --num-gpus are not started
-    if device.type == "cuda" and process.world_size == 1 and cfg.num_gpus > torch.cuda.device_count():
+    if process.device.type == "cuda" and process.world_size == 1 and cfg.num_gpus > torch.cuda.device_count():
         raise ValueError(f"--num-gpus is {cfg.num_gpus}; this machine has {torch.cuda.device_count()}")
     setup = prepare(cfg, process, found)
-    folder = find_folder(cfg, setup.model.config, process)
+    folder = runs.find_folder(cfg, setup.model.config, process)
     if folder.exists() and process.rank == 0:
         runs.unlock(runs.lock(folder))  # raises if another process has it
-    setup.model.to("meta")
-    batch_size, why = setup.choose_batch_size()
-    process.print(report.describe_batch(cfg.total_batch_tokens, batch_size, cfg.seq_len, world_size, why))
-    steps = cfg.max_steps - setup.state.get("step", 0)
-    tokens = steps * cfg.total_batch_tokens
-    process.print(f"steps  {steps:,}, {tokens:,} tokens")
-    process.print(plan.describe(setup.workload, batch_size, device, tokens, cfg.dollars_per_gpu_hour))
+    tokens = (cfg.max_steps - setup.state.get("step", 0)) * cfg.total_batch_tokens
+    epoch = setup.train_data.num_windows * cfg.seq_len if setup.train_data else 0
+    process.print(plan.describe(cfg, setup.model.to("meta"), setup.dtype, process, tokens, epoch))
     process.print(f"run    {format_path(folder)}; this was a dry run: nothing is written")
     process.disconnect()
     return folder
@@ -610,23 +540,18 @@ def read_flags(argv: list[str], base: Config | None = None) -> Config:
 
 
 def parse_args(argv: list[str]) -> tuple[Config, runs.Found | None]:
-    """The configuration of a command line, and the checkpoint it resumes. A resumed run starts from the settings
-    that were saved."""
+    """The configuration of a command line, and the checkpoint it resumes. A resumed run starts from the saved
+    settings."""
     cfg = read_flags(argv)
-    found = find_checkpoint(cfg)
+    found = runs.find_checkpoint(cfg)
     if found is None:
         return cfg, None
     saved = found[1].get("config", {})
     if unknown := saved.keys() - {field.name for field in dataclasses.fields(Config)}:
         raise ValueError(f"{found[0]} has settings that are not known here: {', '.join(sorted(unknown))}")
-    if cfg.resume.startswith(hub.PREFIXES["model"]):  # may be somebody else's run: its targets are not ours
+    if cfg.resume.startswith(PREFIXES["model"]):  # may be somebody else's run: its targets are not ours
         saved = saved | {"hub_repo": "", "tracker": "none"}
     return locate(read_flags(argv, Config(**saved)), found), found
-
-
-def find_checkpoint(cfg: Config) -> runs.Found | None:
-    may_write = not (cfg.dry_run or cfg.eval_only)
-    return runs.find_checkpoint(cfg.resume, cfg.run_name, cfg.log_dir, may_write) if cfg.resume else None
 
 
 def locate(cfg: Config, found: runs.Found) -> Config:
@@ -636,10 +561,11 @@ def locate(cfg: Config, found: runs.Found) -> Config:
 
 
 def main(cfg: Config, found: runs.Found | None = None) -> Path:
-    """Does what cfg says; returns the run's folder. found: the checkpoint of cfg.resume, if already verified."""
-    found = found or find_checkpoint(cfg)
+    """Does what cfg says; returns the run's folder. found: cfg.resume's checkpoint, if verified already."""
+    found = found or runs.find_checkpoint(cfg)
     cfg = locate(cfg, found) if found else cfg
-    with processes.connect(cfg.device, cfg.timeout_seconds, cfg.fsdp) as process, contextlib.ExitStack() as stack:
+    connection = processes.connect(cfg.device, cfg.timeout_seconds, cfg.fsdp)
+    with connection as process, contextlib.ExitStack() as stack:
         if process.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 if the GPU has it
         if cfg.dry_run:

@@ -112,7 +112,9 @@ def save(
         special = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id")}
         texts = {
             "config.json": json.dumps(hf_config, indent=2),
-            "generation_config.json": json.dumps(special | {"pad_token_id": special["eos_token_id"]}, indent=2),
+            "generation_config.json": json.dumps(
+                special | {"pad_token_id": special["eos_token_id"]}, indent=2
+            ),
             **tokenizer_files,
         }
         for name, text in texts.items():
@@ -164,8 +166,8 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def verify_state(folder: Path) -> dict[str, Any]:
-    """The content of a checkpoint's state.json. Raises ValueError if its bytes are not those that were written,
-    or if it lists a file outside its folder."""
+    """The content of a checkpoint's state.json. Raises ValueError if its bytes have changed, or if it lists a
+    file outside its folder."""
     path = folder / STATE
     try:
         text = path.read_text(encoding="utf-8")
@@ -185,8 +187,8 @@ def verify_state(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, dropout: float = 0.0, state: dict[str, Any] | None = None) -> Checkpoint:
-    """Reads a checkpoint, verifying it unless `state` is what `verify` has just returned. Raises ValueError if
-    it is damaged."""
+    """Reads a checkpoint. Verifies it first, unless `state` is what `verify` has just returned. Raises
+    ValueError if it is damaged."""
     state = state or verify(folder)
     try:
         optimizer = load_file(folder / OPTIMIZER)

@@ -1,7 +1,7 @@
 """The device, its precision and speed settings; the versions for a fault report.
 
-    device = pick_device("auto")                     # cuda, else mps, else cpu, with its speed settings
-    dtype, why = pick_dtype("auto", device)          # bfloat16 if it is faster
+device = pick_device("auto")                     # cuda, else mps, else cpu, with its speed settings
+dtype, why = pick_dtype("auto", device)          # bfloat16 if it is faster
 """
 
 import contextlib
@@ -26,7 +26,7 @@ PEAK_FLOPS = {
 
 
 def pick_device(name: str, spare_memory: bool = False) -> torch.device:
-    """The device that --device names, with its speed settings; "auto" is CUDA, else Apple's MPS, else the CPU.
+    """The device that --device names, with its speed settings. "auto" is CUDA, else Apple's MPS, else CPU.
 
     spare_memory: on a CPU, return freed memory to the system. Raises ValueError for a device that does not
     exist.
@@ -43,7 +43,7 @@ def pick_device(name: str, spare_memory: bool = False) -> torch.device:
         ) from error
     if device.type == "cpu" and not spare_memory and platform.libc_ver()[0] == "glibc":
         # By default glibc returns large freed buffers to the system and fetches them again page by page. That
-        # took more than half of a training step on two cores (measured on the demo: 0.4 of the time remained).
+        # took more than half of a training step on two cores (on the demo, 0.4 of the time remained).
         # Under FSDP, gathered weights leave holes that no other buffer fits, so it keeps the default.
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
@@ -88,7 +88,7 @@ def pick_dtype(name: str, device: torch.device, before: str | None = None) -> tu
 
 
 def cast_linears(model: torch.nn.Module, dtype: torch.dtype):
-    """Casts the linear layers to dtype once, as autocast would in every forward pass. Products are the same."""
+    """Casts the linear layers to dtype once; autocast would do it in every forward pass."""
     for part in model.modules():
         if isinstance(part, torch.nn.Linear):
             part.to(dtype)

@@ -10,12 +10,15 @@ import contextlib
 import hashlib
 import math
 import queue
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 
-from lib import files, hub
+from lib import files, hub, shards
+from lib.processes import Process
 from lib.shards import (
     BIN_HEADER_BYTES,
     HEAD_TOKENS,
@@ -119,3 +122,22 @@ def open_folder(location: str | Path, cache_bytes: float = 20e9) -> Folder:
     if str(location).startswith(hub.HUB_PREFIX):
         return HubFolder(str(location), cache_bytes)
     return Folder(Path(location))
+
+
+def open_data(path: str, cache_bytes: float, process: Process, may_make: bool) -> Folder:
+    """The shards of --dataset-path: on the Hub, or in a folder relative to here or to the project. All
+    processes get the same commit. With may_make, the demo's shards (pydocs) are made if they are missing."""
+    if path.startswith(hub.HUB_PREFIX):
+        first = HubFolder(path, cache_bytes) if process.rank == 0 else None
+        location = process.broadcast(first and first.name)
+        return first or HubFolder(location, cache_bytes)
+    data = Path(path)
+    data = data if data.exists() or data.is_absolute() else files.ROOT / data
+    if may_make and process.rank == 0 and data.name == "pydocs" and not shards.is_complete(data):
+        process.print("Making shards of the installed packages' documentation (fineweb.py --source pydocs)")
+        script = str(files.ROOT / "fineweb.py")
+        command = [sys.executable, script, "--source", "pydocs", "--out-dir", str(data)]
+        if subprocess.run(command, check=False).returncode:
+            raise ValueError(f"{data} could not be made")
+    process.barrier()
+    return Folder(data)

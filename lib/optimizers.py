@@ -1,12 +1,12 @@
 """Several optimizers that act as one, with the loss scaling that float16 needs.
 
-    optimizers = Optimizers(model, [adamw, muon], torch.bfloat16)
-    optimizers.set_lr(3e-4)
-    optimizers.backward(loss)
-    norm = optimizers.clip(1.0)
-    optimizers.step()
-    optimizers.update_loss_scale()
-    optimizers.zero_grad()
+optimizers = Optimizers(model, [adamw, muon], torch.bfloat16)
+optimizers.set_lr(3e-4)
+optimizers.backward(loss)
+norm = optimizers.clip(1.0)
+optimizers.step()
+optimizers.update_loss_scale()
+optimizers.zero_grad()
 """
 
 import math
@@ -17,8 +17,8 @@ import torch
 
 
 class Optimizers:
-    """Optimizers over the parameters of one model. In float16, gradients are scaled up so that small ones do
-    not become 0 (Micikevicius et al., 2018, arXiv:1710.03740); in other precisions the scaler does nothing."""
+    """Optimizers of one model. In float16 the loss is scaled up, so that small gradients do not become 0
+    (Micikevicius et al., 2018, arXiv:1710.03740)."""
 
     def __init__(self, model: torch.nn.Module, members: list[torch.optim.Optimizer], dtype: torch.dtype):
         self.parameters, self.members = list(model.parameters()), members

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lib.processes import Process
 from model import GPT
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, ...]  # inputs and targets
 
 
 def place(model: GPT, process: Process, fsdp: bool, reduce_dtype: str) -> GPT:
@@ -111,8 +111,8 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 def unshard(model: GPT) -> GPT:
-    """The model to evaluate: itself or, if it is sharded, a plain copy. All ranks take part in the copy; using
-    it needs no other rank, so one may have more to score than another."""
+    """The model to evaluate: itself or, if it is sharded, a plain copy. All ranks must make the copy. Its use
+    needs no other rank, so one rank may score more items than another."""
     if not is_sharded(model):
         return model.eval()
     with torch.device("meta"):

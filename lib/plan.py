@@ -1,6 +1,6 @@
 """The cost of a run before it starts: memory by part, the largest batch that fits, hours, money.
 
-    python train_gpt2.py --dry-run                   # memory, hours and cost of the run that the flags describe
+    python train_gpt2.py --dry-run                   # memory, hours and cost of the run that flags describe
     python train_gpt2.py --batch-size auto           # trains with the largest batch that fits this device
 
 Memory is counted tensor by tensor from model.py. Tests compare it with the measured peak of real steps.
@@ -12,10 +12,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lib import report
 from lib.device import PEAK_FLOPS
+from lib.processes import Process
 from model import GPT, GPTConfig
 
 MFU = 0.4  # model FLOPs utilisation that a plan assumes
@@ -35,6 +38,15 @@ class Workload:
     device_type: str = "cuda"
     fsdp: bool = False
     recompute: bool = False
+
+    @classmethod
+    def from_settings(cls, cfg: Any, model: GPT, dtype: torch.dtype, process: Process) -> "Workload":
+        """A step of a run. A dry run does not start --num-gpus, but counts them."""
+        world_size = max(process.world_size, cfg.num_gpus) if cfg.dry_run else process.world_size
+        return cls(
+            model.config, cfg.seq_len, cfg.total_batch_tokens, cfg.optimizer, world_size, dtype,
+            process.device.type, cfg.fsdp, cfg.activation_checkpointing,
+        )  # fmt: skip
 
     def accumulates(self, batch_size: int) -> bool:
         """Whether a micro-step finds gradients of an earlier one."""
@@ -58,19 +70,22 @@ class Workload:
         # A layer keeps, in bytes per channel: the residual stream twice (float32), both LayerNorms' outputs,
         # q, k, v, the attention's output, and the MLP's inside before and after GELU, four times as wide.
         layer = 2 * 4 + 2 * width + 3 * width + width + 2 * 4 * width
-        if model_config.dropout and on_cpu:  # two masks; attention keeps T x T numbers three times, all in float32
+        if model_config.dropout and on_cpu:
+            # Two masks; attention keeps T x T numbers three times. All of it is float32.
             layer += 2 * width + 3 * 4 * model_config.n_head * self.seq_len / C + 6 * is_cast
         elif model_config.dropout:  # two masks of bytes
             layer += 2
         layers = 4 * L + layer if self.recompute else L * layer  # of all but one layer, the input only
         cast = matrices / L if self.recompute else matrices  # autocast's copies
-        # LinearCrossEntropy holds the embedding's gradient and, if cast, its copy; then either a chunk's logits
-        # and log-softmax, or the chunk's share of the gradient (which a CPU casts, too).
+        # LinearCrossEntropy holds the embedding's gradient and, if cast, its copy. To them it adds a chunk's
+        # logits and log-softmax, or the chunk's share of the gradient (which a CPU casts, too).
         chunk, kept = N / 8 * model_config.padded_vocab_size, embedding * (4 + width * is_cast)
         at_logits = kept + chunk * (4 + 4)
         at_gradient = kept + chunk * (4 + width * is_cast) + embedding * (width + 4 * (is_cast and on_cpu))
 
-        root = 4 * (embedding + model_config.block_size * C)  # FSDP gathers it for the step, and two blocks at a time
+        root = 4 * (
+            embedding + model_config.block_size * C
+        )  # FSDP gathers it for the step, and two blocks at a time
         always = {
             "weights": 4 * P * self.share,
             "gathered": (root + 2 * 4 * matrices / L) * is_divided,
@@ -207,26 +222,47 @@ def cgroup_room(root: Path = Path("/")) -> float:
     return room
 
 
-def describe(
-    work: Workload, batch_size: int, device: torch.device, tokens: int, dollars_per_gpu_hour: float = 0.0
-) -> str:
-    """The plan of a run: memory of a step by part beside the free memory, FLOPs, and for each kind of GPU the
-    hours and, given a price, the cost."""
+def choose_batch_size(cfg: Any, model: GPT, dtype: torch.dtype, process: Process) -> tuple[int, str]:
+    """--batch-size as a number, the same on all processes, and the reason if it is auto. Raises ValueError if
+    not even one sequence fits. cfg: train_gpt2.py's settings."""
+    if cfg.batch_size != "auto":
+        return cfg.batch_size, ""
+    process.barrier()  # now every process has its weights, and nothing else
+    mine, why = Workload.from_settings(cfg, model, dtype, process).fitting_batch(model, process.device)
+    ranks = range(process.world_size)
+    chosen = int(min(process.all_reduce(*(mine * (rank == process.rank) for rank in ranks))))
+    if not chosen:
+        raise ValueError(
+            f"--batch-size auto: not even one sequence of {cfg.seq_len} tokens fits ({why}); a smaller "
+            "--model-size or --seq-len would"
+        )
+    return chosen, f"auto, {why}"
+
+
+def describe(cfg: Any, model: GPT, dtype: torch.dtype, process: Process, tokens: int, epoch: int) -> str:
+    """The plan of a run over so many tokens: batch, memory by part beside the free memory, FLOPs, and per
+    kind of GPU the hours and, given a price, the cost. cfg: train_gpt2.py's settings; epoch: its
+    tokens, 0 if they are not known."""
+    work = Workload.from_settings(cfg, model, dtype, process)
+    batch_size, why = choose_batch_size(cfg, model, dtype, process)
     parts, saving, gpus = work.step_bytes(batch_size), work.saving_bytes(), work.world_size
-    need, (free, source) = sum(parts.values()), free_memory(device, gpus)
+    need, (free, source) = sum(parts.values()), free_memory(process.device, gpus)
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    flops = work.model_config.flops_per_token(work.seq_len)
+    flops = work.model_config.flops_per_token(cfg.seq_len)
     lines = [
+        report.describe_batch(cfg.total_batch_tokens, batch_size, cfg.seq_len, gpus, why),
+        f"steps  {tokens // cfg.total_batch_tokens:,}, {tokens:,} tokens"
+        + (f", {tokens / epoch:.2f} epochs" if epoch else ""),
         f"memory {need / 1e9:.2f} GB per process at a step's peak, about: {listed}",
         f"       {free / 1e9:.2f} GB are {source}; while a checkpoint is written, its copies take "
         f"{saving / 1e9:.2f} GB of main memory",
         f"flops  {flops / 1e9:.2f} GFLOP per token (forward and backward), {tokens * flops:.2e} in all",
         f"hours  without evaluation, on {gpus} of these GPUs at {MFU:.0%} of the peak:",
     ]
-    if need + saving * (device.type == "cpu") > free:
-        lines.insert(2, "note   this does not fit: take a smaller --batch-size, or auto")
+    if need + saving * (process.device.type == "cpu") > free:
+        lines.insert(4, "note   this does not fit: take a smaller --batch-size, or auto")
     for name, peak in PEAK_FLOPS.items():
-        hours = tokens * flops / (MFU * peak * gpus) / 3600
-        dollars = f" {hours * gpus * dollars_per_gpu_hour:12,.2f} dollars" if dollars_per_gpu_hour else ""
+        hours, price = tokens * flops / (MFU * peak * gpus) / 3600, cfg.dollars_per_gpu_hour
+        dollars = f" {hours * gpus * price:12,.2f} dollars" if price else ""
         lines.append(f"  {name:10} {hours:10,.2f}{dollars}")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
 """The processes that torchrun started: they connect, sum and broadcast values, and notice who is gone.
 
-    with processes.connect("auto", timeout_seconds=600) as process:      # one process is fine, too
-        process.print("on rank 0 only")
-        total, = process.all_reduce(loss)
-    processes.launch(__file__, 8, sys.argv[1:])                          # what torchrun would start
+with processes.connect("auto", timeout_seconds=600) as process:      # one process is fine, too
+    process.print("on rank 0 only")
+    total, = process.all_reduce(loss)
+processes.launch(__file__, 8, sys.argv[1:])                          # what torchrun would start
 """
 
 import contextlib
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from lib.device import pick_device
 
@@ -31,7 +33,7 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
-    store: dist.Store | None = None  # torchrun's key-value store, for messages outside of training
+    store: Store | None = None  # torchrun's key-value store, for messages outside of training
     is_orphan: threading.Event = field(default_factory=threading.Event)  # set when torchrun is gone
     is_over: threading.Event = field(default_factory=threading.Event)  # set at the end
     began: float = field(default_factory=time.monotonic)
@@ -56,6 +58,10 @@ class Process:
         if self.world_size > 1:
             dist.broadcast_object_list(box)
         return box[0]
+
+    def agree(self, value: Any) -> bool:
+        """Whether all processes have the same value; the answer is the same on all."""
+        return not self.all_reduce(value != self.broadcast(value))[0]
 
     def barrier(self):
         """Waits until all processes are here."""
@@ -82,7 +88,7 @@ class Process:
             return "there is no other"
         names, before, after = [f"seconds of rank {rank}" for rank in range(self.world_size)], [], []
 
-        def listen(store: dist.Store):
+        def listen(store: Store):
             with contextlib.suppress(RuntimeError):
                 before.extend(store.add(name, 0) for name in names)
                 time.sleep(2.5)
@@ -134,10 +140,10 @@ def join_group(device_name: str, timeout_seconds: float, spare_memory: bool) -> 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else rank 0 holds the store
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=rank == 0 and not has_agent, wait_for_workers=False)
+    store = TCPStore(address, port, is_master=rank == 0 and not has_agent, wait_for_workers=False)
     # torchrun's store still has the addresses of the processes before a restart. gloo sometimes connected to
     # those (torch 2.13), so each start has a prefix of its own.
-    store = dist.PrefixStore(rendezvous(store, rank, world_size, timeout_seconds), store)
+    store = PrefixStore(rendezvous(store, rank, world_size, timeout_seconds), store)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     options: dict[str, Any] = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
     if device.type == "cuda":
@@ -148,7 +154,7 @@ def join_group(device_name: str, timeout_seconds: float, spare_memory: bool) -> 
     return Process(rank, world_size, device, store)
 
 
-def rendezvous(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
+def rendezvous(store: Store, rank: int, world_size: int, timeout_seconds: float) -> str:
     """A name for this start of all processes, which no earlier start had. (Not torchrun's count of restarts:
     each machine counts its own.) Raises RuntimeError if some processes do not come in time."""
     mine, name, end = secrets.token_hex(8), "", time.monotonic() + timeout_seconds

@@ -19,15 +19,15 @@ def describe_model(model_config: GPTConfig) -> str:
 def describe_batch(total_tokens: int, batch_size: int, seq_len: int, world_size: int, why: str = "") -> str:
     micro_steps = total_tokens // (batch_size * seq_len * world_size)
     return (
-        f"batch  {total_tokens:,} tokens = {batch_size} sequences x {seq_len} tokens x {world_size} processes "
-        f"x {micro_steps} micro-steps{f' ({why})' if why else ''}"
+        f"batch  {total_tokens:,} tokens = {batch_size} sequences x {seq_len} tokens x "
+        f"{world_size} processes x {micro_steps} micro-steps{f' ({why})' if why else ''}"
     )
 
 
 def describe_losses(vocab_size: int, entropy: float) -> str:
     return (
-        f"loss   {math.log(vocab_size):.2f} if all tokens were alike, {entropy:.2f} if a model knows only how "
-        "frequent each is (the validation split's unigram entropy)"
+        f"loss   {math.log(vocab_size):.2f} if all tokens were alike, {entropy:.2f} if a model knows only "
+        "how frequent each is (the validation split's unigram entropy)"
     )
 
 

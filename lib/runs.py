@@ -32,12 +32,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lib import checkpoint, cli, files, hub, tokenizer
+from lib import checkpoint, cli, files, hub, report, tokenizer
 from lib.checkpoint import STATE
 from lib.optimizers import Optimizers
 from lib.processes import Process
 from lib.stops import SPIKE_WINDOW, Verdict
-from model import GPT
+from model import GPT, GPTConfig
 
 EVALUATIONS = ("val", "hella")  # streams that a step writes before its checkpoint; the others come after it
 Found = tuple[Path, dict[str, Any]]  # a checkpoint and its state, verified
@@ -61,7 +61,7 @@ class Progress:
         """Reads a checkpoint's state; {} is a new run. Earlier versions had fewer entries. A copy of a run
         under another name gets tracker curves of its own."""
         names = {field.name for field in dataclasses.fields(cls)}
-        known = {"evaluated": True} | state if state else {}
+        known: dict[str, Any] = {"evaluated": True, **state} if state else {}
         if known and known["config"].get("run_name") != run_name:
             known = known | {"tracker_id": None}
         progress = cls(**{name: known[name] for name in names if known.get(name) is not None})
@@ -154,6 +154,21 @@ class Run:
         for news in self.saver.poll(wait):
             self.process.print(f"step {step:>6} | {news}")
 
+    def finish(self, cfg: Any, last_checkpoint: Path | None, exit_code: int):
+        """Ends a run on rank 0. Waits for the uploads, unless the run was stopped; draws the curves and says
+        what to do next."""
+        for news in self.saver.finish(wait=not exit_code):
+            print(news, flush=True)
+        if exit_code:
+            return
+        here = cli.format_path(self.folder)
+        print("\n" + report.summarize(self.folder / "log.txt", cfg.max_steps, cfg.total_batch_tokens))
+        print(f"Done. The log is in {here}/log.txt.")
+        if cfg.val_every and draw_curves(self.folder, self.folder / "loss.png"):
+            print(f"The curves are in {here}/loss.png.")
+        if last_checkpoint:
+            print(report.suggest_next(self.folder, last_checkpoint, cfg.sample_prompt))
+
     def track(self, tracker: Any):
         """Sends log lines to a tracker (trackers.py), too."""
         self.tracker = self.stack.enter_context(tracker)
@@ -191,15 +206,19 @@ def draw_curves(run: Path, out: Path) -> bool:
 # where a run goes on
 
 
-def find_checkpoint(resume: str, run_name: str = "", log_dir: str = "", may_write: bool = True) -> Found | None:
-    """The checkpoint that --resume means, verified; None if --run-name names a run that has none yet.
+def find_checkpoint(cfg: Any) -> Found | None:
+    """The checkpoint that --resume means, verified; None without --resume, or if --run-name names a run that
+    has no checkpoint yet.
 
-    resume: "newest" (with run_name: of that run), a run folder, a checkpoint or hf://org/name. Raises
+    cfg.resume: "newest" (of --run-name, if given), a run folder, a checkpoint or hf://org/name. Raises
     FileNotFoundError or ValueError if there is none, OSError if the Hub does not answer.
     """
+    resume, run_name, log_dir = cfg.resume, cfg.run_name, cfg.log_dir
+    if not resume:
+        return None
     log_root = Path(log_dir) if log_dir else files.LOGS
     if resume.startswith(hub.PREFIXES["model"]):
-        if not may_write:
+        if cfg.dry_run or cfg.eval_only:
             raise ValueError(
                 f"--resume {resume} writes the run here, which --dry-run and --eval-only must not do; to "
                 f"evaluate its model: --init-from {resume.removeprefix(hub.PREFIXES['model'])} --eval-only"
@@ -208,7 +227,9 @@ def find_checkpoint(resume: str, run_name: str = "", log_dir: str = "", may_writ
     if resume != "newest":
         run = Path(resume)
         if not run.is_dir():
-            raise FileNotFoundError(f"--resume {resume!r} is no folder; give a run (log/<run>) or a checkpoint in it")
+            raise FileNotFoundError(
+                f"--resume {resume!r} is no folder; give a run (log/<run>) or a checkpoint in it"
+            )
         is_checkpoint = (run / STATE).is_file()
         name = (run.parent if is_checkpoint else run).resolve().name
         if run_name not in ("", name):
@@ -227,12 +248,13 @@ def find_checkpoint(resume: str, run_name: str = "", log_dir: str = "", may_writ
     return found[0].resolve(), found[1]
 
 
-def compare_settings(cfg: Any, checkpoint_folder: Path, state: dict[str, Any], data: str, world_size: int) -> list[str]:
+def compare_settings(cfg: Any, found: Found, data: str, world_size: int) -> list[str]:
     """Raises ValueError if a resumed run would not be the run that was saved, with each difference; returns
     the differences that are allowed.
 
     cfg: a dataclass of `cli.knob`s, which say whether they may differ; data: the data's fingerprint.
     """
+    folder, state = found
     allowed, refused, misfits = [], [], []
     for field in dataclasses.fields(cfg):
         old, new = state["config"].get(field.name, field.default), getattr(cfg, field.name)
@@ -242,16 +264,14 @@ def compare_settings(cfg: Any, checkpoint_folder: Path, state: dict[str, Any], d
     if world_size != state["world_size"]:
         allowed.append(f"the processes were {state['world_size']}, are {world_size}")
     if cfg.max_steps < state["step"]:
-        raise ValueError(f"--max-steps is {cfg.max_steps}; {checkpoint_folder} already is at step {state['step']}")
+        raise ValueError(f"--max-steps is {cfg.max_steps}; {folder} already is at step {state['step']}")
     if data != state["data"]:
         refused.append(f"the shards in {cfg.dataset_path} are not those of the checkpoint")
     if misfits:
-        raise ValueError(
-            f"{checkpoint_folder} has another shape: {'; '.join(misfits)}; start a new run for that"
-        )
+        raise ValueError(f"{folder} has another shape: {'; '.join(misfits)}; start a new run for that")
     if refused and not cfg.override:
         raise ValueError(
-            f"{checkpoint_folder} is of another run: {'; '.join(refused)}. To go on all the same: --override"
+            f"{folder} is of another run: {'; '.join(refused)}. To go on all the same: --override"
         )
     return refused + allowed
 
@@ -272,10 +292,13 @@ def run_folder(log_root: Path, name: str) -> Path:
     return run
 
 
-def find_folder(log_dir: str, name: str, is_new: bool) -> Path:
-    """The folder of a run under log_dir (by default log/). Raises ValueError if a new run's exists already,
-    or if a link in it leads elsewhere."""
-    run = run_folder(Path(log_dir) if log_dir else files.LOGS, name)
+def find_folder(cfg: Any, model_config: GPTConfig, process: Process) -> Path:
+    """The run's folder, the same on all processes. Raises ValueError if a new run's exists already, or if a
+    link in it leads elsewhere."""
+    size, now = f"{model_config.num_params / 1e6:.0f}M", time.strftime("%Y-%m-%d_%H-%M-%S")
+    name = process.broadcast(cfg.run_name or f"gpt2-{size}_{now}")
+    run = run_folder(Path(cfg.log_dir) if cfg.log_dir else files.LOGS, name)
+    is_new = process.rank == 0 and not cfg.resume
     if is_new and run.exists() and any(run.iterdir()):
         raise ValueError(
             f"{run} exists: go on with it (--run-name {run.name} --resume) or choose another --run-name"
@@ -419,14 +442,14 @@ class Saver:
         return lines
 
     def send(self, folder: Path | None):
-        """Uploads a checkpoint as soon as no other upload runs; of those that wait, only the newest. No upload
-        starts while a checkpoint is written, because pruning may follow."""
+        """Uploads a checkpoint as soon as no other upload runs; of several that wait, only the newest. No
+        upload starts while a checkpoint is written, because pruning may follow."""
         self.unsent = folder if self.hub_repo else None
         if self.unsent and not self.upload and not self.writing:
             self.upload = Upload(self.hub_repo, self.unsent)
 
     def finish(self, wait: bool) -> Iterator[str]:
-        """Lines about the uploads at the end of a run, and what the Hub still lacks; `wait` waits for them."""
+        """Lines about the uploads at the end of a run, and what the Hub lacks; `wait` waits for them."""
         while wait and self.upload:
             yield f"waiting for {self.upload.folder.name} to reach {self.hub_repo}"
             self.upload.join()

@@ -196,6 +196,11 @@ class Folder:
         """Raises ValueError or FileNotFoundError, naming the file, if the shard is not whole."""
         entry["tokens"] = len(open_shard(self.path(entry), entry.get("tokens")))
 
+    def describe_source(self) -> str:
+        """Where the text came from. Of a local file, only the name: its folder may be private."""
+        source = (read_manifest(self.folder) or {}).get("source", self.name)
+        return source if ":" in source else Path(source).name
+
     def fingerprint(self) -> str:
         """A hash of what the data set is: every shard's name, length and, where they are known, content hash
         and tokenizer."""

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 import hellaswag
-from lib import checkpoint, files, shards
+from lib import checkpoint, files, runs, shards
 from model import GPT, Block
 from train_gpt2 import Config
 
@@ -257,8 +257,13 @@ def batches_of(data: Path, seq_len: int, seed: int, sequences: int, steps: range
 
 def find_the_oldest_on_rank_1():
     """As if this process saw another disk."""
+
+    def oldest(run: Path) -> tuple:
+        folder = checkpoint.steps(run)[0]
+        return (folder, checkpoint.verify(folder)), []
+
     if rank() == 1:
-        checkpoint.newest_valid = lambda run: (checkpoint.steps(run)[0], [])
+        checkpoint.find_newest_valid = oldest
 
 
 def draw(number: int) -> random.Random:
@@ -267,9 +272,9 @@ def draw(number: int) -> random.Random:
 
 
 def prune(run: Path, keep_last: int, keep_every: int, patch: Callable[[], None]):
-    """checkpoint.prune in a process of its own."""
+    """runs.prune in a process of its own."""
     patch()
-    checkpoint.prune(run, keep_last, keep_every)
+    runs.prune(run, keep_last, keep_every)
 
 
 def hide_compiler(*on_ranks: int):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._C._distributed_c10d import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lib import checkpoint, files, shard_writer, tokenizer
 from model import GPT, GPTConfig

@@ -127,13 +127,14 @@ def assert_refused(run: Path, name: str):
         checkpoint.verify(folder)
     with pytest.raises(ValueError, match=re.escape(str(folder / name))):
         checkpoint.load(folder)
-    found, why = checkpoint.newest_valid(run)
-    assert found == run / "step_000001"
+    found, why = checkpoint.find_newest_valid(run)
+    assert found and found[0] == run / "step_000001"
     assert len(why) == 1 and str(folder / name) in why[0]
 
 
 def test_whole_checkpoints_are_accepted_newest_first(run):
-    assert checkpoint.newest_valid(run) == (run / "step_000002", [])
+    newest = run / "step_000002"
+    assert checkpoint.find_newest_valid(run) == ((newest, checkpoint.verify(newest)), [])
     assert checkpoint.verify(run / "step_000001")["step"] == 1
 
 
@@ -215,10 +216,10 @@ def test_every_single_flipped_bit_of_the_state_is_noticed(run):
 def test_with_no_whole_checkpoint_each_is_named(run):
     for step, name in ((1, "config.json"), (2, "model.safetensors")):
         (run / f"step_{step:06d}" / name).unlink()
-    found, why = checkpoint.newest_valid(run)
+    found, why = checkpoint.find_newest_valid(run)
     assert found is None
     assert "step_000002/model.safetensors" in why[0] and "step_000001/config.json" in why[1]
-    assert checkpoint.newest_valid(run / "nothing") == (None, [])
+    assert checkpoint.find_newest_valid(run / "nothing") == (None, [])
 
 
 # Only whole directories
@@ -234,7 +235,7 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_is_replaced(run):
     folder = save(run, 3)
     assert names(folder) == sorted(FILES)
     assert not (run / ".tmp_step_000003").exists()
-    assert checkpoint.newest_valid(run) == (folder, [])
+    assert checkpoint.find_newest_valid(run) == ((folder, checkpoint.verify(folder)), [])
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):
@@ -245,7 +246,8 @@ def test_steps_are_ordered_as_numbers(tmp_path):
         "step_999999",
         "step_1000000",
     ]
-    assert checkpoint.newest_valid(tmp_path) == (tmp_path / "step_1000000", [])
+    newest = tmp_path / "step_1000000"
+    assert checkpoint.find_newest_valid(tmp_path) == ((newest, checkpoint.verify(newest)), [])
 
 
 def test_saving_over_a_step_replaces_all_of_it(run):
@@ -346,10 +348,10 @@ class Canary:
 @pytest.mark.parametrize("is_resealed", [False, True])
 def test_a_pickle_in_place_of_tensors_is_not_run(run, name, is_resealed, tmp_path):
     folder, canary = run / "step_000002", tmp_path / "canary"
-    files = checkpoint.verify(folder)["files"]
+    listed = checkpoint.verify(folder)["files"]
     (folder / name).write_bytes(pickle.dumps(Canary(canary)))
     if is_resealed:
-        resealed(folder, files={**files, name: files.hash_file(folder / name)})
+        resealed(folder, files={**listed, name: files.hash_file(folder / name)})
     with pytest.raises(ValueError, match=f"{name} is"):
         checkpoint.load(folder)
     assert not canary.exists()

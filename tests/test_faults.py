@@ -22,7 +22,7 @@ import torch
 from helpers import ROOT, end_of, flags, forkserver, lines_of, random_model, save_checkpoint, values
 
 import train_gpt2
-from lib import checkpoint
+from lib import checkpoint, runs, stops
 from train_gpt2 import Config
 
 
@@ -122,9 +122,13 @@ def test_pruning_that_is_killed_leaves_what_is_to_stay_and_the_run_goes_on(
         assert process.exitcode in (0, -signal.SIGKILL)
         attempt.count = int(process.exitcode != 0)  # there were fewer operations
         assert {40, 48} <= {checkpoint.verify(folder)["step"] for folder in checkpoint.steps(run)[:-1]}
-        found, passed_over = checkpoint.newest_valid(run)
-        assert found == run / "step_000048" and "step_000049/model.safetensors is missing" in passed_over[0]
-        checkpoint.clean(run)  # puts back what was set aside, but nothing that is no longer whole
+        found, passed_over = checkpoint.find_newest_valid(run)
+        assert (
+            found
+            and found[0] == run / "step_000048"
+            and "step_000049/model.safetensors is missing" in passed_over[0]
+        )
+        runs.clean(run)  # puts back what was set aside, but nothing that is no longer whole
         for folder in checkpoint.steps(run)[:-1]:
             checkpoint.verify(folder)
         assert (run / "step_000020").is_dir() and left_by_saving(run) == []
@@ -141,11 +145,11 @@ def test_old_checkpoints_are_removed_but_for_the_best_and_the_marked(tmp_path):
     model = random_model()
     for step, loss in enumerate([5.0, 3.0, 4.0, None, 3.5, 3.2, None, 3.1]):
         save_checkpoint(tmp_path, model, step=step, val_loss=loss)
-    checkpoint.prune(tmp_path, 0, 3)
+    runs.prune(tmp_path, 0, 3)
     assert len(checkpoint.steps(tmp_path)) == 8
-    checkpoint.prune(tmp_path, 2, 3)
+    runs.prune(tmp_path, 2, 3)
     assert [int(p.name[5:]) for p in checkpoint.steps(tmp_path)] == [0, 1, 3, 6, 7]
-    checkpoint.prune(tmp_path, 1, 0)
+    runs.prune(tmp_path, 1, 0)
     assert [int(p.name[5:]) for p in checkpoint.steps(tmp_path)] == [1, 7]
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -158,7 +162,7 @@ def test_what_a_killed_process_left_is_cleaned_and_nothing_whole_is_lost(tmp_pat
     (tmp_path / "step_000003").rename(tmp_path / ".old_step_000003")  # killed before its successor's rename
     (tmp_path / "step_000001").rename(tmp_path / ".tmp_step_000001")  # killed while it was pruned
     (tmp_path / ".tmp_step_000004").mkdir()
-    checkpoint.clean(tmp_path)
+    runs.clean(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000003"]
     checkpoint.verify(tmp_path / "step_000003")
 
@@ -198,7 +202,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_reason_to_stop(config, t
     def fail(*args):
         raise OSError("Device or resource busy")
 
-    monkeypatch.setattr(checkpoint, "prune", fail)
+    monkeypatch.setattr(runs, "prune", fail)
     run = train_gpt2.main(dataclasses.replace(config, keep_last=1))
     assert steps_of(run) == [4, 8, 12]
     assert "an old checkpoint could not be removed: Device or resource busy" in capsys.readouterr().out
@@ -243,7 +247,7 @@ def test_a_full_disk_leaves_the_old_checkpoints_and_says_what_is_needed(config, 
         train_gpt2.main(config)
     run = tmp_path / "run"
     assert sorted(path.name for path in run.glob("*step*")) == ["step_000004"]
-    train_gpt2.main(train_gpt2.parse_args(["--resume", str(run)]))
+    train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run)]))
     assert end_of(run) == end_of(whole())
 
 
@@ -259,7 +263,7 @@ def test_an_error_amid_writing_leaves_nothing_behind(tmp_path, monkeypatch):
         monkeypatch.context() as patch,
         pytest.raises(OSError, match=r"step_000002 .*could not be written.*space"),
     ):
-        patch.setattr("files.flush", fail)
+        patch.setattr("lib.files.flush", fail)
         save_checkpoint(tmp_path, model, step=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
     checkpoint.verify(tmp_path / "step_000001")
@@ -385,7 +389,7 @@ def test_processes_whose_torchrun_was_killed_save_and_stop(config, tmp_path):
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     codes, before = [], signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(os, "_exit", codes.append)
-    signals = train_gpt2.Signals()
+    signals = stops.Signals()
     try:
         signals.remember(signal.SIGINT, None)
         signals.remember(signal.SIGINT, None)  # torchrun's echo of the first
@@ -506,13 +510,13 @@ def test_a_run_that_is_resumed_at_any_step_and_then_again_has_the_same_end(every
     for attempt in tally(3, 50):
         step = order[attempt.number]
         run = links(every_step, tmp_path / f"run{step}", step)
-        train_gpt2.main(train_gpt2.parse_args(["--resume", str(run), "--checkpoint-every", "3"]))
+        train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run), "--checkpoint-every", "3"]))
         assert end_of(run) == end_of(every_step)
         if earlier := checkpoint.steps(run)[1:-1]:  # the second resume, from a checkpoint of the first
             shutil.rmtree(run / "step_000050")
             for folder in earlier[2:]:
                 shutil.rmtree(folder)
-            train_gpt2.main(train_gpt2.parse_args(["--resume", str(run)]))
+            train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run)]))
             assert end_of(run) == end_of(every_step)
         optimizer = checkpoint.load(run / "step_000050").optimizer
         assert all(torch.equal(optimizer[name], tensor) for name, tensor in last.items())

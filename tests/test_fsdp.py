@@ -16,7 +16,7 @@ from helpers import Training, end_of, flags, lines_of, random_model, undisturbed
 from safetensors.torch import load_file
 
 import train_gpt2
-from lib import checkpoint
+from lib import checkpoint, processes
 from model import GPT, Block
 from train_gpt2 import Config
 
@@ -296,8 +296,6 @@ def test_two_processes_with_activation_checkpointing_end_bit_identical(whole, ch
     assert end_of(runs[0]) == end_of(runs[1])
 
 
-def test_dropout_that_cannot_be_drawn_again_is_refused(config, monkeypatch):
-    mps = train_gpt2.Process(0, 1, torch.device("mps"))
-    monkeypatch.setattr(train_gpt2, "start_process", lambda cfg: mps)
+def test_dropout_that_cannot_be_drawn_again_is_refused(config):
     with pytest.raises(ValueError, match=r"--dropout is 0.2; on mps --activation-checkpointing cannot"):
-        train_gpt2.main(dataclasses.replace(config, dropout=0.2, activation_checkpointing=True))
+        train_gpt2.check(dataclasses.replace(config, dropout=0.2, activation_checkpointing=True), 1, "mps")

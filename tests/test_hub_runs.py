@@ -22,7 +22,7 @@ from helpers import Training, end_of, lines_of, resealed, values
 from hub_server import COMMIT, TOKEN, HubServer
 from test_hub import Client, wait_until
 
-from lib import checkpoint, hub
+from lib import checkpoint, hub, runs
 from lib import files as lib_files
 from train_gpt2 import Config
 
@@ -85,7 +85,7 @@ def client(shared_hub, tmp_path_factory) -> Iterator[Client]:
     client.close()
 
 
-PULL = "import checkpoint; result = str(checkpoint.pull(location, Path(log), name))"
+PULL = "from lib import runs; result = str(runs.pull(location, Path(log), name))"
 
 
 @pytest.fixture
@@ -286,7 +286,7 @@ def let_upload_end(step: int):
 
     def wait(at_step: int, micro_step: int):
         if (at_step, micro_step) == (step, 2):
-            while any(isinstance(thread, checkpoint.Upload) for thread in threading.enumerate()):
+            while any(isinstance(thread, runs.Upload) for thread in threading.enumerate()):
                 time.sleep(0.01)
 
     each_training_forward(wait)
@@ -478,13 +478,13 @@ def test_a_folder_in_use_is_not_touched(client, shared_hub, repo, whole, tmp_pat
     shared_hub.commit(repo, on_the_hub(whole(), 8))
     shutil.copytree(whole(), tmp_path / "whole")
     shutil.rmtree(tmp_path / "whole" / "step_000008")
-    lock = checkpoint.lock(tmp_path / "whole")
+    lock = runs.lock(tmp_path / "whole")
     before = listing(tmp_path / "whole")
     where = dict(location=f"hf://{repo}", log=tmp_path, name="")
     answer = client.refusal(PULL, "ValueError", **where)
     assert f"{tmp_path / 'whole'} is in use by another process" in answer["message"]
     assert listing(tmp_path / "whole") == before
-    checkpoint.unlock(lock)
+    runs.unlock(lock)
     assert client(PULL, **where) == str(tmp_path / "whole" / "step_000008")
 
 

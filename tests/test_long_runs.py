@@ -16,9 +16,10 @@ import torch
 from helpers import ROOT, end_of, flags, values
 
 import train_gpt2
-from lib import checkpoint
+from lib import checkpoint, plan, runs
 from lib.device import PEAK_FLOPS
-from model import GPTConfig
+from lib.processes import Process
+from model import GPT, GPTConfig
 from train_gpt2 import Config
 
 ITEM = {
@@ -144,7 +145,7 @@ def test_evaluating_alone_takes_weights_from_anywhere(launch, config, whole):
 def test_a_run_on_the_hub_is_not_fetched_where_nothing_is_to_be_written(config):
     for change in (dict(eval_only=True), dict(dry_run=True)):
         with pytest.raises(ValueError, match="--init-from org/name --eval-only"):
-            train_gpt2.find_checkpoint(dataclasses.replace(config, resume="hf://org/name", **change))
+            runs.find_checkpoint(dataclasses.replace(config, resume="hf://org/name", **change))
 
 
 def test_evaluating_alone_minds_no_arithmetic_of_training(config):
@@ -183,7 +184,8 @@ def test_evaluating_alone_needs_a_model_and_something_to_do(launch, config, whol
 def need(cfg: Config, batch_size: int, world_size: int) -> float:
     """Memory of a process of this toy, in float32: what a checkpoint takes, too."""
     shape = GPTConfig(block_size=cfg.seq_len, n_layer=1, n_head=1, n_embd=4, dropout=cfg.dropout)
-    work = train_gpt2.workload(cfg, shape, torch.float32, torch.device("cpu"), world_size)
+    process = Process(0, world_size, torch.device("cpu"))
+    work = plan.Workload.from_settings(cfg, GPT(shape), torch.float32, process)
     return work.need(batch_size) + work.saving_bytes()
 
 
@@ -330,10 +332,10 @@ def test_a_dry_run_refuses_what_a_run_refuses(launch, config, data, whole, tmp_p
     for words, training in wrong.items():
         assert training.wait() == [2], training.printed()
         assert words in training.printed() and "Traceback" not in training.printed()
-    taken = checkpoint.lock(run)
+    taken = runs.lock(run)
     training = launch(None, "--resume", str(run), "--dry-run")
     assert training.wait() == [2] and f"{run} is in use by another process" in training.printed()
-    checkpoint.unlock(taken)
+    runs.unlock(taken)
     assert not (tmp_path / "log" / "new").exists()
 
 

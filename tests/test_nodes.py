@@ -17,7 +17,7 @@ import pytest
 from helpers import ROOT, end_of, flags
 from torch._C._distributed_c10d import TCPStore
 
-import train_gpt2
+from lib import processes
 from train_gpt2 import Config
 
 
@@ -160,7 +160,7 @@ def meet(store: TCPStore, ranks: list[int], world_size: int, timeout: float = 10
         time.sleep(random.random() / 10)
         client = TCPStore("127.0.0.1", store.port, is_master=False)
         try:
-            names.append(train_gpt2.meet(client, rank, world_size, timeout))
+            names.append(processes.rendezvous(client, rank, world_size, timeout))
         except RuntimeError as error:
             names.append(str(error).partition(": ")[2])
 

@@ -177,10 +177,10 @@ def test_a_pickle_among_weights_is_not_run(kind, config, run, canary, tmp_path):
         folder = Path(shutil.copytree(run, tmp_path / f"log/{name}")) / "step_000004"
         (folder / name).write_bytes(evil)
         with pytest.raises(ValueError, match=f"{name} is damaged"):
-            train_gpt2.main(train_gpt2.parse_args(["--resume", str(folder)]))
+            train_gpt2.main(*train_gpt2.parse_args(["--resume", str(folder)]))
         resealed(folder, files=digests(folder))
         with pytest.raises((ValueError, SafetensorError)):
-            train_gpt2.main(train_gpt2.parse_args(["--resume", str(folder)]))
+            train_gpt2.main(*train_gpt2.parse_args(["--resume", str(folder)]))
     (run / "step_000004" / "pytorch_model.bin").write_bytes(evil)
     (run / "step_000004" / "training_args.bin").write_bytes(evil)
     checkpoint.load_model(str(run), "cpu")
@@ -275,7 +275,7 @@ def test_code_on_the_command_line_is_not_run(config, run, canary, tmp_path, capf
         canary.unlink()  # made, as said
         for name in ("n-layer", "learning-rate", "max-steps", "optimizer", "compile", "dtype", "resume"):
             with pytest.raises((SystemExit, ValueError, OSError)):
-                train_gpt2.main(train_gpt2.parse_args([*flags(config), f"--{name}", code]))
+                train_gpt2.main(*train_gpt2.parse_args([*flags(config), f"--{name}", code]))
         for change in ("dataset_path", "model_size", "init_from", "run_name", "device"):
             with pytest.raises((ValueError, OSError)):
                 train_gpt2.main(dataclasses.replace(config, **{change: code}))
@@ -301,7 +301,7 @@ def test_code_in_a_checkpoints_settings_is_not_run(run, canary, tally):
         resealed(folder, config={**settings, name: code}, **(others if attempt.number > len(first) else {}))
         words = ["--override"] if attempt.number % 3 else []
         with contextlib.suppress(Exception, SystemExit):  # refused, or it has no effect
-            train_gpt2.main(train_gpt2.parse_args(["--resume", str(folder), *words]))
+            train_gpt2.main(*train_gpt2.parse_args(["--resume", str(folder), *words]))
         assert not canary.exists()
         shutil.rmtree(run / "step_000004", ignore_errors=True)
 
@@ -342,13 +342,15 @@ def test_a_models_own_code_is_not_run(client, shared_hub, repo, run, config, tmp
     # The same on the Hub, as a model to begin from and as a run to go on with.
     shared_hub.requests.clear()
     shared_hub.commit(repo, on_the_hub(run, 4))
-    client("import checkpoint; checkpoint.load_model(name, 'cpu')", name=repo)
+    client("from lib import checkpoint; checkpoint.load_model(name, 'cpu')", name=repo)
     assert shared_hub.downloads() == {"config.json", "model.safetensors"}
     client(PULL, location=f"hf://{repo}", log=tmp_path / "pulled", name="")
     assert "modeling_evil.py" not in shared_hub.downloads()
     pickles = without(on_the_hub(run, 4), "model.safetensors") | {"pytorch_model.bin": torch_saved(canary)}
     shared_hub.commit(f"{repo}-2", pickles)
-    answer = client.refusal("import checkpoint; checkpoint.load_model(name, 'cpu')", name=f"{repo}-2")
+    answer = client.refusal(
+        "from lib import checkpoint; checkpoint.load_model(name, 'cpu')", name=f"{repo}-2"
+    )
     assert "only safetensors weights are read" in answer["message"]
 
 
@@ -412,7 +414,7 @@ def test_a_run_name_that_is_a_link_is_refused(config, run, outside, tmp_path):
     for resume in ("", "newest"):
         with pytest.raises(ValueError, match="log/run is a link to another place"):
             cfg = dataclasses.replace(config, resume=resume)
-            train_gpt2.main(train_gpt2.parse_args(flags(cfg)))
+            train_gpt2.main(*train_gpt2.parse_args(flags(cfg)))
     assert listing(outside) == before
 
 
@@ -436,7 +438,7 @@ def test_links_in_place_of_checkpoints_and_their_files_are_not_followed(run, out
         with pytest.raises(ValueError, match=f"lists '{name}', which is not a file in its folder"):
             checkpoint.verify(run / "step_000004")
         with pytest.raises(ValueError, match=f"{name}"):
-            train_gpt2.main(train_gpt2.parse_args(["--resume", str(run / "step_000004")]))
+            train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run / "step_000004")]))
         with pytest.raises(ValueError, match=f"{name}"):
             checkpoint.load_model(str(run), "cpu")
         shutil.rmtree(run / "step_000004")
@@ -452,7 +454,7 @@ def test_links_in_place_of_what_saving_makes_are_not_followed(name, run, outside
     (run / name).symlink_to(outside)
     before = listing(outside)
     with contextlib.suppress(ValueError, OSError):
-        train_gpt2.main(train_gpt2.parse_args(["--resume", str(run / "step_000002")]))
+        train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run / "step_000002")]))
     assert listing(outside) == before
 
 
@@ -465,7 +467,7 @@ def test_links_in_place_of_a_runs_other_files_are_not_followed(name, there, run,
     before = listing(outside)
     with contextlib.suppress(ValueError, OSError):
         words = ["--resume", str(run / "step_000002"), "--val-every", "4", "--val-tokens", "100"]
-        train_gpt2.main(train_gpt2.parse_args(words))
+        train_gpt2.main(*train_gpt2.parse_args(words))
     assert listing(outside) == before
     assert (outside / "precious.txt").read_text(encoding="utf-8") == "precious"
 
@@ -485,7 +487,7 @@ def test_a_checkpoint_that_lists_a_file_elsewhere_is_refused(name, run, client, 
     for script in (
         lambda: checkpoint.verify(folder),
         lambda: checkpoint.load_model(str(folder), "cpu"),
-        lambda: train_gpt2.main(train_gpt2.parse_args(["--resume", str(folder)])),
+        lambda: train_gpt2.main(*train_gpt2.parse_args(["--resume", str(folder)])),
     ):
         with pytest.raises(ValueError):
             script()
@@ -529,7 +531,7 @@ def test_a_hub_listing_that_leads_out_is_refused(path, run, client, shared_hub, 
     assert repr(path) in client.refusal(code, repo=repo)["message"]
     # A model to begin from is fetched by huggingface_hub itself; its name must fit what we ask it for.
     shared_hub.commit(f"{repo}-2", on_the_hub(run, 4) | {f"model/../{path}.safetensors": b"evil"})
-    client.ask("import checkpoint; checkpoint.load_model(name, 'cpu')", name=f"{repo}-2")
+    client.ask("from lib import checkpoint; checkpoint.load_model(name, 'cpu')", name=f"{repo}-2")
     assert not any(home.parent.rglob("*evil*"))
     assert list(home.parent.iterdir()) == [home]
 

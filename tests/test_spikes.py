@@ -12,8 +12,7 @@ import pytest
 from faults import note_weights, poison
 from helpers import Training, end_of, flags, lines_of, values
 
-import train_gpt2
-from lib import checkpoint
+from lib import checkpoint, stops
 from train_gpt2 import Config
 
 pytestmark = pytest.mark.fault(22)
@@ -25,14 +24,14 @@ def test_the_z_score_is_that_of_numpy(count):
     losses = np.random.default_rng(count).normal(3.0, 0.2, count)
     for loss in (3.0, 2.0, 4.5, 300.0):
         expected = (loss - losses.mean()) / losses.std()
-        assert train_gpt2.z_score(loss, losses.tolist()) == pytest.approx(expected, rel=1e-9)
+        assert stops.z_score(loss, losses.tolist()) == pytest.approx(expected, rel=1e-9)
 
 
 def test_without_many_losses_before_it_nothing_is_a_spike():
-    assert train_gpt2.z_score(1e9, [1.0, 2.0] * 31) == 0.0
-    assert train_gpt2.z_score(1e9, []) == 0.0
-    assert train_gpt2.z_score(2.0, [1.0] * 64) > 1e6  # of equal losses the deviation is 0
-    assert math.isnan(train_gpt2.z_score(math.nan, [1.0, 2.0] * 32))
+    assert stops.z_score(1e9, [1.0, 2.0] * 31) == 0.0
+    assert stops.z_score(1e9, []) == 0.0
+    assert stops.z_score(2.0, [1.0] * 64) > 1e6  # of equal losses the deviation is 0
+    assert math.isnan(stops.z_score(math.nan, [1.0, 2.0] * 32))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 import hellaswag
 import train_gpt2
-from lib import checkpoint, shard_writer, shards
+from lib import checkpoint, processes, shard_writer, shards
+from lib.hub_shards import open_data
 from model import GPT, GPTConfig
 from train_gpt2 import Config
 
@@ -132,7 +133,7 @@ def test_a_resumed_run_ends_bit_identical(config, optimizer, dtype):
         for path in (part / f"step_{step:06d}").iterdir():
             path.unlink()
         (part / f"step_{step:06d}").rmdir()
-    resumed = train_gpt2.main(train_gpt2.parse_args(["--resume", str(part)]))
+    resumed = train_gpt2.main(*train_gpt2.parse_args(["--resume", str(part)]))
     assert resumed == part
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (part / "step_000024" / name).read_bytes() == (whole / "step_000024" / name).read_bytes()
@@ -237,12 +238,12 @@ def test_processes_that_share_a_validation_find_exactly_what_one_finds(config, m
     def totals(world_size: int) -> list[float]:
         found = []
         for rank in range(world_size):
-            process = train_gpt2.Process(rank, world_size, torch.device("cpu"))
+            process = processes.Process(rank, world_size, torch.device("cpu"))
             with monkeypatch.context() as patch:
                 patch.setattr(
-                    train_gpt2.Process, "sum", lambda self, *values: found.append(values[0]) or values
+                    processes.Process, "all_reduce", lambda self, *values: found.append(values[0]) or values
                 )
-                train_gpt2.validation_loss(model, reader, config, process)
+                train_gpt2.validation_loss(model, reader, config.val_tokens, process)
         return found
 
     (one,) = totals(1)
@@ -305,14 +306,14 @@ def test_resume_refuses_other_settings_and_other_data_unless_told(config, data, 
     cfg = dataclasses.replace(config, checkpoint_every=5, max_steps=5)
     run = train_gpt2.main(cfg)
     with pytest.raises(ValueError, match=r"--learning-rate was 0.003, is 0.1.*--override"):
-        train_gpt2.main(train_gpt2.parse_args(["--resume", str(run), "--learning-rate", "0.1"]))
+        train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run), "--learning-rate", "0.1"]))
     write_shards(tmp_path / "other", np.arange(2000, dtype=np.uint16), shard_tokens=1000)
     with pytest.raises(ValueError, match="not those of the checkpoint"):
         train_gpt2.main(
-            train_gpt2.parse_args(["--resume", str(run), "--dataset-path", str(tmp_path / "other")])
+            *train_gpt2.parse_args(["--resume", str(run), "--dataset-path", str(tmp_path / "other")])
         )
     args = ["--resume", str(run), "--learning-rate", "0.1", "--override", "--max-steps", "6"]
-    train_gpt2.main(train_gpt2.parse_args(args))
+    train_gpt2.main(*train_gpt2.parse_args(args))
     assert len(values(run)) == 6
 
 
@@ -320,13 +321,13 @@ def test_resume_finds_the_newest_run_a_named_run_or_starts_one(config, tmp_path)
     for name in ("older", "newer"):
         train_gpt2.main(dataclasses.replace(config, run_name=name, checkpoint_every=1, max_steps=1))
     log = ["--log-dir", str(tmp_path)]
-    assert Path(train_gpt2.parse_args(["--resume", *log]).resume) == tmp_path / "newer" / "step_000001"
-    named = train_gpt2.parse_args(["--resume", *log, "--run-name", "older"])
+    assert Path(train_gpt2.parse_args(["--resume", *log])[0].resume) == tmp_path / "newer" / "step_000001"
+    named, _ = train_gpt2.parse_args(["--resume", *log, "--run-name", "older"])
     assert (
         Path(named.resume) == tmp_path / "older" / "step_000001"
         and named.learning_rate == config.learning_rate
     )
-    unborn = train_gpt2.parse_args(["--resume", *log, "--run-name", "unborn", *flags(config)])
+    unborn, _ = train_gpt2.parse_args(["--resume", *log, "--run-name", "unborn", *flags(config)])
     unborn = dataclasses.replace(unborn, run_name="unborn", max_steps=0)
     assert train_gpt2.main(unborn) == train_gpt2.main(unborn)  # it may begin, and begin again
     with pytest.raises(FileNotFoundError, match="no folder"):
@@ -448,8 +449,8 @@ def test_four_samples_begin_with_the_prompt(config, capsys):
 def test_an_interrupted_preparation_of_the_demo_is_made_again(tmp_path):
     folder = tmp_path / "pydocs"
     shard_writer.begin(folder, {"name": "pydocs", "parts": 1, "request": {}})  # and no more
-    process = train_gpt2.Process(0, 1, torch.device("cpu"))
-    assert train_gpt2.find_data(Config(dataset_path=str(folder)), process).folder == folder
+    process = processes.Process(0, 1, torch.device("cpu"))
+    assert open_data(str(folder), 1e9, process, may_make=True).folder == folder
     assert shards.read_manifest(folder)
 
 
@@ -488,8 +489,8 @@ def test_resume_refuses_data_that_have_changed(config, data, tmp_path, change):
         manifest["tokenizer"] = {"name": "another"}
         (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(ValueError, match=r"step_000001 is of another run: the shards in .* are not those"):
-        train_gpt2.main(train_gpt2.parse_args(["--resume", str(run)]))
-    train_gpt2.main(train_gpt2.parse_args(["--resume", str(run), "--override"]))
+        train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run)]))
+    train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run), "--override"]))
     assert len(values(run)) == 2
 
 
@@ -512,7 +513,7 @@ def test_resume_refuses_other_settings_and_prints_both(quiet, flag, value, old):
     before = sorted(path.name for path in quiet[1].iterdir()), (quiet[1] / "log.txt").read_bytes()
     new = repr(value) if value.isalpha() or value == "bfloat16" else value
     with pytest.raises(ValueError, match=rf"{flag} was {old}, is {new}.*To go on all the same: --override"):
-        train_gpt2.main(train_gpt2.parse_args(["--resume", str(quiet[1]), flag, value]))
+        train_gpt2.main(*train_gpt2.parse_args(["--resume", str(quiet[1]), flag, value]))
     assert before == (sorted(path.name for path in quiet[1].iterdir()), (quiet[1] / "log.txt").read_bytes())
 
 
@@ -520,7 +521,7 @@ def test_resume_refuses_other_settings_and_prints_both(quiet, flag, value, old):
 @pytest.mark.parametrize("words", [("--n-embd", "8"), ("--optimizer", "muon"), ("--model-size", "350M")])
 def test_a_change_that_the_checkpoint_cannot_fit_is_refused_even_with_override(quiet, words):
     with pytest.raises(ValueError, match=rf"has another shape: {words[0]} was .*start a new run"):
-        train_gpt2.main(train_gpt2.parse_args(["--resume", str(quiet[1]), *words, "--override"]))
+        train_gpt2.main(*train_gpt2.parse_args(["--resume", str(quiet[1]), *words, "--override"]))
 
 
 def test_a_run_is_resumed_under_its_own_name_only(quiet):
@@ -530,7 +531,7 @@ def test_a_run_is_resumed_under_its_own_name_only(quiet):
 
 def test_a_flag_of_the_first_command_may_be_repeated_at_resume(config):
     run = train_gpt2.main(dataclasses.replace(config, skip_spikes=True, checkpoint_every=10))
-    assert train_gpt2.parse_args(["--resume", str(run), "--skip-spikes"]).skip_spikes
+    assert train_gpt2.parse_args(["--resume", str(run), "--skip-spikes"])[0].skip_spikes
 
 
 def test_a_configuration_built_in_python_resumes_as_the_command_line_does(config):
