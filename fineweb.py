@@ -40,13 +40,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from lib import documents, files, hub, hub_shards, shard_writer, shards, tokenizer
+from lib import cli, documents, files, hub, hub_shards, shard_writer, shards, tokenizer
 from lib.documents import Batch, Unit
 
 # Our name: repository, configuration, and the splits that are taken, as the Hub calls them.
@@ -78,40 +77,26 @@ PART_BYTES = 2**30  # of input files: what one process takes at a time
 
 @dataclass(frozen=True)
 class Config:
-    source: str = "fineweb-edu-10BT"
-    """What to tokenize: one of the sources above."""
-    name: str = ""
-    """Name of the data set; by default the source's."""
-    out_dir: str = ""
-    """Where the shards go; by default data/<name> beside this script."""
-    shard_tokens: int = 100_000_000
-    """Tokens a shard."""
-    val_tokens: int | None = None
-    """Tokens set aside for validation, from the start; by default 10,485,760, or a tenth of a smaller
-    corpus. Not for sources with a validation split of their own."""
-    documents: Unit = "auto"
-    """What is a document in text files: the file (auto), a line, a block between blank lines, or an article
-    as WikiText has them. In .jsonl and .parquet it is a row."""
-    text_field: str = "text"
-    """Column (parquet, hf:) or key (jsonl) that holds the text."""
-    config: str = ""
-    """hf:, fineweb, fineweb-edu: the data set's configuration."""
-    split: str = "train"
-    """hf: the split to read."""
-    max_shards: int = 0
-    """Sources of shards: fetch only so many training shards; 0 for all."""
-    workers: int = 0
-    """Tokenizing threads; 0 for all cores. The shards do not depend on it."""
-    clear_cache: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Delete downloaded files as soon as their shards are written and read back."""
-    push_to: str = ""
-    """Then upload the shards to this data-set repository of the Hub (org/name)."""
-    merge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Only join the parts that several machines have made in folders that were copied into one."""
-    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Write nothing: read the shards back and compare every byte with the manifest."""
-    inspect: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Write nothing: print what is in the shards."""
+    source: str = cli.knob("fineweb-edu-10BT", "What to tokenize: one of the sources above.")
+    name: str = cli.knob("", "Name of the data set; by default the source's.")
+    out_dir: str = cli.knob("", "Folder of the shards; by default data/<name> beside this script.")
+    shard_tokens: int = cli.knob(100_000_000, "Tokens per shard.", at_least=1)
+    val_tokens: int | None = cli.knob(
+        None,
+        "Tokens for validation, from the start; by default 10,485,760, or a tenth if smaller.",
+        at_least=0,
+    )
+    documents: Unit = cli.knob("auto", "A document in a text file: the file (auto), or each of these units.")
+    text_field: str = cli.knob("text", "Column (parquet, hf:) or key (jsonl) that holds the text.")
+    config: str = cli.knob("", "hf:, fineweb, fineweb-edu: the data set's configuration.")
+    split: str = cli.knob("train", "hf: the split to read.")
+    max_shards: int = cli.knob(0, "Sources of shards: most training shards to fetch; 0 for all.", at_least=0)
+    workers: int = cli.knob(0, "Tokenizing threads; 0 for all cores. Shards do not depend on it.", at_least=0)
+    clear_cache: cli.Switch = cli.knob(False, "Delete a downloaded file once its shards are read back.")
+    push_to: str = cli.knob("", "Then upload the shards to this data-set repository of the Hub (org/name).")
+    merge: cli.Switch = cli.knob(False, "Only join parts that several machines made, copied into one folder.")
+    verify: cli.Switch = cli.knob(False, "Write nothing: compare every byte of the shards with the manifest.")
+    inspect: cli.Switch = cli.knob(False, "Write nothing: print what is in the shards.")
 
     @property
     def dataset_name(self) -> str:
@@ -374,10 +359,7 @@ def write_part(located: Iterable[tuple[Input, Path]], writer: shard_writer.PartW
 
 def check(cfg: Config):
     """Raises ValueError for values that cannot work and for flags that the source does not have."""
-    for name, least in (("shard_tokens", 1), ("val_tokens", 0), ("workers", 0), ("max_shards", 0)):
-        value = getattr(cfg, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more")
+    cli.check_bounds(cfg)
     from_hub = cfg.source.startswith("hf:") and not cfg.tokenized
     applies = {
         "config": from_hub or cfg.source in ("fineweb", "fineweb-edu"),
@@ -387,9 +369,7 @@ def check(cfg: Config):
     }
     for name, does in applies.items():
         if not does and getattr(cfg, name) != getattr(Config, name):
-            raise ValueError(
-                f"--{name.replace('_', '-')} does not apply to --source {cfg.source}; leave it out"
-            )
+            raise ValueError(f"{cli.flag(name)} does not apply to --source {cfg.source}; leave it out")
     if cfg.verify + cfg.inspect + cfg.merge > 1:
         raise ValueError("--verify, --inspect and --merge are different jobs; give one of them")
 
@@ -659,11 +639,5 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"fineweb.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nfineweb.py: interrupted; the same command goes on from here", file=sys.stderr)
-        os._exit(130)  # without waiting for a download
+    again = "interrupted; the same command goes on from here"
+    cli.run(lambda: main(cli.parse(Config, __doc__)), interrupted=again)
