@@ -312,7 +312,7 @@ def test_two_runs_are_byte_identical(tmp_path, workers):
 
 @pytest.mark.parametrize("characters", [1, 30, 10**9])
 def test_batches_keep_every_document_in_order(monkeypatch, characters):
-    monkeypatch.setattr("documents.BATCH_BYTES", characters)
+    monkeypatch.setattr("lib.documents.BATCH_BYTES", characters)
     batches = list(in_batches(DOCUMENTS))
     assert [text for batch in batches for text in batch.texts] == DOCUMENTS
     assert all(batch.texts for batch in batches)
@@ -354,7 +354,7 @@ def test_a_run_that_failed_before_it_wrote_anything_does_not_stand_in_the_way(tm
 
 
 def test_what_a_run_has_written_is_not_thrown_away_when_its_text_has_changed(tmp_path, monkeypatch):
-    monkeypatch.setattr("documents.BATCH_BYTES", 300)
+    monkeypatch.setattr("lib.documents.BATCH_BYTES", 300)
     (tmp_path / "a.jsonl").write_bytes(jsonl(["Some words. " * 30] * 5) + b"{")
     with pytest.raises(ValueError, match="line 6"):
         prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=10, val_tokens=10)
@@ -475,7 +475,7 @@ def ids_of(batches: Iterable[Batch]) -> list[int]:
 
 def pieces_of(text: str, batch_bytes: int) -> list[Batch]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("documents.BATCH_BYTES", batch_bytes)
+        patch.setattr("lib.documents.BATCH_BYTES", batch_bytes)
         stream = io.BytesIO(text.encode())
         return list(pieces(stream, stream))
 
@@ -529,7 +529,7 @@ POEM = "\ufeffOne line\r\n\n \t\nanother line \n  \n\n\u2028third\n a fourth, in
 @pytest.mark.parametrize("batch_bytes", [1, 30, 10**6])
 def test_a_document_is_a_file_a_line_or_a_block(tmp_path, monkeypatch, documents, expected, batch_bytes):
     (tmp_path / "a.txt").write_bytes(POEM.encode())
-    monkeypatch.setattr("documents.BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr("lib.documents.BATCH_BYTES", batch_bytes)
     assert read_documents(tmp_path / "a.txt", documents=documents) == expected
     out = prepare(tmp_path / "a.txt", tmp_path / "out", documents=documents)
     assert decoded(out) == expected
@@ -565,7 +565,7 @@ def is_title(line: str) -> bool:
 
 @pytest.mark.parametrize("batch_bytes", [1, 100_000, 8_000_000])
 def test_wikitexts_articles_are_found_and_are_the_text_to_the_byte(tmp_path, monkeypatch, batch_bytes):
-    monkeypatch.setattr("documents.BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr("lib.documents.BATCH_BYTES", batch_bytes)
     (tmp_path / "wiki.test.raw").write_bytes(wikitext().encode())
     articles = read_documents(tmp_path / "wiki.test.raw", documents="article")
     assert len(articles) == 60
@@ -676,7 +676,7 @@ def test_a_compressed_file_that_was_cut_is_refused_with_its_name(tmp_path, name)
 def test_parquet_is_read_whatever_its_row_groups_and_kind_of_string(
     tmp_path, monkeypatch, kind, row_group_size, batch_bytes
 ):
-    monkeypatch.setattr("documents.BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr("lib.documents.BATCH_BYTES", batch_bytes)
     texts = [*DOCUMENTS, None, "a long row " * 300, None, *DOCUMENTS[::-1]]
     (tmp_path / "a.parquet").write_bytes(parquet(pa.array(texts, kind), row_group_size=row_group_size))
     expected = [text or "" for text in texts]
@@ -736,7 +736,7 @@ def test_every_difficult_document_is_there_once_with_the_ids_of_its_text(tmp_pat
         for number, text in enumerate(WITHOUT_SURROGATES):
             (tmp_path / "in" / f"{number:02}.txt").write_bytes(text.encode())
         if kind == "txt in pieces":
-            monkeypatch.setattr("documents.BATCH_BYTES", 50)
+            monkeypatch.setattr("lib.documents.BATCH_BYTES", 50)
             (tmp_path / "in" / "02.txt").write_bytes((" " * 10_000).encode())
     out = prepare(tmp_path / "in", tmp_path / "out", shard_tokens=150 if "pieces" in kind else 15_000)
     stream = stream_of(out)
@@ -804,7 +804,7 @@ KINDS = {
 def test_a_run_that_is_killed_at_any_rename_continues(
     tmp_path, monkeypatch, capsys, files, part_bytes, options
 ):
-    monkeypatch.setattr("documents.BATCH_BYTES", 300)
+    monkeypatch.setattr("lib.documents.BATCH_BYTES", 300)
     monkeypatch.setattr(fineweb, "PART_BYTES", part_bytes)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     (tmp_path / "in").mkdir()
@@ -1057,7 +1057,7 @@ def test_a_disk_that_is_too_small_is_refused_with_both_numbers_before_the_work(t
     for name, gigabytes in (("a.txt", 10), ("b.jsonl.gz", 2)):
         with open(tmp_path / name, "wb") as f:
             f.truncate(gigabytes * 10**9)  # takes no room
-    monkeypatch.setattr("documents.read_file", lambda *args: pytest.fail("has been read"))
+    monkeypatch.setattr("lib.documents.read_file", lambda *args: pytest.fail("has been read"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3_210_000_000))
     with pytest.raises(OSError, match=r"out needs about 5\.9 GB and its disk has 3\.2 GB free.*--out-dir"):
@@ -1224,10 +1224,10 @@ def test_the_lines_of_a_paragraph_are_joined():
         (["--nonsense", "1"], "--nonsense"),
         (["--shard-tokens", "many"], "--shard-tokens"),
         (["--source", "no/such/file.txt"], "'no/such/file.txt' is no file, folder or glob"),
-        (["--source", "{file}", "--shard-tokens", "0"], "--shard-tokens is 0; it must be 1 or more"),
-        (["--source", "{file}", "--val-tokens", "-1"], "--val-tokens is -1; it must be 0 or more"),
-        (["--source", "{file}", "--workers", "-1"], "--workers is -1; it must be 0 or more"),
-        (["--source", "{file}", "--max-shards", "-1"], "--max-shards is -1; it must be 0 or more"),
+        (["--source", "{file}", "--shard-tokens", "0"], "--shard-tokens is 0; it must be at least 1"),
+        (["--source", "{file}", "--val-tokens", "-1"], "--val-tokens is -1; it must be at least 0"),
+        (["--source", "{file}", "--workers", "-1"], "--workers is -1; it must be at least 0"),
+        (["--source", "{file}", "--max-shards", "-1"], "--max-shards is -1; it must be at least 0"),
         (["--source", "{file}", "--documents", "page"], "page"),
         (["--merge"], "manifest.json"),
         (["--source", "{file}", "--text-field", "body"], "good.jsonl: line 1"),
