@@ -25,8 +25,6 @@ makes 10 billion tokens, 20 GB.
 """
 
 import contextlib
-import glob
-import hashlib
 import json
 import math
 import os
@@ -35,41 +33,17 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from lib import cli, documents, files, hub, hub_shards, shard_writer, shards, tokenizer
 from lib.documents import Batch, Unit
-
-# Our name: repository, configuration, and the splits that are taken, as the Hub calls them.
-HUB_SOURCES = {
-    "fineweb-edu-10BT": ("HuggingFaceFW/fineweb-edu", "sample-10BT", ("train",)),
-    "fineweb-edu-100BT": ("HuggingFaceFW/fineweb-edu", "sample-100BT", ("train",)),
-    "fineweb-edu-350BT": ("HuggingFaceFW/fineweb-edu", "sample-350BT", ("train",)),
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "default", ("train",)),
-    "fineweb-10BT": ("HuggingFaceFW/fineweb", "sample-10BT", ("train",)),
-    "fineweb-100BT": ("HuggingFaceFW/fineweb", "sample-100BT", ("train",)),
-    "fineweb-350BT": ("HuggingFaceFW/fineweb", "sample-350BT", ("train",)),
-    "fineweb": ("HuggingFaceFW/fineweb", "default", ("train",)),
-    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1", ("train", "validation", "test")),
-    "openwebtext": ("Skylion007/openwebtext", "plain_text", ("train",)),
-    "tinystories": ("roneneldan/TinyStories", "default", ("train", "validation")),
-}
-TOKENIZED_SOURCES = {  # by Keller Jordan, for modded-nanogpt
-    "fineweb-edu-10B-gpt2": "hf://datasets/kjj0/finewebedu10B-gpt2",
-    "fineweb-10B-gpt2": "hf://datasets/kjj0/fineweb10B-gpt2",
-    "fineweb-100B-gpt2": "hf://datasets/kjj0/fineweb100B-gpt2",
-}
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-OUR_SPLITS = {"train": "train", "validation": "val", "test": "test"}
+from lib.sources import HUB_SOURCES, TOKENIZED_SOURCES, Input, describe, find_inputs
 
 PACKED = (".parquet", *documents.COMPRESSED)
 PART_BYTES = 2**30  # of input files: what one process takes at a time
@@ -86,17 +60,17 @@ class Config:
         "Tokens for validation, from the start; by default 10,485,760, or a tenth if smaller.",
         at_least=0,
     )
-    documents: Unit = cli.knob("auto", "A document in a text file: the file (auto), or each of these units.")
+    documents: Unit = cli.knob("auto", "Unit of a document in text files; auto: the file.")  # noqa: RUF009
     text_field: str = cli.knob("text", "Column (parquet, hf:) or key (jsonl) that holds the text.")
     config: str = cli.knob("", "hf:, fineweb, fineweb-edu: the data set's configuration.")
     split: str = cli.knob("train", "hf: the split to read.")
     max_shards: int = cli.knob(0, "Sources of shards: most training shards to fetch; 0 for all.", at_least=0)
     workers: int = cli.knob(0, "Tokenizing threads; 0 for all cores. Shards do not depend on it.", at_least=0)
-    clear_cache: cli.Switch = cli.knob(False, "Delete a downloaded file once its shards are read back.")
+    clear_cache: cli.Switch = cli.knob(False, "Delete a download once its shards are read back.")  # noqa: RUF009
     push_to: str = cli.knob("", "Then upload the shards to this data-set repository of the Hub (org/name).")
-    merge: cli.Switch = cli.knob(False, "Only join parts that several machines made, copied into one folder.")
-    verify: cli.Switch = cli.knob(False, "Write nothing: compare every byte of the shards with the manifest.")
-    inspect: cli.Switch = cli.knob(False, "Write nothing: print what is in the shards.")
+    merge: cli.Switch = cli.knob(False, "Only join the parts that several machines made.")  # noqa: RUF009
+    verify: cli.Switch = cli.knob(False, "Write nothing: compare every byte with the manifest.")  # noqa: RUF009
+    inspect: cli.Switch = cli.knob(False, "Write nothing: print what is in the shards.")  # noqa: RUF009
 
     @property
     def dataset_name(self) -> str:
@@ -133,134 +107,11 @@ class Config:
         remote_names = (*HUB_SOURCES, *TOKENIZED_SOURCES, "tiny-shakespeare")
         return self.source not in remote_names and not self.source.startswith(("hf:", hub.HUB_PREFIX))
 
-    def read(self, path: Path) -> Iterator[Batch]:
-        return documents.read_file(path, self.documents, self.text_field)
-
     @property
     def request(self) -> dict:
         """What the shards depend on."""
         fields = ("source", "config", "split", "text_field", "documents", "shard_tokens", "val_tokens")
         return {name: getattr(self, name) for name in fields}
-
-
-# -----------------------------------------------------------------------------
-# sources
-
-
-class Input(NamedTuple):
-    """A file of the source."""
-
-    name: str
-    size: int  # bytes; 0 where unknown
-    version: str  # changes with the content
-    locate: Callable[[], Path]  # downloads it if need be
-    read: Callable[[Path], Iterator[Batch]]
-    split: str = ""  # val, train or test; "" leaves it to --val-tokens
-    download: Path | None = None  # where a file that is not the user's own is kept
-
-
-def find_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
-    """The source's files in a fixed order, and what the manifest says of their origin; a source on the Hub as
-    it was at `revision`, by default now."""
-    if cfg.source == "pydocs":
-        packages = documents.pinned_packages()
-        version = " ".join(
-            [sys.version.split()[0], *(f"{name}-{metadata.version(name)}" for name in packages)]
-        )
-        read = lambda _: documents.in_batches(documents.pydocs())  # noqa: E731
-        return [Input("pydocs", 0, version, Path, read)], {"source": "pydocs", "revision": version}
-    if cfg.source == "tiny-shakespeare":
-        path = cfg.downloads / "tiny-shakespeare.txt"
-        locate = lambda: files.download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)  # noqa: E731
-        whole = [Input(path.name, 1_115_394, SHAKESPEARE_SHA256, locate, cfg.read, download=path)]
-        return whole, {"source": SHAKESPEARE_URL, "revision": SHAKESPEARE_SHA256}
-    if cfg.source in HUB_SOURCES or cfg.source.startswith("hf:"):
-        return hub_inputs(cfg, revision)
-    found = local_files(cfg.source)
-    return [local_input(path, cfg) for path in found], {
-        "source": cfg.source,
-        "revision": f"{len(found)} files",
-    }
-
-
-def local_files(source: str) -> list[Path]:
-    """The files that a path or glob names, sorted. Raises FileNotFoundError or ValueError if none can be
-    read."""
-    path = Path(source).expanduser()
-    found = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-    found = found or [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-    if not found:
-        raise FileNotFoundError(
-            f"--source {source!r} is no file, folder or glob here, nor one of "
-            f"{', '.join([*HUB_SOURCES, *TOKENIZED_SOURCES])}, tiny-shakespeare, pydocs, hf:org/name"
-        )
-    files = [p for p in found if p.is_file() and documents.is_readable(p.name)]
-    if not files:
-        raise ValueError(
-            f"--source {source!r} has no file that ends in {', '.join(documents.SUFFIXES)}, nor in one of "
-            f"these and {' or '.join(documents.COMPRESSED)}"
-        )
-    return files
-
-
-def local_input(path: Path, cfg: Config) -> Input:
-    facts = path.stat()
-    return Input(str(path), facts.st_size, str(facts.st_mtime_ns), lambda: path, cfg.read)
-
-
-def hub_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
-    """The files of a Hugging Face data set, as the library `datasets` finds them for configuration and split.
-    What is not text, JSON lines or parquet is read by that library, as one stream."""
-    import datasets
-
-    repo, asked = hub.parse_hub(cfg.source.removeprefix("hf:")) if ":" in cfg.source else ("", None)
-    config, splits = cfg.config, (cfg.split,)
-    if not repo:
-        repo, config, splits = HUB_SOURCES[cfg.source]
-        config = cfg.config or config
-
-    def ask() -> tuple[str, Any]:
-        commit, _ = hub.list_hub(repo, revision or asked, paths=["README.md"])
-        try:
-            return commit, datasets.load_dataset_builder(repo, config or None, revision=commit)
-        except RuntimeError as error:  # what `datasets` says of a repository with a script
-            raise ValueError(
-                f"{error}; a copy in parquet may be at hf:{repo}@refs/convert/parquet"
-            ) from error
-
-    commit, builder = hub.retry(repo, ask)
-    about = {"source": f"hf:{repo}", "config": config, "revision": commit}
-    found: dict[str, list[str]] = builder.config.data_files or {}
-    if missing := [split for split in splits if split not in found]:
-        raise ValueError(
-            f"{repo} has no split {missing[0]!r}; it has {', '.join(found)} (choose with --split)"
-        )
-    paths = {split: [url.partition(f"@{commit}/")[2] for url in found[split]] for split in splits}
-    if not all(documents.is_readable(path) for split in splits for path in paths[split]):
-        read = lambda _: documents.in_batches(streamed(repo, config, cfg.split, commit, cfg.text_field))  # noqa: E731
-        return [Input(repo, 0, commit, Path, read)], about
-
-    _, files = hub.list_hub(repo, commit, [path for split in splits for path in paths[split]])
-    read = documents.read_wikitext if cfg.source == "wikitext-103" else cfg.read
-    inputs, folder = [], cfg.downloads / commit[:12]
-    for split in splits:
-        ours = OUR_SPLITS[split] if len(splits) > 1 else ""
-        for path in paths[split]:
-            locate = lambda file=files[path]: hub.fetch(file, folder)  # noqa: E731
-            inputs.append(Input(path, files[path].size, commit, locate, read, ours, folder / path))
-    return inputs, about
-
-
-def streamed(repo: str, config: str, split: str, revision: str, text_field: str) -> Iterator[str]:
-    """A Hugging Face data set's rows in whatever format it has."""
-    import datasets
-
-    with hub.name_repository(repo):
-        rows = datasets.load_dataset(repo, config or None, split=split, streaming=True, revision=revision)
-        if rows.column_names and text_field not in rows.column_names:
-            raise ValueError(f"{repo} has no column {text_field!r}; it has {', '.join(rows.column_names)}")
-        for row in rows:
-            yield documents.text_of(row, text_field)  # type: ignore[arg-type]
 
 
 # -----------------------------------------------------------------------------
@@ -500,13 +351,6 @@ def is_whole(cfg: Config, manifest: dict) -> bool:
                 "again, or give another --name or --out-dir"
             )
     return True
-
-
-def describe(inputs: list[Input]) -> dict:
-    """What identifies a list of input files."""
-    listing = json.dumps([(file.name, file.size, file.version, file.split) for file in inputs])
-    size, digest = sum(file.size for file in inputs), hashlib.sha256(listing.encode()).hexdigest()
-    return {"files": len(inputs), "bytes": size, "listing_sha256": digest}
 
 
 def check_disk(cfg: Config, parts: list[list[Input]]):
