@@ -44,6 +44,7 @@ from tqdm import tqdm
 from lib import cli, documents, files, hub, hub_shards, shard_writer, shards, tokenizer
 from lib.documents import Batch, Unit
 from lib.sources import HUB_SOURCES, TOKENIZED_SOURCES, Input, describe, find_inputs
+from lib.sources import local_files as local_files  # for bench.py
 
 PACKED = (".parquet", *documents.COMPRESSED)
 PART_BYTES = 2**30  # of input files: what one process takes at a time
@@ -56,11 +57,11 @@ class Config:
     out_dir: str = cli.knob("", "Folder of the shards; by default data/<name> beside this script.")
     shard_tokens: int = cli.knob(100_000_000, "Tokens per shard.", at_least=1)
     val_tokens: int | None = cli.knob(
-        None,
-        "Tokens for validation, from the start; by default 10,485,760, or a tenth if smaller.",
-        at_least=0,
+        None, "Validation tokens, from the start; by default 10,485,760, or a tenth if smaller.", at_least=0
     )
-    documents: Unit = cli.knob("auto", "Unit of a document in text files; auto: the file.")  # noqa: RUF009
+    documents: Unit = cli.knob(  # noqa: RUF009
+        "auto", "A document in a text file: the file (auto), a line, a block between blank lines, an article."
+    )
     text_field: str = cli.knob("text", "Column (parquet, hf:) or key (jsonl) that holds the text.")
     config: str = cli.knob("", "hf:, fineweb, fineweb-edu: the data set's configuration.")
     split: str = cli.knob("train", "hf: the split to read.")
@@ -68,7 +69,9 @@ class Config:
     workers: int = cli.knob(0, "Tokenizing threads; 0 for all cores. Shards do not depend on it.", at_least=0)
     clear_cache: cli.Switch = cli.knob(False, "Delete a download once its shards are read back.")  # noqa: RUF009
     push_to: str = cli.knob("", "Then upload the shards to this data-set repository of the Hub (org/name).")
-    merge: cli.Switch = cli.knob(False, "Only join the parts that several machines made.")  # noqa: RUF009
+    merge: cli.Switch = cli.knob(  # noqa: RUF009
+        False, "Only join the parts that several machines made, once they are copied into one folder."
+    )
     verify: cli.Switch = cli.knob(False, "Write nothing: compare every byte with the manifest.")  # noqa: RUF009
     inspect: cli.Switch = cli.knob(False, "Write nothing: print what is in the shards.")  # noqa: RUF009
 
