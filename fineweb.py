@@ -25,8 +25,6 @@ makes 10 billion tokens, 20 GB.
 """
 
 import contextlib
-import glob
-import hashlib
 import json
 import math
 import os
@@ -35,42 +33,18 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
-from lib import documents, files, hub, hub_shards, shard_writer, shards, tokenizer
+from lib import cli, documents, files, hub, hub_shards, shard_writer, shards, tokenizer
 from lib.documents import Batch, Unit
-
-# Our name: repository, configuration, and the splits that are taken, as the Hub calls them.
-HUB_SOURCES = {
-    "fineweb-edu-10BT": ("HuggingFaceFW/fineweb-edu", "sample-10BT", ("train",)),
-    "fineweb-edu-100BT": ("HuggingFaceFW/fineweb-edu", "sample-100BT", ("train",)),
-    "fineweb-edu-350BT": ("HuggingFaceFW/fineweb-edu", "sample-350BT", ("train",)),
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "default", ("train",)),
-    "fineweb-10BT": ("HuggingFaceFW/fineweb", "sample-10BT", ("train",)),
-    "fineweb-100BT": ("HuggingFaceFW/fineweb", "sample-100BT", ("train",)),
-    "fineweb-350BT": ("HuggingFaceFW/fineweb", "sample-350BT", ("train",)),
-    "fineweb": ("HuggingFaceFW/fineweb", "default", ("train",)),
-    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1", ("train", "validation", "test")),
-    "openwebtext": ("Skylion007/openwebtext", "plain_text", ("train",)),
-    "tinystories": ("roneneldan/TinyStories", "default", ("train", "validation")),
-}
-TOKENIZED_SOURCES = {  # by Keller Jordan, for modded-nanogpt
-    "fineweb-edu-10B-gpt2": "hf://datasets/kjj0/finewebedu10B-gpt2",
-    "fineweb-10B-gpt2": "hf://datasets/kjj0/fineweb10B-gpt2",
-    "fineweb-100B-gpt2": "hf://datasets/kjj0/fineweb100B-gpt2",
-}
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-OUR_SPLITS = {"train": "train", "validation": "val", "test": "test"}
+from lib.sources import HUB_SOURCES, TOKENIZED_SOURCES, Input, describe, find_inputs
+from lib.sources import local_files as local_files  # for bench.py
 
 PACKED = (".parquet", *documents.COMPRESSED)
 PART_BYTES = 2**30  # of input files: what one process takes at a time
@@ -78,40 +52,28 @@ PART_BYTES = 2**30  # of input files: what one process takes at a time
 
 @dataclass(frozen=True)
 class Config:
-    source: str = "fineweb-edu-10BT"
-    """What to tokenize: one of the sources above."""
-    name: str = ""
-    """Name of the data set; by default the source's."""
-    out_dir: str = ""
-    """Where the shards go; by default data/<name> beside this script."""
-    shard_tokens: int = 100_000_000
-    """Tokens a shard."""
-    val_tokens: int | None = None
-    """Tokens set aside for validation, from the start; by default 10,485,760, or a tenth of a smaller
-    corpus. Not for sources with a validation split of their own."""
-    documents: Unit = "auto"
-    """What is a document in text files: the file (auto), a line, a block between blank lines, or an article
-    as WikiText has them. In .jsonl and .parquet it is a row."""
-    text_field: str = "text"
-    """Column (parquet, hf:) or key (jsonl) that holds the text."""
-    config: str = ""
-    """hf:, fineweb, fineweb-edu: the data set's configuration."""
-    split: str = "train"
-    """hf: the split to read."""
-    max_shards: int = 0
-    """Sources of shards: fetch only so many training shards; 0 for all."""
-    workers: int = 0
-    """Tokenizing threads; 0 for all cores. The shards do not depend on it."""
-    clear_cache: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Delete downloaded files as soon as their shards are written and read back."""
-    push_to: str = ""
-    """Then upload the shards to this data-set repository of the Hub (org/name)."""
-    merge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Only join the parts that several machines have made in folders that were copied into one."""
-    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Write nothing: read the shards back and compare every byte with the manifest."""
-    inspect: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Write nothing: print what is in the shards."""
+    source: str = cli.knob("fineweb-edu-10BT", "What to tokenize: one of the sources above.")
+    name: str = cli.knob("", "Name of the data set; by default the source's.")
+    out_dir: str = cli.knob("", "Folder of the shards; by default data/<name> beside this script.")
+    shard_tokens: int = cli.knob(100_000_000, "Tokens per shard.", at_least=1)
+    val_tokens: int | None = cli.knob(
+        None, "Validation tokens, from the start; by default 10,485,760, or a tenth if smaller.", at_least=0
+    )
+    documents: Unit = cli.knob(  # noqa: RUF009
+        "auto", "A document in a text file: the file (auto), a line, a block between blank lines, an article."
+    )
+    text_field: str = cli.knob("text", "Column (parquet, hf:) or key (jsonl) that holds the text.")
+    config: str = cli.knob("", "hf:, fineweb, fineweb-edu: the data set's configuration.")
+    split: str = cli.knob("train", "hf: the split to read.")
+    max_shards: int = cli.knob(0, "Sources of shards: most training shards to fetch; 0 for all.", at_least=0)
+    workers: int = cli.knob(0, "Tokenizing threads; 0 for all cores. Shards do not depend on it.", at_least=0)
+    clear_cache: cli.Switch = cli.knob(False, "Delete a download once its shards are read back.")  # noqa: RUF009
+    push_to: str = cli.knob("", "Then upload the shards to this data-set repository of the Hub (org/name).")
+    merge: cli.Switch = cli.knob(  # noqa: RUF009
+        False, "Only join the parts that several machines made, once they are copied into one folder."
+    )
+    verify: cli.Switch = cli.knob(False, "Write nothing: compare every byte with the manifest.")  # noqa: RUF009
+    inspect: cli.Switch = cli.knob(False, "Write nothing: print what is in the shards.")  # noqa: RUF009
 
     @property
     def dataset_name(self) -> str:
@@ -148,134 +110,11 @@ class Config:
         remote_names = (*HUB_SOURCES, *TOKENIZED_SOURCES, "tiny-shakespeare")
         return self.source not in remote_names and not self.source.startswith(("hf:", hub.HUB_PREFIX))
 
-    def read(self, path: Path) -> Iterator[Batch]:
-        return documents.read_file(path, self.documents, self.text_field)
-
     @property
     def request(self) -> dict:
         """What the shards depend on."""
         fields = ("source", "config", "split", "text_field", "documents", "shard_tokens", "val_tokens")
         return {name: getattr(self, name) for name in fields}
-
-
-# -----------------------------------------------------------------------------
-# sources
-
-
-class Input(NamedTuple):
-    """A file of the source."""
-
-    name: str
-    size: int  # bytes; 0 where unknown
-    version: str  # changes with the content
-    locate: Callable[[], Path]  # downloads it if need be
-    read: Callable[[Path], Iterator[Batch]]
-    split: str = ""  # val, train or test; "" leaves it to --val-tokens
-    download: Path | None = None  # where a file that is not the user's own is kept
-
-
-def find_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
-    """The source's files in a fixed order, and what the manifest says of their origin; a source on the Hub as
-    it was at `revision`, by default now."""
-    if cfg.source == "pydocs":
-        packages = documents.pinned_packages()
-        version = " ".join(
-            [sys.version.split()[0], *(f"{name}-{metadata.version(name)}" for name in packages)]
-        )
-        read = lambda _: documents.in_batches(documents.pydocs())  # noqa: E731
-        return [Input("pydocs", 0, version, Path, read)], {"source": "pydocs", "revision": version}
-    if cfg.source == "tiny-shakespeare":
-        path = cfg.downloads / "tiny-shakespeare.txt"
-        locate = lambda: files.download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)  # noqa: E731
-        whole = [Input(path.name, 1_115_394, SHAKESPEARE_SHA256, locate, cfg.read, download=path)]
-        return whole, {"source": SHAKESPEARE_URL, "revision": SHAKESPEARE_SHA256}
-    if cfg.source in HUB_SOURCES or cfg.source.startswith("hf:"):
-        return hub_inputs(cfg, revision)
-    found = local_files(cfg.source)
-    return [local_input(path, cfg) for path in found], {
-        "source": cfg.source,
-        "revision": f"{len(found)} files",
-    }
-
-
-def local_files(source: str) -> list[Path]:
-    """The files that a path or glob names, sorted. Raises FileNotFoundError or ValueError if none can be
-    read."""
-    path = Path(source).expanduser()
-    found = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-    found = found or [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-    if not found:
-        raise FileNotFoundError(
-            f"--source {source!r} is no file, folder or glob here, nor one of "
-            f"{', '.join([*HUB_SOURCES, *TOKENIZED_SOURCES])}, tiny-shakespeare, pydocs, hf:org/name"
-        )
-    files = [p for p in found if p.is_file() and documents.is_readable(p.name)]
-    if not files:
-        raise ValueError(
-            f"--source {source!r} has no file that ends in {', '.join(documents.SUFFIXES)}, nor in one of "
-            f"these and {' or '.join(documents.COMPRESSED)}"
-        )
-    return files
-
-
-def local_input(path: Path, cfg: Config) -> Input:
-    facts = path.stat()
-    return Input(str(path), facts.st_size, str(facts.st_mtime_ns), lambda: path, cfg.read)
-
-
-def hub_inputs(cfg: Config, revision: str | None) -> tuple[list[Input], dict]:
-    """The files of a Hugging Face data set, as the library `datasets` finds them for configuration and split.
-    What is not text, JSON lines or parquet is read by that library, as one stream."""
-    import datasets
-
-    repo, asked = hub.parse_hub(cfg.source.removeprefix("hf:")) if ":" in cfg.source else ("", None)
-    config, splits = cfg.config, (cfg.split,)
-    if not repo:
-        repo, config, splits = HUB_SOURCES[cfg.source]
-        config = cfg.config or config
-
-    def ask() -> tuple[str, Any]:
-        commit, _ = hub.list_hub(repo, revision or asked, paths=["README.md"])
-        try:
-            return commit, datasets.load_dataset_builder(repo, config or None, revision=commit)
-        except RuntimeError as error:  # what `datasets` says of a repository with a script
-            raise ValueError(
-                f"{error}; a copy in parquet may be at hf:{repo}@refs/convert/parquet"
-            ) from error
-
-    commit, builder = hub.retry(repo, ask)
-    about = {"source": f"hf:{repo}", "config": config, "revision": commit}
-    found: dict[str, list[str]] = builder.config.data_files or {}
-    if missing := [split for split in splits if split not in found]:
-        raise ValueError(
-            f"{repo} has no split {missing[0]!r}; it has {', '.join(found)} (choose with --split)"
-        )
-    paths = {split: [url.partition(f"@{commit}/")[2] for url in found[split]] for split in splits}
-    if not all(documents.is_readable(path) for split in splits for path in paths[split]):
-        read = lambda _: documents.in_batches(streamed(repo, config, cfg.split, commit, cfg.text_field))  # noqa: E731
-        return [Input(repo, 0, commit, Path, read)], about
-
-    _, files = hub.list_hub(repo, commit, [path for split in splits for path in paths[split]])
-    read = documents.read_wikitext if cfg.source == "wikitext-103" else cfg.read
-    inputs, folder = [], cfg.downloads / commit[:12]
-    for split in splits:
-        ours = OUR_SPLITS[split] if len(splits) > 1 else ""
-        for path in paths[split]:
-            locate = lambda file=files[path]: hub.fetch(file, folder)  # noqa: E731
-            inputs.append(Input(path, files[path].size, commit, locate, read, ours, folder / path))
-    return inputs, about
-
-
-def streamed(repo: str, config: str, split: str, revision: str, text_field: str) -> Iterator[str]:
-    """A Hugging Face data set's rows in whatever format it has."""
-    import datasets
-
-    with hub.name_repository(repo):
-        rows = datasets.load_dataset(repo, config or None, split=split, streaming=True, revision=revision)
-        if rows.column_names and text_field not in rows.column_names:
-            raise ValueError(f"{repo} has no column {text_field!r}; it has {', '.join(rows.column_names)}")
-        for row in rows:
-            yield documents.text_of(row, text_field)  # type: ignore[arg-type]
 
 
 # -----------------------------------------------------------------------------
@@ -374,10 +213,7 @@ def write_part(located: Iterable[tuple[Input, Path]], writer: shard_writer.PartW
 
 def check(cfg: Config):
     """Raises ValueError for values that cannot work and for flags that the source does not have."""
-    for name, least in (("shard_tokens", 1), ("val_tokens", 0), ("workers", 0), ("max_shards", 0)):
-        value = getattr(cfg, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {least} or more")
+    cli.check_bounds(cfg)
     from_hub = cfg.source.startswith("hf:") and not cfg.tokenized
     applies = {
         "config": from_hub or cfg.source in ("fineweb", "fineweb-edu"),
@@ -387,9 +223,7 @@ def check(cfg: Config):
     }
     for name, does in applies.items():
         if not does and getattr(cfg, name) != getattr(Config, name):
-            raise ValueError(
-                f"--{name.replace('_', '-')} does not apply to --source {cfg.source}; leave it out"
-            )
+            raise ValueError(f"{cli.flag(name)} does not apply to --source {cfg.source}; leave it out")
     if cfg.verify + cfg.inspect + cfg.merge > 1:
         raise ValueError("--verify, --inspect and --merge are different jobs; give one of them")
 
@@ -522,13 +356,6 @@ def is_whole(cfg: Config, manifest: dict) -> bool:
     return True
 
 
-def describe(inputs: list[Input]) -> dict:
-    """What identifies a list of input files."""
-    listing = json.dumps([(file.name, file.size, file.version, file.split) for file in inputs])
-    size, digest = sum(file.size for file in inputs), hashlib.sha256(listing.encode()).hexdigest()
-    return {"files": len(inputs), "bytes": size, "listing_sha256": digest}
-
-
 def check_disk(cfg: Config, parts: list[list[Input]]):
     """Raises OSError if the shards, and the downloads that are kept meanwhile, will not fit."""
     # English has 4.4 bytes a token, of which a shard takes 2; FineWeb-Edu's parquet files take 2.9 a token.
@@ -659,11 +486,5 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"fineweb.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nfineweb.py: interrupted; the same command goes on from here", file=sys.stderr)
-        os._exit(130)  # without waiting for a download
+    again = "interrupted; the same command goes on from here"
+    cli.run(lambda: main(cli.parse(Config, __doc__)), interrupted=again)

@@ -22,7 +22,7 @@ from helpers import ROOT
 from hub_server import COMMIT, TOKEN, HubServer
 
 import fineweb
-from lib import hub, shards, tokenizer
+from lib import hub, shard_writer, shards, tokenizer
 
 WORKER = """
 import contextlib, io, json, os, sys, time, traceback
@@ -838,7 +838,7 @@ def test_an_upload_that_keeps_failing_is_said_with_the_name(client, server, repo
 
 CACHE = "hub_shards.HUB_CACHE = Path(cache)\n"
 COMPARE = """
-shards.HEAD_TOKENS = head_tokens
+hub_shards.HEAD_TOKENS = head_tokens
 folders = [hub_shards.open_folder(where, cache_bytes) for where in (one, two)]
 local, server = [shards.ShardReader(folder, "train", seq_len, seed=7) for folder in folders]
 assert isinstance(server.folder, hub_shards.HubFolder) and not isinstance(local.folder, hub_shards.HubFolder)
@@ -856,7 +856,7 @@ SHARD_BYTES = 128 + 2 * 512
 def test_batches_from_the_hub_are_those_of_the_folder(
     client, server, repo, tmp_path, monkeypatch, seq_len, head_tokens
 ):
-    monkeypatch.setattr(shards, "HEAD_TOKENS", head_tokens)
+    monkeypatch.setattr(shard_writer, "HEAD_TOKENS", head_tokens)
     folder = make_shards(tmp_path / "made")
     server.commit(f"datasets/{repo}", on_the_hub(folder))
     where = dict(one=folder, two=f"hf://datasets/{repo}", cache=tmp_path / "cache")
@@ -868,8 +868,8 @@ def test_batches_from_the_hub_are_those_of_the_folder(
 
 
 CROSSING = """
-shards.HEAD_TOKENS = 64
-reader = shards.ShardReader(where, "train", 30)
+hub_shards.HEAD_TOKENS = 64
+reader = shards.ShardReader(hub_shards.open_folder(where), "train", 30)
 begin = reader.sizes[0] - 20  # a window from the first shard into the second
 result = begin, reader.read([begin])[1][0].tolist()
 """
@@ -878,7 +878,7 @@ result = begin, reader.read([begin])[1][0].tolist()
 def test_a_window_that_reaches_into_a_shard_fetches_its_start_only(
     client, server, repo, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(shards, "HEAD_TOKENS", 64)
+    monkeypatch.setattr(shard_writer, "HEAD_TOKENS", 64)
     folder = make_shards(tmp_path / "made")
     server.commit(f"datasets/{repo}", on_the_hub(folder))
     names = dict(where=f"hf://datasets/{repo}", cache=tmp_path / "cache")
@@ -935,7 +935,8 @@ def test_a_run_that_is_over_does_not_wait_for_the_next_shard(server, repo, ours,
     code = CACHE + "folder = hub_shards.open_folder(where); folder.expect(folder.entries[4]); time.sleep(1)"
     names = f"cache, where = {str(tmp_path / 'cache')!r}, 'hf://datasets/{repo}'\n"
     env = {**os.environ, **server.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
-    program = f"import shards, time\nfrom pathlib import Path\n{names}{code}\nprint('over', flush=True)"
+    imports = "import time\nfrom pathlib import Path\nfrom lib import hub_shards\n"
+    program = f"{imports}{names}{code}\nprint('over', flush=True)"
     process = subprocess.Popen(
         [sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, encoding="utf-8"
     )

@@ -165,7 +165,7 @@ def test_by_default_a_corpus_under_one_shard_gives_a_tenth_to_validation_and_the
 
 
 def test_by_default_a_large_corpus_gives_validation_a_fixed_number_of_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "DEFAULT_VAL_TOKENS", 50)
+    monkeypatch.setattr(shard_writer, "DEFAULT_VAL_TOKENS", 50)
     for name, size in (("one", 600), ("two", 1700)):
         manifest = write(tmp_path / name, *[tokens(100)] * (size // 100), val_tokens=None)
         assert len(stream_of(tmp_path / name, manifest, "val")) == 50
@@ -461,7 +461,8 @@ def test_joining_that_was_killed_before_the_parts_are_removed_removes_them_the_n
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(os, "replace"), (os, "open"), (shards, "read_part"), (shards, "missing_parts")]
+    ("module", "name"),
+    [(os, "replace"), (os, "open"), (shard_writer, "read_part"), (shard_writer, "missing_parts")],
 )
 def test_another_process_may_join_the_parts_at_the_same_time(tmp_path, monkeypatch, module, name):
     write_parts(tmp_path / "parts", PARTS[1])

@@ -1,0 +1,167 @@
+"""The files behind fineweb.py's --source: on this disk, at a URL, or on the Hugging Face Hub.
+
+    inputs, origin = sources.find_inputs(cfg)
+    for file in inputs:
+        for batch in file.read(file.locate()):  # downloads the file if it is not here
+            batch.texts
+
+On disk: `cfg.downloads` holds the downloaded files. `cfg` is fineweb.py's Config; this file reads its
+`source`, `config`, `split`, `documents`, `text_field` and `downloads`.
+"""
+
+import glob
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lib import documents, files, hub
+from lib.documents import Batch
+
+# Our name: repository, configuration, and the splits to read, by their names on the Hub.
+HUB_SOURCES = {
+    "fineweb-edu-10BT": ("HuggingFaceFW/fineweb-edu", "sample-10BT", ("train",)),
+    "fineweb-edu-100BT": ("HuggingFaceFW/fineweb-edu", "sample-100BT", ("train",)),
+    "fineweb-edu-350BT": ("HuggingFaceFW/fineweb-edu", "sample-350BT", ("train",)),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "default", ("train",)),
+    "fineweb-10BT": ("HuggingFaceFW/fineweb", "sample-10BT", ("train",)),
+    "fineweb-100BT": ("HuggingFaceFW/fineweb", "sample-100BT", ("train",)),
+    "fineweb-350BT": ("HuggingFaceFW/fineweb", "sample-350BT", ("train",)),
+    "fineweb": ("HuggingFaceFW/fineweb", "default", ("train",)),
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1", ("train", "validation", "test")),
+    "openwebtext": ("Skylion007/openwebtext", "plain_text", ("train",)),
+    "tinystories": ("roneneldan/TinyStories", "default", ("train", "validation")),
+}
+# Shards by Keller Jordan, for modded-nanogpt.
+TOKENIZED_SOURCES = {
+    "fineweb-edu-10B-gpt2": "hf://datasets/kjj0/finewebedu10B-gpt2",
+    "fineweb-10B-gpt2": "hf://datasets/kjj0/fineweb10B-gpt2",
+    "fineweb-100B-gpt2": "hf://datasets/kjj0/fineweb100B-gpt2",
+}
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+OUR_SPLITS = {"train": "train", "validation": "val", "test": "test"}
+
+
+class Input(NamedTuple):
+    """A file of the source."""
+
+    name: str
+    size: int  # bytes; 0 where unknown
+    version: str  # changes with the content
+    locate: Callable[[], Path]  # downloads the file if it is not here
+    read: Callable[[Path], Iterator[Batch]]
+    split: str = ""  # val, train or test; "" leaves it to --val-tokens
+    download: Path | None = None  # path of the download; None for the user's own file
+
+
+def find_inputs(cfg: Any, revision: str | None = None) -> tuple[list[Input], dict]:
+    """Returns the source's files in a fixed order, and the manifest's entries about their origin. A source on
+    the Hub is read at `revision`; None is its newest. Raises ValueError or OSError for a source that does not
+    exist or cannot be read."""
+    if cfg.source == "pydocs":
+        packages = [f"{name}-{metadata.version(name)}" for name in documents.pinned_packages()]
+        version = " ".join([sys.version.split()[0], *packages])
+        read = lambda _: documents.in_batches(documents.pydocs())  # noqa: E731
+        return [Input("pydocs", 0, version, Path, read)], {"source": "pydocs", "revision": version}
+    if cfg.source in HUB_SOURCES or cfg.source.startswith("hf:"):
+        return find_hub_inputs(cfg, revision)
+    read = lambda path: documents.read_file(path, cfg.documents, cfg.text_field)  # noqa: E731
+    if cfg.source == "tiny-shakespeare":
+        path = cfg.downloads / "tiny-shakespeare.txt"
+        locate = lambda: files.download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)  # noqa: E731
+        whole = [Input(path.name, 1_115_394, SHAKESPEARE_SHA256, locate, read, download=path)]
+        return whole, {"source": SHAKESPEARE_URL, "revision": SHAKESPEARE_SHA256}
+    inputs = []
+    for path in local_files(cfg.source):
+        facts = path.stat()
+        inputs.append(Input(str(path), facts.st_size, str(facts.st_mtime_ns), lambda path=path: path, read))
+    return inputs, {"source": cfg.source, "revision": f"{len(inputs)} files"}
+
+
+def local_files(source: str) -> list[Path]:
+    """Returns the readable files that a path or glob names, sorted. Raises FileNotFoundError if it names
+    nothing, and ValueError if no file can be read."""
+    path = Path(source).expanduser()
+    found = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+    found = found or [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+    if not found:
+        raise FileNotFoundError(
+            f"--source {source!r} is no file, folder or glob here, nor one of "
+            f"{', '.join([*HUB_SOURCES, *TOKENIZED_SOURCES])}, tiny-shakespeare, pydocs, hf:org/name"
+        )
+    readable = [p for p in found if p.is_file() and documents.is_readable(p.name)]
+    if not readable:
+        raise ValueError(
+            f"--source {source!r} has no file that ends in {', '.join(documents.SUFFIXES)}, nor in one of "
+            f"these and {' or '.join(documents.COMPRESSED)}"
+        )
+    return readable
+
+
+def find_hub_inputs(cfg: Any, revision: str | None) -> tuple[list[Input], dict]:
+    """Lists a Hugging Face data set's files; the library `datasets` finds them by configuration and split. If
+    a file is not text, JSON lines or parquet, `datasets` reads the whole split as one stream."""
+    import datasets
+
+    repo, asked = hub.parse_hub(cfg.source.removeprefix("hf:")) if ":" in cfg.source else ("", None)
+    config, splits = cfg.config, (cfg.split,)
+    if not repo:
+        repo, config, splits = HUB_SOURCES[cfg.source]
+        config = cfg.config or config
+
+    def ask() -> tuple[str, Any]:
+        commit, _ = hub.list_hub(repo, revision or asked, paths=["README.md"])
+        try:
+            return commit, datasets.load_dataset_builder(repo, config or None, revision=commit)
+        except RuntimeError as error:  # `datasets` refuses a repository that has a script
+            raise ValueError(
+                f"{error}; a copy in parquet may be at hf:{repo}@refs/convert/parquet"
+            ) from error
+
+    commit, builder = hub.retry(repo, ask)
+    about = {"source": f"hf:{repo}", "config": config, "revision": commit}
+    found: dict[str, list[str]] = builder.config.data_files or {}
+    if missing := [split for split in splits if split not in found]:
+        raise ValueError(
+            f"{repo} has no split {missing[0]!r}; it has {', '.join(found)} (choose with --split)"
+        )
+    paths = {split: [url.partition(f"@{commit}/")[2] for url in found[split]] for split in splits}
+    if not all(documents.is_readable(path) for split in splits for path in paths[split]):
+        rows = lambda: stream_rows(repo, config, cfg.split, commit, cfg.text_field)  # noqa: E731
+        return [Input(repo, 0, commit, Path, lambda _: documents.in_batches(rows()))], about
+
+    _, listed = hub.list_hub(repo, commit, [path for split in splits for path in paths[split]])
+    read = lambda path: documents.read_file(path, cfg.documents, cfg.text_field)  # noqa: E731
+    if cfg.source == "wikitext-103":
+        read = documents.read_wikitext
+    inputs, folder = [], cfg.downloads / commit[:12]
+    for split in splits:
+        ours = OUR_SPLITS[split] if len(splits) > 1 else ""
+        for path in paths[split]:
+            locate = lambda file=listed[path]: hub.fetch(file, folder)  # noqa: E731
+            inputs.append(Input(path, listed[path].size, commit, locate, read, ours, folder / path))
+    return inputs, about
+
+
+def stream_rows(repo: str, config: str, split: str, revision: str, text_field: str) -> Iterator[str]:
+    """Yields the text of each row of a Hugging Face data set, in any format that `datasets` reads. Raises
+    ValueError if there is no such column."""
+    import datasets
+
+    with hub.name_repository(repo):
+        rows = datasets.load_dataset(repo, config or None, split=split, streaming=True, revision=revision)
+        if rows.column_names and text_field not in rows.column_names:
+            raise ValueError(f"{repo} has no column {text_field!r}; it has {', '.join(rows.column_names)}")
+        for row in rows:
+            yield documents.text_of(row, text_field)  # type: ignore[arg-type]
+
+
+def describe(inputs: list[Input]) -> dict:
+    """Returns the number of files, their bytes, and a hash that changes when a file does."""
+    listing = json.dumps([(file.name, file.size, file.version, file.split) for file in inputs])
+    size, digest = sum(file.size for file in inputs), hashlib.sha256(listing.encode()).hexdigest()
+    return {"files": len(inputs), "bytes": size, "listing_sha256": digest}
