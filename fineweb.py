@@ -59,7 +59,7 @@ class Config:
     val_tokens: int | None = cli.knob(
         None, "Validation tokens, from the start; by default 10,485,760, or a tenth if smaller.", at_least=0
     )
-    documents: Unit = cli.knob(  # noqa: RUF009
+    documents: Unit = cli.knob(
         "auto", "A document in a text file: the file (auto), a line, a block between blank lines, an article."
     )
     text_field: str = cli.knob("text", "Column (parquet, hf:) or key (jsonl) that holds the text.")
@@ -67,13 +67,13 @@ class Config:
     split: str = cli.knob("train", "hf: the split to read.")
     max_shards: int = cli.knob(0, "Sources of shards: most training shards to fetch; 0 for all.", at_least=0)
     workers: int = cli.knob(0, "Tokenizing threads; 0 for all cores. Shards do not depend on it.", at_least=0)
-    clear_cache: cli.Switch = cli.knob(False, "Delete a download once its shards are read back.")  # noqa: RUF009
+    clear_cache: cli.Switch = cli.knob(False, "Delete a download once its shards are read back.")
     push_to: str = cli.knob("", "Then upload the shards to this data-set repository of the Hub (org/name).")
-    merge: cli.Switch = cli.knob(  # noqa: RUF009
+    merge: cli.Switch = cli.knob(
         False, "Only join the parts that several machines made, once they are copied into one folder."
     )
-    verify: cli.Switch = cli.knob(False, "Write nothing: compare every byte with the manifest.")  # noqa: RUF009
-    inspect: cli.Switch = cli.knob(False, "Write nothing: print what is in the shards.")  # noqa: RUF009
+    verify: cli.Switch = cli.knob(False, "Write nothing: compare every byte with the manifest.")
+    inspect: cli.Switch = cli.knob(False, "Write nothing: print what is in the shards.")
 
     @property
     def dataset_name(self) -> str:

@@ -138,7 +138,9 @@ def check(cfg: Config, world_size: int, device_type: str = "cpu"):
     if not cfg.eval_only:
         trackers.check(cfg.tracker)
     if cfg.fsdp and cfg.optimizer == "muon":
-        raise ValueError("--optimizer is muon, for whole matrices; --fsdp shards them: takes --optimizer adamw")
+        raise ValueError(
+            "--optimizer is muon, for whole matrices; --fsdp shards them: takes --optimizer adamw"
+        )
     if cfg.eval_only and cfg.resume in ("", "newest") and not cfg.init_from:
         raise ValueError(
             "--eval-only needs a model: give --resume (a run, a checkpoint; if alone, the newest run) "

@@ -15,7 +15,7 @@ from faults import draw
 from helpers import ROOT, VOCAB_SIZE, flags, random_model, resealed, save_checkpoint
 from safetensors.torch import load_file
 
-from lib import checkpoint, tokenizer
+from lib import checkpoint, files, tokenizer
 from lib.device import pick_device
 
 FILES = [

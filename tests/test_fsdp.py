@@ -16,7 +16,7 @@ from helpers import Training, end_of, flags, lines_of, random_model, undisturbed
 from safetensors.torch import load_file
 
 import train_gpt2
-from lib import checkpoint, processes
+from lib import checkpoint
 from model import GPT, Block
 from train_gpt2 import Config
 
