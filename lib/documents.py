@@ -224,7 +224,7 @@ def pinned_packages() -> list[str]:
 
 
 def pydocs() -> Iterator[str]:
-    """Yields the prose in docstrings of Python and of the packages in requirements.txt, one document per file.
+    """Yields the prose in docstrings of Python and of requirements.txt's packages, one document per file.
 
     Code, tables, examples and lists are left out. GPT-2's tokenizer spends a token on each blank of an
     indentation, so a small model would learn mostly blanks. A fixed seed shuffles the files: the validation
