@@ -1,27 +1,27 @@
-"""Stage 1: text of any origin to GPT-2 token shards.
+"""Stage 1: writes text from any source as GPT-2 token shards.
 
     python fineweb.py                              # FineWeb-Edu, the 10-billion-token sample
     python fineweb.py --source pydocs              # prose of the installed Python packages; no network
     python fineweb.py --source book.txt            # your file; also a folder or a glob
     python fineweb.py --source hf:org/name --text-field text
-    python fineweb.py --source fineweb-edu-10B-gpt2 --max-shards 10     # tokenized by others: only fetched
-    torchrun --nnodes 16 --nproc-per-node 1 ... fineweb.py --source fineweb-edu      # a share a machine
-    python fineweb.py --source pydocs --verify     # read every byte back; --inspect to look inside
+    python fineweb.py --source fineweb-edu-10B-gpt2 --max-shards 10     # ready-made shards: downloaded
+    torchrun --nnodes 16 --nproc-per-node 1 ... fineweb.py --source fineweb-edu      # one share per machine
+    python fineweb.py --source pydocs --verify     # compares every byte; --inspect prints contents
 
 Sources:
     fineweb-edu-10BT, -100BT, -350BT, fineweb-edu (all, or one dump: --config CC-MAIN-2024-10)
     fineweb-10BT, -100BT, -350BT, fineweb         huggingface.co/datasets/HuggingFaceFW
-    wikitext-103 (an article a document; its own validation and test), tinystories (its own validation),
+    wikitext-103 (one document per article; has validation and test), tinystories (has validation),
     openwebtext, tiny-shakespeare, pydocs
     fineweb-edu-10B-gpt2, fineweb-10B-gpt2, fineweb-100B-gpt2     huggingface.co/kjj0, llm.c's .bin shards
-    hf://datasets/org/name                        shards that --push-to put there, or others' .bin shards
-    hf:org/name[@revision]                        any data set with a column of text
+    hf://datasets/org/name                        shards from --push-to, or others' .bin shards
+    hf:org/name[@revision]                        any data set with a text column
     files, folders, globs                         .txt .md .jsonl .parquet, each also .gz or .zst
 
-On disk: data/<name>/<name>_{val,train}_000000.npy and manifest.json (format: shards.py). The source is cut
-into parts of whole files, about a GB each; a run that was interrupted goes on where the last whole shard of
-its part ends, and several machines take a part each: the shards are the same bytes. The FineWeb-Edu sample
-makes 10 billion tokens, 20 GB.
+On disk: data/<name>/<name>_{val,train}_000000.npy and manifest.json (format: lib/shards.py).
+The source is divided into parts of whole files, about 1 GB each. An interrupted run resumes after its part's
+last complete shard. Several machines share the parts. The shards' bytes are the same in every case. The
+FineWeb-Edu sample makes 10 billion tokens, 20 GB.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ from lib.sources import HUB_SOURCES, TOKENIZED_SOURCES, Input, describe, find_in
 from lib.sources import local_files as local_files  # for bench.py
 
 PACKED = (".parquet", *documents.COMPRESSED)
-PART_BYTES = 2**30  # of input files: what one process takes at a time
+PART_BYTES = 2**30  # of input files per part
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Config:
 
     @property
     def tokenized(self) -> str:
-        """Where the shards are, if the source consists of shards."""
+        """The location of the shards if the source consists of shards, else ""."""
         location = TOKENIZED_SOURCES.get(self.source, self.source)
         return location if location.startswith(hub.HUB_PREFIX) else ""
 
@@ -112,7 +112,7 @@ class Config:
 
     @property
     def request(self) -> dict:
-        """What the shards depend on."""
+        """The settings that determine the shards."""
         fields = ("source", "config", "split", "text_field", "documents", "shard_tokens", "val_tokens")
         return {name: getattr(self, name) for name in fields}
 
@@ -121,8 +121,8 @@ class Config:
 # from documents to shards
 
 
-def in_parts(inputs: list[Input]) -> list[list[Input]]:
-    """Neighbouring files of one split, together about PART_BYTES or more: the same for every process."""
+def group_into_parts(inputs: list[Input]) -> list[list[Input]]:
+    """Groups consecutive files of one split into parts of about PART_BYTES, the same in every process."""
     parts: list[list[Input]] = []
     for file in inputs:
         last = parts[-1] if parts else []
@@ -133,9 +133,9 @@ def in_parts(inputs: list[Input]) -> list[list[Input]]:
     return parts
 
 
-def my_share() -> tuple[int, int]:
-    """Which process this is of how many: torchrun's or a SLURM array's, or 0 of 1. Raises ValueError if it
-    cannot be."""
+def read_share() -> tuple[int, int]:
+    """Returns rank and world size from torchrun or a SLURM array, else (0, 1). Raises ValueError for a rank
+    beyond the last."""
     env = os.environ
     if "SLURM_ARRAY_TASK_ID" in env and "RANK" not in env:
         first, step = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
@@ -154,8 +154,8 @@ def my_share() -> tuple[int, int]:
 
 
 class Progress:
-    """A bar over the bytes of the input files, with documents, tokens and MB of text a second beside it; in a
-    log, where it cannot move, a line a minute."""
+    """A bar over the bytes of the input files, with documents, tokens and MB of text per second. In a log it
+    prints one line per minute."""
 
     def __init__(self, total_bytes: int):
         wait = 0 if sys.stderr.isatty() else 60
@@ -178,7 +178,7 @@ class Progress:
         self.move(batch.position)
 
     def move(self, position: int):
-        """To a position in the current file."""
+        """Moves the bar to a position in the current file."""
         self.bar.update(self.finished + position - self.bar.n)
 
     def finish_file(self, size: int):
@@ -187,8 +187,8 @@ class Progress:
 
 
 def write_part(located: Iterable[tuple[Input, Path]], writer: shard_writer.PartWriter, progress: Progress):
-    """Tokenizes a part's files, from where an interrupted run stopped."""
-    document, skip = 0, writer.tokens_done  # the number of the next document; tokens that are written already
+    """Tokenizes a part's files. Resumes where an interrupted run stopped."""
+    document, skip = 0, writer.tokens_done  # number of the next document; tokens on disk
 
     def batches() -> Iterator[tuple[Batch, Input | None]]:
         for file, path in located:
@@ -201,7 +201,7 @@ def write_part(located: Iterable[tuple[Input, Path]], writer: shard_writer.PartW
             progress.finish_file(finished.size)
             continue
         continues = batch.continues and document > 0
-        first = document - continues  # of this batch; it may have begun in the last one
+        first = document - continues  # of this batch; it may have begun in the previous one
         document = first + len(batch.texts)
         done = min(max(0, writer.documents_done - first), len(batch.texts))
         batch = batch._replace(texts=batch.texts[done:], continues=continues and not done)
@@ -212,7 +212,7 @@ def write_part(located: Iterable[tuple[Input, Path]], writer: shard_writer.PartW
 
 
 def check(cfg: Config):
-    """Raises ValueError for values that cannot work and for flags that the source does not have."""
+    """Raises ValueError for invalid values and for flags that do not apply to the source."""
     cli.check_bounds(cfg)
     from_hub = cfg.source.startswith("hf:") and not cfg.tokenized
     applies = {
@@ -229,9 +229,9 @@ def check(cfg: Config):
 
 
 def prepare(cfg: Config) -> Path:
-    """Writes the data set that cfg describes, or what is missing of it; returns its folder."""
+    """Writes the missing parts of the data set that cfg describes. Returns its folder."""
     check(cfg)
-    manifest = existing(cfg)
+    manifest = find_manifest(cfg)
     if manifest and is_whole(cfg, manifest):
         tokens = sum(shard["tokens"] for shard in manifest["shards"])
         print(f"{cfg.folder} is already complete ({tokens:,} tokens)")
@@ -243,14 +243,14 @@ def prepare(cfg: Config) -> Path:
 
 
 def tokenize(cfg: Config, manifest: dict | None):
-    """Writes this process's share of the parts, and joins all parts if they are complete then."""
+    """Writes this process's share of the parts. Joins all parts once they are complete."""
     if cfg.workers:
         os.environ["RAYON_NUM_THREADS"] = str(cfg.workers)  # read once, when gigatoken starts its threads
-    rank, world_size = my_share()
+    rank, world_size = read_share()
     inputs, about = find_inputs(cfg, manifest["revision"] if manifest else None)
     if any(file.split == "val" for file in inputs) and cfg.val_tokens is not None:
         raise ValueError(f"--val-tokens is {cfg.val_tokens}; {cfg.source} has its own validation split")
-    parts = in_parts(inputs)
+    parts = group_into_parts(inputs)
     plan = {
         "name": cfg.dataset_name,
         **about,
@@ -261,7 +261,7 @@ def tokenize(cfg: Config, manifest: dict | None):
     }
     manifest = shard_writer.begin(cfg.folder, plan)
     if changed := [key for key in plan if manifest.get(key) != plan[key]]:
-        if world_size > 1 or written(cfg.folder):
+        if world_size > 1 or has_shards(cfg.folder):
             raise ValueError(
                 f"{cfg.folder} was begun with another {', '.join(changed)}: {cfg.source} has changed since, "
                 "or another process has other flags. Remove the folder to start again"
@@ -271,7 +271,7 @@ def tokenize(cfg: Config, manifest: dict | None):
     mine = [n for n in shard_writer.missing_parts(cfg.folder, manifest) if n % world_size == rank]
     check_disk(cfg, [parts[n] for n in mine])
     progress = Progress(sum(file.size for n in mine for file in parts[n]))
-    # While a file is read, the next is downloaded.
+    # A thread downloads the next file while this one is read.
     located = files.prefetch(((file, file.locate()) for n in mine for file in parts[n]), depth=1)
     for n in mine:
         split = parts[n][0].split
@@ -304,9 +304,9 @@ def tokenize(cfg: Config, manifest: dict | None):
         print(f"{size / 1e9:.1f} GB of downloads are in {cfg.downloads}; --clear-cache removes them")
 
 
-def existing(cfg: Config) -> dict | None:
-    """The manifest in the folder, complete or not, if the same request made it. Raises ValueError if another
-    did."""
+def find_manifest(cfg: Config) -> dict | None:
+    """Returns the folder's manifest, complete or not, or None. Raises ValueError if it is from another
+    request."""
     path = cfg.folder / shards.MANIFEST
     if not path.is_file():
         return None
@@ -314,8 +314,8 @@ def existing(cfg: Config) -> dict | None:
     old, new = manifest.get("request", {}), cfg.request
     if old == new:
         return manifest
-    if not manifest["complete"] and not written(cfg.folder):
-        shard_writer.clear(cfg.folder)  # an attempt that failed before it had written anything
+    if not manifest["complete"] and not has_shards(cfg.folder):
+        shard_writer.clear(cfg.folder)  # an earlier attempt failed before its first shard
         return None
     changed = [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in new if old.get(key) != new[key]]
     raise ValueError(
@@ -324,24 +324,23 @@ def existing(cfg: Config) -> dict | None:
     )
 
 
-def written(folder: Path) -> bool:
-    """Whether the folder holds shards, of the whole or of parts."""
+def has_shards(folder: Path) -> bool:
+    """Tells whether the folder or its parts hold shards."""
     return any(path.suffix in (".npy", ".bin") for path in folder.rglob("*"))
 
 
 def is_whole(cfg: Config, manifest: dict) -> bool:
-    """Whether nothing is left to do. Raises ValueError if a shard that we made is damaged, or if the source
-    has changed since."""
+    """Tells whether the data set is complete. Raises ValueError if a shard is damaged or the source has
+    changed."""
     if not manifest["complete"]:
         return False
-    shutil.rmtree(
-        cfg.folder / shard_writer.PARTS, ignore_errors=True
-    )  # if joining them was cut short at its end
+    # A merge that was interrupted at its end leaves the parts' folder.
+    shutil.rmtree(cfg.folder / shard_writer.PARTS, ignore_errors=True)
     try:
         for shard in manifest["shards"]:
             shards.open_shard(cfg.folder / shard["file"], shard["tokens"])
     except (ValueError, FileNotFoundError) as error:
-        if cfg.tokenized:  # what is missing is fetched again
+        if cfg.tokenized:  # `pull` fetches missing shards again
             return False
         raise ValueError(f"{error} (remove {cfg.folder} first)") from error
     if cfg.tokenized:
@@ -357,8 +356,8 @@ def is_whole(cfg: Config, manifest: dict) -> bool:
 
 
 def check_disk(cfg: Config, parts: list[list[Input]]):
-    """Raises OSError if the shards, and the downloads that are kept meanwhile, will not fit."""
-    # English has 4.4 bytes a token, of which a shard takes 2; FineWeb-Edu's parquet files take 2.9 a token.
+    """Raises OSError if the disk has no room for the shards and the downloads."""
+    # English has 4.4 bytes per token, a shard has 2, and FineWeb-Edu's parquet files have 2.9.
     sizes = [
         file.size * (0.7 if Path(file.name).suffix in PACKED else 0.45) for part in parts for file in part
     ]
@@ -366,10 +365,11 @@ def check_disk(cfg: Config, parts: list[list[Input]]):
         sum(file.size for file in part if file.download and not file.download.exists()) for part in parts
     ]
     kept = sum(sorted(downloads)[-3:] if cfg.clear_cache else downloads)
-    need_room(cfg.folder, sum(sizes) + kept, "use --clear-cache, which keeps few downloads at a time")
+    check_room(cfg.folder, sum(sizes) + kept, "use --clear-cache, which keeps few downloads at a time")
 
 
-def need_room(folder: Path, need: float, advice: str):
+def check_room(folder: Path, need: float, advice: str):
+    """Raises OSError, with the advice, if the folder's disk has less than `need` bytes free."""
     free = shutil.disk_usage(folder).free
     if need > free:
         raise OSError(
@@ -379,6 +379,7 @@ def need_room(folder: Path, need: float, advice: str):
 
 
 def summarize(manifest: dict, folder: Path):
+    """Prints tokens, documents and shards of each split."""
     for split in shards.SPLITS:
         found = [s for s in manifest["shards"] if s["split"] == split]
         tokens, count = sum(s["tokens"] for s in found), sum(s.get("documents", 0) for s in found)
@@ -392,8 +393,8 @@ def summarize(manifest: dict, folder: Path):
 
 
 def pull(cfg: Config, manifest: dict | None) -> dict:
-    """Fetches shards that are on the Hub, ours or llm.c's, if they are not here, and checks each; returns the
-    manifest."""
+    """Downloads the missing shards of a repository on the Hub, in our format or llm.c's, and checks each.
+    Returns the manifest."""
     location = cfg.tokenized.partition("@")[0] + f"@{manifest['revision']}" if manifest else cfg.tokenized
     source = hub_shards.HubFolder(location, cache_bytes=math.inf)
     train = [entry for entry in source.entries if entry["split"] == "train"]
@@ -404,7 +405,7 @@ def pull(cfg: Config, manifest: dict | None) -> dict:
     about |= {"revision": source.commit, "available": len(train)}
     manifest = shard_writer.begin(cfg.folder, about) | {"complete": True, "shards": []}
     absent = [entry["file"] for entry in wanted if not (cfg.folder / entry["file"]).exists()]
-    need_room(cfg.folder, sum(source.files[name].size for name in absent), "give a smaller --max-shards")
+    check_room(cfg.folder, sum(source.files[name].size for name in absent), "give a smaller --max-shards")
     for entry in tqdm(wanted, desc="fetching", unit=" shards", disable=None):
         file, path = source.files[entry["file"]], cfg.folder / entry["file"]
         if path.is_file() and not file.is_whole(path):
@@ -417,6 +418,7 @@ def pull(cfg: Config, manifest: dict | None) -> dict:
 
 
 def push(cfg: Config):
+    """Uploads the shards to --push-to after a check of every byte."""
     manifest = shards.verify(cfg.folder)
     files = [shard["file"] for shard in manifest["shards"]]
     hub.push(cfg.push_to, cfg.folder, [*files, shards.MANIFEST])
@@ -424,12 +426,12 @@ def push(cfg: Config):
 
 
 # -----------------------------------------------------------------------------
-# looking
+# inspection
 
 
 def inspect(folder: Path, most_shards: int = 20):
-    """Prints the manifest, how many tokens and documents there are, how long the documents are, how many
-    bytes a token stands for, and a few documents from random places."""
+    """Prints the manifest, tokens and documents per split, document lengths, bytes per token, and a few
+    random documents."""
     manifest = shards.read_manifest(folder) or {"shards": shards.list_shards(folder)}
     facts = {key: value for key, value in manifest.items() if key != "shards"}
     print(json.dumps(facts, indent=2, ensure_ascii=False))
@@ -448,15 +450,15 @@ def inspect(folder: Path, most_shards: int = 20):
         for start in draw.sample(starts.tolist(), min(2, len(starts))):
             document = ids[start + 1 : start + 61].tolist()
             texts.append(f"  {shard['file']} at {start:,}: {tokenizer.decode_until_end(document)!r}")
-    histogram(np.concatenate(lengths))
+    print_histogram(np.concatenate(lengths))
     counts[tokenizer.END_OF_TEXT] = 0
     text_bytes = sum(len(token) * int(counts[rank]) for token, rank in tokenizer.ranks().items())
     print(f"\n{text_bytes / max(1, counts.sum()):.2f} bytes a token (from {len(entries)} shards)\n")
     print("\n".join(draw.sample(texts, min(6, len(texts)))))
 
 
-def histogram(lengths: np.ndarray):
-    """Prints how many documents have how many tokens, a line for each doubling."""
+def print_histogram(lengths: np.ndarray):
+    """Prints a histogram of tokens per document; each bin is twice as wide as the one before."""
     if not len(lengths):
         return
     print(f"\ntokens a document: median {np.median(lengths):,.0f}, longest {lengths.max():,}")
@@ -481,7 +483,7 @@ def main(cfg: Config):
         summarize(shard_writer.merge(cfg.folder), cfg.folder)
     else:
         prepare(cfg)
-    if cfg.push_to and shards.is_complete(cfg.folder):  # by the process that completes it
+    if cfg.push_to and shards.is_complete(cfg.folder):  # only the process that completes it
         push(cfg)
 
 

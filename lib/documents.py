@@ -1,11 +1,11 @@
-"""Text in files of many kinds, read as batches of documents.
+"""Reads documents from text files of many formats, in batches.
 
     for batch in documents.read_file(Path("corpus.parquet")):
         batch.texts                             # list[str], or from parquet an Arrow array
     list(documents.pydocs())                    # prose that is on every machine
 
-.txt .md .raw .jsonl .parquet, each also .gz or .zst. Memory stays bounded: a batch has a few MB of text, and
-a text file that is one long document comes in pieces.
+Formats: .txt .md .raw .jsonl .parquet, each also .gz or .zst. A batch has a few MB of text, so memory stays
+bounded; a long text file spans several batches. On disk: nothing.
 """
 
 import codecs
@@ -27,45 +27,45 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from lib import files
 
-Unit = Literal["auto", "file", "line", "block", "article"]  # what is one document in a text file
+Unit = Literal["auto", "file", "line", "block", "article"]  # one document of a text file
 
 SUFFIXES = (".txt", ".md", ".raw", ".jsonl", ".parquet")
 COMPRESSED = (".gz", ".zst")
-BATCH_BYTES = 8_000_000  # of text that is tokenized at a time
+BATCH_BYTES = 8_000_000  # of text per batch
 
 
 class Batch(NamedTuple):
     texts: Any  # list[str] or pyarrow.Array
-    continues: bool = False  # the first text goes on with the document before it
+    continues: bool = False  # the first text continues the previous batch's last document
     position: int = 0  # bytes of the file that have been read
 
 
 def read_file(path: Path, unit: Unit = "auto", text_field: str = "text") -> Iterator[Batch]:
-    """The documents of a local file. Raises ValueError, naming the file (and in .jsonl the line), for what is
-    not UTF-8, JSON or parquet, or lacks the text field."""
+    """Yields the documents of a local file. Raises ValueError with the file (and in .jsonl the line) if it is
+    not valid UTF-8, JSON or parquet, or lacks the text field."""
     try:
-        with opened(path) as (stream, raw):
+        with open_text(path) as (stream, raw):
             kind = Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix
             if kind == ".parquet":
-                yield from parquet_batches(stream, path.stat().st_size, text_field)
+                yield from batch_parquet(stream, path.stat().st_size, text_field)
             elif kind == ".jsonl":
-                yield from in_batches(rows_of_jsonl(stream, text_field), raw)
+                yield from batch_documents(read_jsonl_rows(stream, text_field), raw)
             elif unit == "line":
-                lines = (line.rstrip("\r\n") for line in decoded_lines(stream))
-                yield from in_batches((line for line in lines if line.strip()), raw)
+                lines = (line.rstrip("\r\n") for line in decode_lines(stream))
+                yield from batch_documents((line for line in lines if line.strip()), raw)
             elif unit == "block":
-                yield from in_batches(blocks(decoded_lines(stream)), raw)
+                yield from batch_documents(split_blocks(decode_lines(stream)), raw)
             elif unit == "article":
-                yield from article_batches(decoded_lines(stream), raw)
+                yield from batch_articles(decode_lines(stream), raw)
             else:
-                yield from pieces(stream, raw)
+                yield from cut_text(stream, raw)
     except (ValueError, AttributeError, RecursionError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file's bytes, decompressed, and the file itself, of which the position tells the progress."""
+def open_text(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Yields the file's decompressed stream, and the file itself, whose position is the progress."""
     with open(path, "rb") as raw:
         if path.suffix == ".gz":
             yield gzip.open(raw), raw  # type: ignore[misc]
@@ -77,7 +77,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             yield raw, raw
 
 
-def in_batches(documents: Iterable[str], raw: BinaryIO | None = None) -> Iterator[Batch]:
+def batch_documents(documents: Iterable[str], raw: BinaryIO | None = None) -> Iterator[Batch]:
     """Groups documents into batches of about BATCH_BYTES characters."""
     texts, size = [], 0
     for document in documents:
@@ -90,17 +90,18 @@ def in_batches(documents: Iterable[str], raw: BinaryIO | None = None) -> Iterato
         yield Batch(texts, False, raw.tell() if raw else 0)
 
 
-def rows_of_jsonl(stream: BinaryIO, text_field: str) -> Iterator[str]:
-    """The text of each line. Raises ValueError, naming the line."""
+def read_jsonl_rows(stream: BinaryIO, text_field: str) -> Iterator[str]:
+    """Yields the text of each row. Raises ValueError with the line's number."""
     for number, line in enumerate(stream, 1):
         if line.strip():
             try:
-                yield text_of(json.loads(line), text_field)
+                yield extract_text(json.loads(line), text_field)
             except (ValueError, AttributeError, RecursionError) as error:
                 raise ValueError(f"line {number}: {error}") from error
 
 
-def text_of(row: dict, text_field: str) -> str:
+def extract_text(row: dict, text_field: str) -> str:
+    """Returns the row's text. Raises ValueError if the field is missing or is not a string."""
     if row.get(text_field, "") is None:  # a null is an empty document, as in parquet
         return ""
     if not isinstance(row.get(text_field), str):
@@ -110,8 +111,8 @@ def text_of(row: dict, text_field: str) -> str:
     return row[text_field]
 
 
-def parquet_batches(stream: BinaryIO, size: int, text_field: str) -> Iterator[Batch]:
-    """Arrow arrays of the text column, a few MB at a time, without a Python object a document."""
+def batch_parquet(stream: BinaryIO, size: int, text_field: str) -> Iterator[Batch]:
+    """Yields the text column as Arrow arrays of a few MB, without one Python object per document."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -145,22 +146,22 @@ def parquet_batches(stream: BinaryIO, size: int, text_field: str) -> Iterator[Ba
         yield Batch(texts, False, size * done // rows)
 
 
-def decoded_lines(stream: BinaryIO) -> Iterator[str]:
-    """Lines with their ends; only a newline ends one."""
+def decode_lines(stream: BinaryIO) -> Iterator[str]:
+    """Yields the lines with their ends. Only a newline ends a line."""
     for number, line in enumerate(stream):
         yield line.decode("utf-8-sig" if number == 0 else "utf-8")
 
 
-def blocks(lines: Iterable[str]) -> Iterator[str]:
-    """What stands between blank lines."""
+def split_blocks(lines: Iterable[str]) -> Iterator[str]:
+    """Yields the blocks that blank lines separate."""
     for blank, block in groupby(lines, lambda line: not line.strip()):
         if not blank:
             yield "".join(block).rstrip("\r\n")
 
 
-def article_batches(lines: Iterable[str], raw: BinaryIO | None = None) -> Iterator[Batch]:
-    """WikiText's articles: from a heading of the first level, " = Title = ", and the blank line before it, up
-    to the next. Together they are the text, to the byte. A file may begin inside an article."""
+def batch_articles(lines: Iterable[str], raw: BinaryIO | None = None) -> Iterator[Batch]:
+    """Batches WikiText's articles. An article begins with the blank line before its first-level heading,
+    " = Title = ". The articles concatenate to the text, byte for byte. A file may begin inside an article."""
     title = re.compile(r" = [^=].* = \n")
 
     def articles() -> Iterator[str]:
@@ -178,17 +179,17 @@ def article_batches(lines: Iterable[str], raw: BinaryIO | None = None) -> Iterat
         yield "".join(article)
 
     begins = True
-    for batch in in_batches(articles(), raw):
+    for batch in batch_documents(articles(), raw):
         if begins:
             begins = title.match(batch.texts[0].removeprefix(" \n")) is not None
         yield batch._replace(continues=not begins)
         begins = True
 
 
-def pieces(stream: BinaryIO, raw: BinaryIO) -> Iterator[Batch]:
-    """A text file as one document, a few MB at a time, cut before a blank that follows something else: there
-    GPT-2's tokenizer begins a new word whatever comes before and after (tokenizer.SPLIT_PATTERN). A text
-    without blanks stays in one piece."""
+def cut_text(stream: BinaryIO, raw: BinaryIO) -> Iterator[Batch]:
+    """Cuts a text file, which is one document, into batches of a few MB. A cut lies before a blank that
+    follows a non-blank: there GPT-2's tokenizer always begins a new word (tokenizer.SPLIT_PATTERN). A text
+    without blanks stays whole."""
     decoder, rest, continues = codecs.getincrementaldecoder("utf-8-sig")(), "", False
     while data := stream.read(BATCH_BYTES):
         text = rest + decoder.decode(data)
@@ -202,10 +203,10 @@ def pieces(stream: BinaryIO, raw: BinaryIO) -> Iterator[Batch]:
 
 
 def read_wikitext(path: Path) -> Iterator[Batch]:
-    """The articles of one of WikiText's parquet files, in which a row is a line, and an empty one stands for
-    the blank line " " of the original text."""
+    """Yields the articles of one of WikiText's parquet files. A row there is a line; an empty row stands for
+    the original's blank line, " "."""
     rows = (text for batch in read_file(path) for text in batch.texts.to_pylist())
-    yield from article_batches(row or " \n" for row in rows)
+    yield from batch_articles(row or " \n" for row in rows)
 
 
 def is_readable(name: str) -> bool:
@@ -217,18 +218,17 @@ def is_readable(name: str) -> bool:
 
 
 def pinned_packages() -> list[str]:
-    """The packages in requirements.txt."""
+    """Returns the names of the packages in requirements.txt."""
     requirements = (files.ROOT / "requirements.txt").read_text(encoding="utf-8")
     return sorted(set(re.findall(r"^([A-Za-z0-9_-]+)==", requirements, flags=re.MULTILINE)))
 
 
 def pydocs() -> Iterator[str]:
-    """The prose of the docstrings of Python and of the packages in requirements.txt: a document a source
-    file.
+    """Yields the prose in docstrings of Python and of requirements.txt's packages, one document per file.
 
-    Code, tables, examples and lists are left out: GPT-2's tokenizer spends a token on each blank of an
-    indentation, and a small model would learn little but blanks. Files come in an order shuffled by a fixed
-    seed, so that the validation split, the first tenth, is a sample of all packages.
+    Code, tables, examples and lists are left out. GPT-2's tokenizer spends a token on each blank of an
+    indentation, so a small model would learn mostly blanks. A fixed seed shuffles the files: the validation
+    split, the first tenth, then samples all packages.
     """
     stdlib = Path(sysconfig.get_path("stdlib"))
     files = [(str(p.relative_to(stdlib)), p) for p in stdlib.rglob("*.py") if "site-packages" not in p.parts]
@@ -248,8 +248,8 @@ def pydocs() -> Iterator[str]:
 
 
 def prose_paragraphs(docstring: str) -> Iterator[str]:
-    """The paragraphs of a docstring that are prose, each as one line: whole sentences, evenly indented, nine
-    tenths letters, without markup or code."""
+    """Yields a docstring's paragraphs of prose, each as one line. Prose is whole sentences, evenly indented,
+    nine tenths letters, without markup or code."""
     for paragraph in re.split(r"\n\s*\n", docstring):
         lines = paragraph.strip("\n").split("\n")
         indents = {len(line) - len(line.lstrip()) for line in lines[1:]}

@@ -1,9 +1,11 @@
-"""Files that a crash cannot leave half-written, and work done ahead in a thread.
+"""Atomic writes, verified downloads, and prefetching in a thread.
 
-write_json(path, value)                  # the whole file or none of it, flushed to disk
-path = download(url, path, sha256)       # a file of known content
-for item in prefetch(items, depth=2):    # the next two are being made
-    ...
+    files.write_json(path, value)                # the whole file or nothing, flushed to disk
+    path = files.download(url, path, sha256)     # a file of known content
+    for item in files.prefetch(items, depth=2):  # a thread makes the next two
+        ...
+
+On disk: the named files; while they are written, also <name>.<pid>.tmp beside them.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ DATA, LOGS, ASSETS = ROOT / "data", ROOT / "log", ROOT / "assets"
 
 
 def hash_file(path: Path, digest: Any = None) -> str:
-    """The SHA-256 of a file in hexadecimal, or another digest, which may have read something already."""
+    """Returns the SHA-256 of a file in hexadecimal, or updates and returns another digest."""
     digest = digest or hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
@@ -33,13 +35,13 @@ def hash_file(path: Path, digest: Any = None) -> str:
 
 
 def hash_json(value: Any) -> str:
-    """The SHA-256 of a JSON value, whatever the order of its keys."""
+    """Returns the SHA-256 of a JSON value; the order of its keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def flush(path: Path):
-    """Makes a file's bytes, or the renames in a folder, outlast a power cut."""
-    if os.name == "nt" and path.is_dir():  # Windows flushes its folders itself
+    """Flushes a file's bytes, or a folder's renames, to disk, so that they survive a power cut."""
+    if os.name == "nt" and path.is_dir():  # Windows flushes folders itself
         return
     handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
@@ -49,8 +51,8 @@ def flush(path: Path):
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]):
-    """`write` fills a temporary file, which is flushed to disk and then renamed to path. Raises OSError that
-    names path."""
+    """Lets `write` fill a temporary file, flushes it to disk and renames it to path. Raises OSError with the
+    path."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -71,8 +73,8 @@ def write_json(path: Path, value: Any):
 
 
 def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
-    """The items, made in a background thread at most `depth` ahead of their use. An error in making one is
-    raised here. When the consumer stops, the thread stops."""
+    """Yields the items; a thread makes them at most `depth` ahead. Raises the thread's errors here. The
+    thread stops when the consumer stops."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 
@@ -106,11 +108,8 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
 
 
 def download(url: str, path: Path, sha256: str, tries: int = 4) -> Path:
-    """Fetches a file of known content to a temporary name, going on where a broken connection stopped, checks
-    it and renames it to path; one that is there already is kept.
-
-    Raises OSError, naming the URL, when all tries fail or the bytes are not the expected ones.
-    """
+    """Downloads a file of known content to a temporary name, checks it and renames it to path. Resumes after
+    a broken connection. Keeps a file that exists. Raises OSError with the URL if all tries fail."""
     import requests
     from tqdm import tqdm
 

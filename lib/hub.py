@@ -1,14 +1,13 @@
-"""Files that are elsewhere: a URL of known content, or a data set on the Hugging Face Hub.
+"""Repositories of the Hugging Face Hub: lists, downloads and uploads their files.
 
-    path = download(url, path, sha256)                     # one file
-    revision, files = list_hub("org/name")                 # what a Hub repository holds, at one commit
+    commit, files = list_hub("org/name")                   # the files of a repository at one commit
     path = fetch(files["sample/10BT/000_00000.parquet"], folder)
     push("org/name", folder, ["manifest.json", ...])
     send("org/name", "model", {"README.md": text, ...}, "what changed")   # one commit
 
-Nothing is at its final name before its bytes are checked against the hash that was expected, and a connection
-that breaks or stalls is tried again until PATIENCE is over (DOWNLOAD_PATIENCE in the environment).
-huggingface_hub does the talking: it obeys HF_TOKEN (or `hf auth login`), HF_ENDPOINT and HF_HUB_OFFLINE.
+A file gets its final name after its hash is checked. A broken or stalled connection is retried until PATIENCE
+seconds (DOWNLOAD_PATIENCE in the environment) are over. The client is huggingface_hub; it reads HF_TOKEN (or
+`hf auth login`), HF_ENDPOINT and HF_HUB_OFFLINE. On disk: the fetched files, and .incoming/ beside them.
 """
 
 import contextlib
@@ -29,20 +28,16 @@ from lib import files
 HUB_PREFIX = "hf://datasets/"
 PREFIXES = {"dataset": HUB_PREFIX, "model": "hf://"}
 PATIENCE = float(os.environ.get("DOWNLOAD_PATIENCE", 600))  # seconds spent waiting before giving up
-THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class Unavailable(OSError):
-    """What was asked of the Hub could not be had, and asking again is useless."""
-
-
-# -----------------------------------------------------------------------------
-# the Hugging Face Hub
+    """A request to the Hub failed, and a retry is useless."""
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository at one commit, and what its bytes must hash to."""
+    """A file of a repository at one commit, with the hash of its bytes."""
 
     repo: str
     revision: str
@@ -57,7 +52,7 @@ class HubFile:
         return f"{PREFIXES[self.repo_type]}{self.repo}@{self.revision}/{self.path}"
 
     def is_whole(self, path: Path) -> bool:
-        """Whether the file at path has this file's bytes."""
+        """Tells whether the file at path has this file's bytes."""
         if path.stat().st_size != self.size:
             return False
         if self.sha256:
@@ -66,8 +61,8 @@ class HubFile:
 
 
 def parse_hub(location: str, repo_type: str = "dataset") -> tuple[str, str | None]:
-    """Repository and revision (None for the newest) of hf://datasets/org/name (a model: hf://org/name) or
-    org/name, either with or without @revision. Raises ValueError for anything else."""
+    """Returns the repository and revision (None for the newest) of org/name, with or without @revision and
+    the prefix hf://datasets/ (for a model: hf://). Raises ValueError for anything else."""
     prefix = PREFIXES[repo_type]
     found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", location.removeprefix(prefix).strip("/"))
     if not found:
@@ -78,7 +73,7 @@ def parse_hub(location: str, repo_type: str = "dataset") -> tuple[str, str | Non
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether trying again is useless: it is not there, not allowed, or not a request the Hub understands; or
+    """Tells whether a retry is useless: the file does not exist, access is denied, the request is invalid, or
     the disk is full."""
     from huggingface_hub import errors
 
@@ -91,7 +86,7 @@ def is_final(error: BaseException) -> bool:
         return True
     if isinstance(error, FileNotFoundError) and type(error) is not FileNotFoundError:  # kinds of `datasets`
         return True
-    if isinstance(error, OSError) and error.errno in THE_DISK:
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return True
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if 400 <= status < 500 and status not in (408, 409, 412, 429):  # too late, another commit, too often
@@ -99,18 +94,18 @@ def is_final(error: BaseException) -> bool:
     return error.__cause__ is not None and is_final(error.__cause__)
 
 
-def reason_of(error: BaseException) -> str:
-    """The error's kind and the first line of what it says."""
+def format_reason(error: BaseException) -> str:
+    """Returns the error's type and the first line of its message."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
-        return reason_of(error.__cause__)
+        return format_reason(error.__cause__)
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def retry(what: str, attempt: Callable[[], Any], failed: str = "could not be had from") -> Any:
-    """attempt(), again and again with growing pauses while the connection fails. Raises Unavailable (an
-    OSError), naming `what` and the reason, when trying again is useless or PATIENCE is over."""
+    """Calls attempt() until it succeeds, with growing pauses. Raises Unavailable (an OSError) with `what` and
+    the reason if a retry is useless or PATIENCE is over."""
     waited, pause = 0.0, 1.0
     while True:
         try:
@@ -118,7 +113,7 @@ def retry(what: str, attempt: Callable[[], Any], failed: str = "could not be had
         except Unavailable:
             raise
         except Exception as error:  # the Hub's client raises errors of many families
-            reason = reason_of(error)
+            reason = format_reason(error)
             if is_final(error) or waited + pause > PATIENCE:
                 raise Unavailable(f"{what} {failed} the Hugging Face Hub ({reason})") from error
             print(f"{what}: {reason}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
@@ -129,7 +124,7 @@ def retry(what: str, attempt: Callable[[], Any], failed: str = "could not be had
 def list_hub(
     repo: str, revision: str | None = None, paths: list[str] | None = None, repo_type: str = "dataset"
 ) -> tuple[str, dict[str, HubFile]]:
-    """The commit that revision means and its files (or those of `paths`), by path."""
+    """Returns the commit of a revision and its files (or those of `paths`), by path."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -160,8 +155,8 @@ def list_hub(
 
 
 def fetch(file: HubFile, folder: Path) -> Path:
-    """The file inside folder, at the path it has in the repository: there already, or downloaded, checked and
-    only then moved there. Several processes may ask for one file. Raises OSError naming it."""
+    """Returns the file's path in folder, which is its path in the repository. A missing file is downloaded,
+    checked and then moved there. Several processes may fetch one file. Raises OSError with its URL."""
     from filelock import FileLock
     from huggingface_hub import hf_hub_download
 
@@ -192,7 +187,7 @@ def fetch(file: HubFile, folder: Path) -> Path:
 
 
 def read_start(file: HubFile, count: int) -> bytes:
-    """The first `count` bytes of a file, without the rest."""
+    """Returns the first `count` bytes of a file without downloading the rest."""
     from huggingface_hub import HfFileSystem
 
     where = f"datasets/{file.repo}@{file.revision}/{file.path}"
@@ -201,8 +196,8 @@ def read_start(file: HubFile, count: int) -> bytes:
 
 
 def check_push(repo: str, repo_type: str = "dataset"):
-    """Makes the repository if needed. Raises OSError if we are not logged in with a right to write to it,
-    ValueError for what is no name of a repository."""
+    """Creates the repository if it does not exist. Raises OSError without write access to it, and ValueError
+    for an invalid name."""
     from huggingface_hub import HfApi
 
     if parse_hub(repo, repo_type) != (repo, None):
@@ -214,8 +209,8 @@ def check_push(repo: str, repo_type: str = "dataset"):
 
 
 def push(repo: str, folder: Path, files: list[str]):
-    """Uploads files of folder into the data-set repository. What is there with the same bytes is not sent
-    again, and the last file arrives last: it tells readers that the others are there."""
+    """Uploads files of folder to the data-set repository, except those that it has with the same bytes. The
+    last file goes last: it tells readers that the others are complete."""
     first, last = files[:-1], files[-1:]
     for group in [*(first[i : i + 50] for i in range(0, len(first), 50)), last]:
         message = f"{group[0]} to {group[-1]}" if len(group) > 1 else group[0]
@@ -223,8 +218,8 @@ def push(repo: str, folder: Path, files: list[str]):
 
 
 def send(repo: str, repo_type: str, files: dict[str, Path | bytes], message: str):
-    """Uploads files, given by the path that they get in the repository, in one commit: readers see all of
-    them or none. Raises Unavailable (an OSError)."""
+    """Uploads files in one commit, so that readers see all of them or none. The keys of `files` are paths in
+    the repository. Raises Unavailable (an OSError)."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     def attempt():
@@ -238,11 +233,11 @@ def send(repo: str, repo_type: str, files: dict[str, Path | bytes], message: str
 
 @contextlib.contextmanager
 def name_repository(repo: str) -> Iterator[None]:
-    """Turns what the Hub's clients raise (their errors have no common base) into an OSError with the name."""
+    """Turns the errors of the Hub's clients, which have no common base, into an OSError with the name."""
     try:
         yield
     except Exception as error:
         if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):  # a page of HTML
             raise
-        reason = reason_of(error)
+        reason = format_reason(error)
         raise OSError(f"{repo}: the Hugging Face Hub did not do what was asked ({reason})") from error

@@ -1,4 +1,4 @@
-"""Token shards on the Hugging Face Hub, fetched as training needs them.
+"""Token shards on the Hugging Face Hub; a shard is downloaded when training needs it.
 
     folder = hub_shards.open_folder("hf://datasets/org/name")        # or a folder on this machine
     reader = shards.ShardReader(folder, "train", seq_len=1024)
@@ -25,8 +25,8 @@ from lib.shards import (
     MANIFEST,
     NPY_HEADER_BYTES,
     Folder,
+    find_shards,
     list_shards,
-    shards_among,
 )  # fmt: skip
 
 HUB_CACHE = files.DATA / "hub"
@@ -35,13 +35,13 @@ HUB_CACHE = files.DATA / "hub"
 class HubFolder(Folder):
     """The shards of a data set on the Hugging Face Hub, hf://datasets/org/name[@revision].
 
-    A shard is fetched when it is wanted (the next one in the background), checked against its SHA-256 and
-    kept under data/hub/; those not wanted for longest make room when all take more than `cache_bytes`.
+    A shard is downloaded when it is needed (the next one in the background), checked against its SHA-256 and
+    kept under data/hub/. Above `cache_bytes`, the least recently used shards are deleted.
     """
 
     def __init__(self, location: str, cache_bytes: float = 20e9):
-        """Raises ValueError for another location or a cache too small for three shards, OSError if the Hub
-        does not answer."""
+        """Raises ValueError for an invalid location or a cache too small for three shards, and OSError if the
+        Hub does not answer."""
         repo, revision = hub.parse_hub(location)
         commit, self.files = hub.list_hub(repo, revision)
         self.name, self.commit, self.cache_bytes = f"{hub.HUB_PREFIX}{repo}@{commit}", commit, cache_bytes
@@ -50,7 +50,7 @@ class HubFolder(Folder):
             hub.fetch(self.files[MANIFEST], self.folder)
             self.entries = list_shards(self.folder)
         else:
-            self.entries = shards_among((path for path in self.files if "/" not in path), location)
+            self.entries = find_shards((path for path in self.files if "/" not in path), location)
         for entry in self.entries:
             self._compare(entry)
         largest = max(self.files[entry["file"]].size for entry in self.entries)
@@ -61,16 +61,16 @@ class HubFolder(Folder):
             )
         here = [path for entry in self.entries if (path := self.folder / entry["file"]).is_file()]
         here.sort(key=lambda path: path.stat().st_mtime)
-        self.recent = dict.fromkeys(path.name for path in here)  # the last is the one wanted last
+        self.recent = dict.fromkeys(path.name for path in here)  # the last is the most recently used
         self.heads: dict[str, np.ndarray] = {}
         self.lock = threading.Lock()
         self.expected: queue.Queue[dict] = queue.Queue()
-        # A daemon: a run that is over does not wait for it, as it would for an executor's threads.
+        # The thread is a daemon: unlike an executor's threads, it does not delay the end of the run.
         threading.Thread(target=self._fetch_expected, daemon=True).start()
 
     def _compare(self, entry: dict):
-        """Raises ValueError unless the repository lists the shard as the manifest does; without a manifest,
-        believes the list."""
+        """Raises ValueError if the repository and the manifest disagree about the shard. Without a manifest,
+        the repository's list is taken."""
         file = self.files.get(entry["file"])
         header = BIN_HEADER_BYTES if entry["file"].endswith(".bin") else NPY_HEADER_BYTES
         if file is None:
@@ -110,15 +110,15 @@ class HubFolder(Folder):
 
     def _fetch_expected(self):
         while True:
-            with contextlib.suppress(Exception):  # it is asked for again, loudly, when it is needed
+            with contextlib.suppress(Exception):  # `path` fetches it again and raises
                 self.path(self.expected.get())
 
     def check(self, entry: dict):
-        """A shard is checked when it is fetched."""
+        """Does nothing: a shard is checked when it is downloaded."""
 
 
 def open_folder(location: str | Path, cache_bytes: float = 20e9) -> Folder:
-    """The shards in a folder, or in a repository hf://datasets/org/name of the Hub."""
+    """Opens the shards in a folder, or in a repository hf://datasets/org/name of the Hub."""
     if str(location).startswith(hub.HUB_PREFIX):
         return HubFolder(str(location), cache_bytes)
     return Folder(Path(location))

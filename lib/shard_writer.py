@@ -1,4 +1,4 @@
-"""Token shards, written: parts of a source in parallel, then joined.
+"""Writes token shards: the parts of a source in parallel, then `merge` joins them.
 
     plan = shard_writer.plan_of(shard_writer.begin(folder, about))
     with shard_writer.PartWriter(folder, 0, shard_tokens=100_000_000, plan=plan) as writer:
@@ -6,7 +6,7 @@
         writer.close()
     manifest = shard_writer.merge(folder)
 
-On disk, until `merge`: data/<name>/parts/000000/, a folder a part of the source. The format is in shards.py.
+On disk, until `merge`: data/<name>/parts/000000/, one folder per part. lib/shards.py describes the format.
 """
 
 import contextlib
@@ -43,10 +43,10 @@ PARTS = "parts"
 class PartWriter:
     """Cuts the stream of tokens of one part of a source into shards, in folder/parts/<part>.
 
-    The first `val_tokens` go to the validation split, the rest to `split`. With val_tokens None, validation
-    gets DEFAULT_VAL_TOKENS, or a tenth of a stream too short for that. A thread writes a shard while the
-    tokens of the next are made. An interrupted part is taken up where its last whole shard ended: the caller
-    goes on with document number `documents_done`, and leaves out that document's first `tokens_done` tokens.
+    The first `val_tokens` go to the validation split, the rest to `split`. If val_tokens is None, validation
+    gets DEFAULT_VAL_TOKENS, or a tenth of a stream under ten times that. A thread writes a shard while the
+    caller makes the next one's tokens. An interrupted part resumes after its last complete shard: the caller
+    continues with document number `documents_done` and skips that document's first `tokens_done` tokens.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class PartWriter:
         split: str = "train",
         plan: str = "",
     ):
-        """`plan` is the `plan_of` the data set. Raises OSError if another process is writing the part, and
-        ValueError if what is there is of another plan."""
+        """`plan` is the data set's `plan_of`. Raises OSError if another process is writing the part, and
+        ValueError if the existing part has another plan."""
         from filelock import FileLock, Timeout
 
         self.folder, self.shard_tokens, self.split = part_folder(folder, part), shard_tokens, split
@@ -78,7 +78,7 @@ class PartWriter:
                 f"{self.folder} belongs to another source, or was begun with other flags; remove it"
             )
         self.shards: list[dict] = self.state["shards"]
-        self._drop_what_is_not_whole()
+        self._remove_damaged()
         if not self.shards:
             self.state["val_tokens"] = val_tokens
         self.val_left: int | None = self.state["val_tokens"]
@@ -97,7 +97,7 @@ class PartWriter:
 
     @property
     def tokens(self) -> int:
-        """Tokens in the part so far."""
+        """The number of tokens in the part so far."""
         return self.held + sum(shard["tokens"] for shard in self.shards)
 
     def write(self, ids: np.ndarray):
@@ -110,8 +110,8 @@ class PartWriter:
             self._write_shard(self._next_size())
 
     def close(self, read_back: bool = False):
-        """Writes what is left and marks the part as complete; with read_back, after comparing the shards'
-        bytes on disk with those that were written. Raises ValueError if validation takes all the part has."""
+        """Writes the remaining tokens and marks the part as complete. read_back: first compares the shards'
+        bytes on disk with their hashes. Raises ValueError if validation would take all tokens."""
         if self.val_left is None:
             self._set_val_tokens(self.held // 10)
         if self.val_left and self.val_left >= self.held:
@@ -137,7 +137,7 @@ class PartWriter:
         return min(self.shard_tokens, self.val_left) if self.val_left else self.shard_tokens
 
     def _write_shard(self, tokens: int):
-        """Takes so many tokens off the stream and has them written in the background."""
+        """Removes so many tokens from the stream; a thread writes them."""
         split = "val" if self.val_left else self.split
         if self.val_left:
             self.val_left -= tokens
@@ -182,8 +182,8 @@ class PartWriter:
         )
         files.write_json(self.folder / "part.json", self.state)
 
-    def _drop_what_is_not_whole(self):
-        """Keeps the shards before the first that is missing or damaged, and removes all other files."""
+    def _remove_damaged(self):
+        """Removes all files except the shards before the first missing or damaged one."""
         for i, shard in enumerate(self.shards):
             path = self.folder / shard["file"]
             if not path.is_file() or files.hash_file(path) != shard["sha256"]:
@@ -196,8 +196,8 @@ class PartWriter:
                 path.unlink()
 
     def _position(self) -> tuple[int, int]:
-        """The number of the last document that was begun, and how many of its tokens are written, its 50256
-        included."""
+        """Returns the number of the last document that was begun and the count of its tokens on disk, with
+        its 50256."""
         begun, tokens = sum(shard["documents"] for shard in self.shards), 0
         for shard in reversed(self.shards):
             ids = open_shard(self.folder / shard["file"])
@@ -213,22 +213,22 @@ def part_folder(folder: Path, part: int) -> Path:
 
 
 def plan_of(manifest: dict) -> str:
-    """A hash of what a data set is to be made of, which all its parts must agree on."""
+    """Returns a hash of the manifest's description of the data set. All parts must have the same."""
     plan = {key: value for key, value in manifest.items() if key not in ("complete", "shards")}
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
 def read_part(folder: Path, part: int) -> dict | None:
-    """What a PartWriter has said of its part, if anything; a damaged part.json says nothing."""
+    """Returns the part's state, or None if its part.json is missing or damaged."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         return json.loads((part_folder(folder, part) / "part.json").read_text(encoding="utf-8"))
     return None
 
 
 def begin(folder: Path, about: dict) -> dict:
-    """Starts a data set: its manifest, incomplete, with `about` (name, source, number of parts, ...) in it.
-    Where several processes begin at once, one does; returns the manifest that is there. Raises ValueError
-    for a folder that holds shards of other origin."""
+    """Writes an incomplete manifest with `about` (name, source, parts, ...) unless one exists; returns the
+    manifest. If several processes start at once, exactly one writes it. Raises ValueError if the folder
+    holds shards of another origin."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MANIFEST
     if not path.is_file():
@@ -240,7 +240,7 @@ def begin(folder: Path, about: dict) -> dict:
         first = folder / f".{MANIFEST}.{os.getpid()}.{threading.get_ident()}.begin"
         files.write_json(first, {"format": FORMAT_VERSION, **about, "complete": False, "shards": []})
         try:
-            os.link(first, path)  # fails where the name exists: whoever was first has written the manifest
+            os.link(first, path)  # fails if another process has written the manifest
         except FileExistsError:
             pass
         except OSError:  # a file system without links
@@ -254,9 +254,9 @@ def missing_parts(folder: Path, manifest: dict) -> list[int]:
 
 
 def merge(folder: Path) -> dict:
-    """Gives the shards of all parts their final names and completes the manifest, which is returned. May be
-    interrupted and repeated, and called by several processes at once. Raises ValueError where a part is
-    missing; or where nothing is left for training, and then clears the folder for another try."""
+    """Renames the shards of all parts to their final names; completes and returns the manifest. It may be
+    interrupted and repeated, and several processes may call it at once. Raises ValueError if a part is
+    missing, or if no tokens are left for training; then it also clears the folder."""
     try:
         return _merge(folder)
     except (ValueError, OSError):
@@ -306,7 +306,7 @@ def _merge(folder: Path) -> dict:
 
 
 def clear(folder: Path):
-    """Removes the parts, shards and manifest that `begin` and its followers made in folder."""
+    """Removes the data set's parts, shards and manifest from the folder."""
     manifest = load_manifest(folder / MANIFEST)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     ours = re.compile(rf"\.?{re.escape(manifest['name'])}_(train|val|test)_\d+\.(npy|bin)(\..*tmp)?")

@@ -1,13 +1,15 @@
-"""Token shards: written, checked, and read back as training batches.
+"""Token shards: their format, checks, and the reader that makes training batches of them.
 
-    data/<name>/<name>_val_000000.npy       one-dimensional uint16, each document after a 50256
+    data/<name>/<name>_val_000000.npy       one-dimensional uint16; 50256 precedes each document
     data/<name>/<name>_train_000000.npy     np.load reads it, and so do nanoGPT's and build-nanogpt's loaders
     data/<name>/manifest.json               tokenizer, source, and each shard's tokens, documents and SHA-256
-    data/<name>/parts/000000/               while fineweb.py is at work: its parts of the source
+    data/<name>/parts/000000/               while fineweb.py runs: the parts of the source
 
-fineweb.py writes a part of its source at a time with `PartWriter` and joins them with `merge`; train_gpt2.py
-reads them with `ShardReader`, from a folder or from the Hugging Face Hub. It also takes folders without a
-manifest, and llm.c's .bin shards (1,024 bytes of header, then uint16).
+    reader = shards.ShardReader("data/pydocs", "train", seq_len=1024)
+    x, y = reader.batch(step=0, micro_step=0, batch_size=4, sequences=64)    # each (4, 1024) int64
+
+lib/shard_writer.py writes shards; lib/hub_shards.py reads them from the Hugging Face Hub. Folders without a
+manifest work too, and so do llm.c's .bin shards (1,024 bytes of header, then uint16).
 """
 
 import functools
@@ -22,18 +24,18 @@ import numpy as np
 
 from lib import files
 
-if TYPE_CHECKING:  # imported by the reader, when it is asked for tensors: fineweb.py does without
+if TYPE_CHECKING:  # fineweb.py does not need torch, so only `read` imports it
     import torch
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 END_OF_TEXT = 50256
-DEFAULT_VAL_TOKENS = 10_485_760  # what build-nanogpt evaluates on: 20 batches of 524,288
+DEFAULT_VAL_TOKENS = 10_485_760  # as in build-nanogpt's evaluation: 20 batches of 524,288
 SHARD_NAME = re.compile(r".+_(train|val|test)_(\d+)\.(npy|bin)")
 SPLITS = ("val", "train", "test")
 BIN_HEADER_BYTES, BIN_MAGIC, BIN_VERSION = 1024, 20240520, 1  # llm.c, dev/data/data_common.py
 NPY_HEADER_BYTES = 128  # of a one-dimensional array, as NumPy pads it
-HEAD_TOKENS = 8192  # a shard's first tokens have a hash of their own, so that they can be fetched alone
+HEAD_TOKENS = 8192  # a shard's first tokens have their own hash: they can be downloaded alone
 
 
 # -----------------------------------------------------------------------------
@@ -41,7 +43,7 @@ HEAD_TOKENS = 8192  # a shard's first tokens have a hash of their own, so that t
 
 
 def load_manifest(path: Path) -> dict:
-    """A manifest, complete or not. Raises ValueError if it is damaged or of another format."""
+    """Reads a manifest, complete or not. Raises ValueError if it is damaged or has another format."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         entries = [(s["file"], s["split"], s["tokens"], s["sha256"]) for s in manifest["shards"]]
@@ -61,8 +63,8 @@ def load_manifest(path: Path) -> dict:
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """The folder's manifest, or None where there is none. Raises ValueError if it is damaged or
-    incomplete."""
+    """Returns the folder's manifest, or None if it has none. Raises ValueError for a damaged or incomplete
+    manifest."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -73,7 +75,7 @@ def read_manifest(folder: Path) -> dict | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the folder has a manifest that says so."""
+    """Tells whether the folder has a complete manifest."""
     try:
         return read_manifest(folder) is not None
     except ValueError:
@@ -81,8 +83,8 @@ def is_complete(folder: Path) -> bool:
 
 
 def verify(folder: Path) -> dict:
-    """Reads every shard and compares it with the manifest; returns the manifest, or raises ValueError naming
-    the first shard that differs. FileNotFoundError where there is no manifest to compare with."""
+    """Compares every byte of the shards with the manifest, and returns it. Raises ValueError with the first
+    shard that differs, and FileNotFoundError if there is no manifest."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise FileNotFoundError(
@@ -98,7 +100,7 @@ def verify(folder: Path) -> dict:
 
 
 def count_documents(path: Path, ids: np.ndarray) -> int:
-    """How many documents begin in a shard. Raises ValueError for a token outside the vocabulary."""
+    """Counts the documents that begin in a shard. Raises ValueError for a token outside the vocabulary."""
     if int(ids.max()) > END_OF_TEXT:
         raise ValueError(
             f"{path} holds token {int(ids.max())} at offset {int(ids.argmax())}; "
@@ -108,8 +110,8 @@ def count_documents(path: Path, ids: np.ndarray) -> int:
 
 
 def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
-    """Memory-maps a .npy or .bin shard, (N,) uint16. Raises ValueError if it is not one, or not of `tokens`
-    tokens, and FileNotFoundError if it is missing."""
+    """Memory-maps a .npy or .bin shard, (N,) uint16. Raises ValueError if the file is not a shard or N is not
+    `tokens`, and FileNotFoundError if it is missing."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing; it belongs to the data set, make it again with fineweb.py"
@@ -145,21 +147,18 @@ def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
 
 
 def list_shards(folder: Path) -> list[dict]:
-    """Every shard of a data set, in order: dicts with file and split and, where a manifest tells, tokens and
-    sha256.
-
-    Raises FileNotFoundError, naming the command that makes them, where there are none, and ValueError where
-    they are of two formats.
-    """
+    """Lists a data set's shards in order: dicts with file and split and, from a manifest, tokens and sha256.
+    Raises FileNotFoundError, with the command that makes shards, if there are none, and ValueError for shards
+    of two formats."""
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest is not None:
         return manifest["shards"]
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return shards_among(names, folder)
+    return find_shards(names, folder)
 
 
-def shards_among(names: Iterable[str], where: Any) -> list[dict]:
-    """The shards among file names, validation first, by their numbers."""
+def find_shards(names: Iterable[str], where: Any) -> list[dict]:
+    """Finds the shards among file names and sorts them: validation first, then by number."""
     matches = [match for name in names if (match := SHARD_NAME.fullmatch(name))]
     if not matches:
         raise FileNotFoundError(
@@ -176,24 +175,24 @@ def shards_among(names: Iterable[str], where: Any) -> list[dict]:
 
 
 class Folder:
-    """The shards of a data set on disk. `entries` are those of `list_shards`."""
+    """The shards of a data set on disk. `entries` is the result of `list_shards`."""
 
     def __init__(self, folder: Path):
         self.name, self.folder, self.entries = str(folder), folder, list_shards(folder)
 
     def path(self, entry: dict) -> Path:
-        """Where the shard is."""
+        """Returns the shard's path."""
         return self.folder / entry["file"]
 
     def head(self, entry: dict, tokens: int) -> np.ndarray | None:
-        """The shard's first tokens, if they can be had for less than the whole shard."""
+        """Returns the shard's first tokens if they cost less than the whole shard, else None."""
         return None
 
     def expect(self, entry: dict):
-        """Says that the shard will be wanted soon."""
+        """Announces that the shard will be needed soon."""
 
     def check(self, entry: dict):
-        """Raises ValueError or FileNotFoundError, naming the file, if the shard is not whole."""
+        """Raises ValueError or FileNotFoundError, with the file, if the shard is damaged or missing."""
         entry["tokens"] = len(open_shard(self.path(entry), entry.get("tokens")))
 
     def describe_source(self) -> str:
@@ -202,8 +201,7 @@ class Folder:
         return source if ":" in source else Path(source).name
 
     def fingerprint(self) -> str:
-        """A hash of what the data set is: every shard's name, length and, where they are known, content hash
-        and tokenizer."""
+        """Returns a hash of every shard's name and length and, if known, of content hashes and tokenizer."""
         for entry in self.entries:
             if "tokens" not in entry:
                 self.check(entry)
@@ -215,15 +213,15 @@ class Folder:
 class ShardReader:
     """Training batches from one split of a data set, as a pure function of the step.
 
-    The split is one long stream of tokens, cut into windows of seq_len + 1 (the last token of a window is the
-    first of the next: it is a target here and an input there). An epoch visits every window once: shards in
-    an order drawn from (seed, epoch), and inside each shard its windows in an order drawn from (seed, epoch,
-    shard). Sequence number n of the run is number n % num_windows of epoch n // num_windows. From the second
-    epoch on, the cuts are shifted by a number of tokens drawn from (seed, epoch), so that no token always has
-    the same context: over ten epochs of 160,000 tokens that lowered the validation loss from 5.53 to 5.37.
+    The split is one stream of tokens, cut into windows of seq_len + 1. The last token of a window is the
+    first of the next: a target here, an input there. An epoch visits every window once. The
+    order of the shards depends on (seed, epoch), the order of a shard's windows on (seed, epoch, shard).
+    Sequence n of the run is number n % num_windows of epoch n // num_windows. From the second epoch on, the
+    cuts are shifted by an amount that depends on (seed, epoch), so that a token's context changes. Over ten
+    epochs of 160,000 tokens, the shift lowered the validation loss from 5.53 to 5.37.
 
-    Nothing that matters is remembered between calls, so processes cannot drift apart and a resumed run needs
-    only the step number. Few shards are open at a time: memory does not grow with the data.
+    The reader keeps no state between calls except caches. So ranks cannot diverge, and a resumed run needs
+    only the step number. It opens at most four shards at a time: memory does not grow with the data.
     """
 
     def __init__(
@@ -234,8 +232,8 @@ class ShardReader:
         seed: int = 0,
         vocab_size: int = END_OF_TEXT + 1,
     ):
-        """Checks all shards of the split. Raises ValueError or FileNotFoundError, naming the file, if one is
-        not whole, and ValueError if the split is shorter than one window."""
+        """Checks all shards of the split. Raises ValueError or FileNotFoundError, with the file, if one is
+        damaged or missing, and ValueError if the split is shorter than one window."""
         self.folder = folder if isinstance(folder, Folder) else Folder(Path(folder))
         self.seq_len, self.seed, self.vocab_size = seq_len, seed, vocab_size
         self.entries = [shard for shard in self.folder.entries if shard["split"] == split]
@@ -265,8 +263,8 @@ class ShardReader:
         world_size: int = 1,
         pin_memory: bool = False,
     ) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
-        """`batch` for every micro-step of the steps, in order, made in the background a few ahead; with
-        pin_memory in page-locked memory, from where a GPU can copy while it computes."""
+        """Yields `batch` for every micro-step of the steps, in order; a thread makes four ahead. pin_memory:
+        in page-locked memory, so that a GPU copies while it computes."""
 
         def make() -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
             for step in steps:
@@ -279,16 +277,16 @@ class ShardReader:
     def batch(
         self, step: int, micro_step: int, batch_size: int, sequences: int, rank: int = 0, world_size: int = 1
     ) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Inputs and targets, each (batch_size, seq_len) int64, of one micro-step of one process.
+        """Returns inputs and targets, each (batch_size, seq_len) int64, of one micro-step of one rank.
 
-        A step takes the run's sequences step * sequences to (step + 1) * sequences, whatever batch_size and
-        world_size; they are dealt out micro-step by micro-step, rank by rank.
+        A step takes the run's sequences step * sequences to (step + 1) * sequences. They are divided by
+        micro-step, then by rank, so batch_size and world_size do not change a step's data.
         """
         first = step * sequences + (micro_step * world_size + rank) * batch_size
         return self.read([self.position(n) for n in range(first, first + batch_size)])
 
     def position(self, sequence: int) -> int:
-        """Where in the split's stream of tokens sequence number `sequence` of the run begins."""
+        """Returns the offset of the run's sequence number `sequence` in the split's stream of tokens."""
         epoch, number = divmod(sequence, self.num_windows)
         order, ends, firsts, shift = self._epoch(epoch)
         i = int(np.searchsorted(ends, number, side="right"))
@@ -305,8 +303,8 @@ class ShardReader:
         return min(shift + window * self.seq_len, self.num_tokens - self.seq_len - 1)
 
     def read(self, positions: Sequence[int]) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Inputs and targets, each (len(positions), seq_len) int64, that begin there in the stream of tokens.
-        Raises ValueError, naming file and offset, for a token outside the vocabulary."""
+        """Returns inputs and targets, each (len(positions), seq_len) int64, at these offsets in the stream of
+        tokens. Raises ValueError, with file and offset, for a token outside the vocabulary."""
         import torch
 
         rows = np.empty((len(positions), self.seq_len + 1), dtype=np.int64)
@@ -330,8 +328,8 @@ class ShardReader:
         return tokens[:, :-1], tokens[:, 1:]
 
     def unigram_entropy(self, max_tokens: int = DEFAULT_VAL_TOKENS) -> float:
-        """Nats a token of the split's own token frequencies: the loss of a model that knows these and no
-        more."""
+        """Returns the entropy of the split's token frequencies in nats per token. A model that knows only
+        these frequencies has this loss."""
         counts, left = np.zeros(2**16, dtype=np.int64), max_tokens
         for i in range(len(self.sizes)):
             counts += np.bincount(self._open(i)[:left], minlength=2**16)
@@ -348,8 +346,8 @@ class ShardReader:
             return open_shard(self.folder.path(self.entries[i]), self.sizes[i])
 
     def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """The order of the shards, how many windows have passed after each of them in that order, the first
-        window of each shard (it belongs to the shard it begins in), and the shift of all windows."""
+        """Returns the order of the shards, the cumulative number of windows in that order, each shard's first
+        window, and the shift in tokens. A window belongs to the shard in which it begins."""
         draw = np.random.default_rng([self.seed, epoch])
         order = draw.permutation(len(self.sizes))
         shift = int(draw.integers(self.seq_len)) if epoch else 0

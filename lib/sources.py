@@ -65,7 +65,7 @@ def find_inputs(cfg: Any, revision: str | None = None) -> tuple[list[Input], dic
     if cfg.source == "pydocs":
         packages = [f"{name}-{metadata.version(name)}" for name in documents.pinned_packages()]
         version = " ".join([sys.version.split()[0], *packages])
-        read = lambda _: documents.in_batches(documents.pydocs())  # noqa: E731
+        read = lambda _: documents.batch_documents(documents.pydocs())  # noqa: E731
         return [Input("pydocs", 0, version, Path, read)], {"source": "pydocs", "revision": version}
     if cfg.source in HUB_SOURCES or cfg.source.startswith("hf:"):
         return find_hub_inputs(cfg, revision)
@@ -132,7 +132,7 @@ def find_hub_inputs(cfg: Any, revision: str | None) -> tuple[list[Input], dict]:
     paths = {split: [url.partition(f"@{commit}/")[2] for url in found[split]] for split in splits}
     if not all(documents.is_readable(path) for split in splits for path in paths[split]):
         rows = lambda: stream_rows(repo, config, cfg.split, commit, cfg.text_field)  # noqa: E731
-        return [Input(repo, 0, commit, Path, lambda _: documents.in_batches(rows()))], about
+        return [Input(repo, 0, commit, Path, lambda _: documents.batch_documents(rows()))], about
 
     _, listed = hub.list_hub(repo, commit, [path for split in splits for path in paths[split]])
     read = lambda path: documents.read_file(path, cfg.documents, cfg.text_field)  # noqa: E731
@@ -157,7 +157,7 @@ def stream_rows(repo: str, config: str, split: str, revision: str, text_field: s
         if rows.column_names and text_field not in rows.column_names:
             raise ValueError(f"{repo} has no column {text_field!r}; it has {', '.join(rows.column_names)}")
         for row in rows:
-            yield documents.text_of(row, text_field)  # type: ignore[arg-type]
+            yield documents.extract_text(row, text_field)  # type: ignore[arg-type]
 
 
 def describe(inputs: list[Input]) -> dict:

@@ -1,14 +1,14 @@
 """GPT-2's tokenizer, offline: text to ids and back, one document or a whole corpus.
 
-    import tokenizer
+    from lib import tokenizer
     tokenizer.encode("Hello, world!")                # [15496, 11, 995, 0]
     tokenizer.decode([15496, 11, 995, 0])            # 'Hello, world!'
-    tokenizer.encode_corpus(["one", "two"])          # uint16 stream for a shard, each document after 50256
+    tokenizer.encode_corpus(["one", "two"])          # uint16 stream for a shard; 50256 precedes each document
 
-GPT-2 reads text as UTF-8 bytes. A regular expression cuts it into words, and inside each word neighbours are
-merged, the pair of lowest rank first, until no pair is in the vocabulary: byte-level byte-pair encoding
-(Radford et al., 2019, section 2.2). `encode_from_scratch` is that in 30 lines, to be read and to be tested
-against; tiktoken does it fast for one text and gigatoken for a corpus, with the same ids.
+GPT-2 uses byte-level byte-pair encoding (Radford et al., 2019, section 2.2). A regular expression cuts the
+UTF-8 text into words. In each word, the adjacent pair of lowest rank is merged, until no pair is in the
+vocabulary. `encode_from_scratch` is the reference, in 30 lines. tiktoken encodes one text and gigatoken a
+corpus, with the same ids.
 
 The 50,256 ranks are in assets/gpt2.tiktoken, the file that OpenAI publishes as r50k_base.tiktoken (MIT).
 """
@@ -36,14 +36,13 @@ END_OF_TEXT_STRING = "<|endoftext|>"
 # space, which leaves its last blank to the word that follows (openai/gpt-2, src/encoder.py).
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# tiktoken's regular expression can overflow its stack on one very long run, and then it cannot be caught.
+# tiktoken's regular expression can overflow its stack on one very long run; Python cannot catch that.
 LONGEST_FOR_TIKTOKEN = 100_000
 
 
 @functools.lru_cache(maxsize=1)
 def ranks() -> dict[bytes, int]:
-    """The vocabulary, bytes to id; a merge's id is also its rank. Raises ValueError if the file was
-    altered."""
+    """Returns the vocabulary, bytes to id. A merge's id is its rank. Raises ValueError for a changed file."""
     data = RANKS_FILE.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if found != RANKS_SHA256:
@@ -56,11 +55,8 @@ def ranks() -> dict[bytes, int]:
 
 
 def merge_bytes(word: bytes, max_rank: int | None = None) -> list[bytes]:
-    """Byte-pair encoding of one word: joins the neighbouring pair of lowest rank until none is in the
-    vocabulary.
-
-    With max_rank, only pairs of a lower rank are joined.
-    """
+    """Encodes one word: merges the adjacent pair of lowest rank until no pair is in the vocabulary. With
+    max_rank, merges only pairs of a lower rank."""
     parts = [bytes([b]) for b in word]
     limit = VOCAB_SIZE if max_rank is None else max_rank
     while True:
@@ -72,7 +68,7 @@ def merge_bytes(word: bytes, max_rank: int | None = None) -> list[bytes]:
 
 
 def encode_from_scratch(text: str) -> list[int]:
-    """The ids of `encode`, by the definition of the algorithm. Slow: for reading and for tests."""
+    """Encodes by the algorithm's definition; the ids equal those of `encode`. Slow: for readers and tests."""
     import regex  # `re` has no \p{L}
 
     words = regex.findall(SPLIT_PATTERN, replace_surrogates(text))
@@ -96,7 +92,7 @@ def gigatoken_tokenizer():
 
 
 def replace_surrogates(text: str) -> str:
-    """Lone surrogates, which UTF-8 cannot hold, become U+FFFD; pairs become the character they stand for."""
+    """Replaces lone surrogates, which UTF-8 cannot hold, by U+FFFD, and each pair by its character."""
     try:
         text.encode("utf-8")
         return text
@@ -105,7 +101,7 @@ def replace_surrogates(text: str) -> str:
 
 
 def encode(text: str, special: bool = False) -> list[int]:
-    """Text to ids. "<|endoftext|>" in it is plain text, or with special=True the control token 50256."""
+    """Encodes a text. "<|endoftext|>" in it is plain text, or with special=True the control token 50256."""
     text = replace_surrogates(text)
     if special:
         first, *rest = text.split(END_OF_TEXT_STRING)
@@ -116,20 +112,18 @@ def encode(text: str, special: bool = False) -> list[int]:
 
 
 def decode(ids) -> str:
-    """Ids to text; bytes that are not UTF-8 (half a character, say) become U+FFFD.
-
-    Raises ValueError for an id that is not in the vocabulary.
-    """
+    """Decodes ids. Bytes that are not UTF-8, such as half a character, become U+FFFD. Raises ValueError for
+    an id outside the vocabulary."""
     return decode_bytes(ids).decode("utf-8", errors="replace")
 
 
 def decode_until_end(ids: list[int]) -> str:
-    """The text before the first <|endoftext|>, or all of it where there is none."""
+    """Decodes the ids before the first <|endoftext|>, or all of them if there is none."""
     return decode(ids[: ids.index(END_OF_TEXT)] if END_OF_TEXT in ids else ids)
 
 
 def decode_bytes(ids) -> bytes:
-    """Ids to the exact bytes they stand for."""
+    """Returns the exact bytes of the ids. Raises ValueError for an id outside the vocabulary."""
     ids = [int(id) for id in ids]
     for position, id in enumerate(ids):
         if not 0 <= id < VOCAB_SIZE:
@@ -140,11 +134,12 @@ def decode_bytes(ids) -> bytes:
 
 
 def encode_corpus(documents: "list[str] | pa.Array", continues: bool = False) -> np.ndarray:
-    """Many documents at once, a list or an Arrow array of strings: their ids as one uint16 stream (N,), each
-    document after a 50256; not the first, if it `continues` a document of which the ids are already known.
-    All cores work on it (or RAYON_NUM_THREADS); their number does not change the result. The ids are those of
-    `encode`, but for texts with one of the 4,657 letters that Unicode 17 (2025) added, which tiktoken 0.14
-    does not know yet: around these the two may cut differently.
+    """Encodes a list or an Arrow array of strings as one uint16 stream (N,), with 50256 before each document.
+    If `continues`, the first string continues an earlier document and gets none.
+
+    RAYON_NUM_THREADS threads (by default all cores) encode; their number does not change the result. The ids
+    equal those of `encode`, except near the 4,657 letters that Unicode 17 (2025) added: tiktoken 0.14 does
+    not know them.
     """
     import pyarrow as pa
 
@@ -164,7 +159,7 @@ def encode_corpus(documents: "list[str] | pa.Array", continues: bool = False) ->
 
 
 def as_awkward(strings: "pa.Array") -> Any:
-    """An Arrow array of strings in the form that gigatoken reads, without copying the text."""
+    """Converts an Arrow array of strings to gigatoken's input format without copying the text."""
     import awkward as ak
     import pyarrow as pa
 
@@ -183,7 +178,7 @@ def as_awkward(strings: "pa.Array") -> Any:
 
 @functools.lru_cache(maxsize=1)
 def hf_tokenizer() -> str:
-    """tokenizer.json, as the Hugging Face libraries read it."""
+    """Returns the content of tokenizer.json for the Hugging Face libraries."""
     # Hugging Face writes tokens as printable characters: bytes that are not printable move up to U+0100
     # onwards (openai/gpt-2, src/encoder.py, bytes_to_unicode).
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) not in " \u00a0\u00ad"]
@@ -213,8 +208,7 @@ def hf_tokenizer() -> str:
 
 
 def hf_files(positions: int) -> dict[str, str]:
-    """tokenizer.json and tokenizer_config.json, as transformers wants them in the directory of a model of so
-    many positions."""
+    """Returns tokenizer.json and tokenizer_config.json for transformers, for a model of so many positions."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": positions,

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import fineweb
 from lib import shard_writer, shards, tokenizer
-from lib.documents import Batch, in_batches, pieces, prose_paragraphs, pydocs, read_wikitext
+from lib.documents import Batch, batch_documents, cut_text, prose_paragraphs, pydocs, read_wikitext
 
 SCRIPT = Path(fineweb.__file__)
 DOCUMENTS = [
@@ -313,7 +313,7 @@ def test_two_runs_are_byte_identical(tmp_path, workers):
 @pytest.mark.parametrize("characters", [1, 30, 10**9])
 def test_batches_keep_every_document_in_order(monkeypatch, characters):
     monkeypatch.setattr("lib.documents.BATCH_BYTES", characters)
-    batches = list(in_batches(DOCUMENTS))
+    batches = list(batch_documents(DOCUMENTS))
     assert [text for batch in batches for text in batch.texts] == DOCUMENTS
     assert all(batch.texts for batch in batches)
     assert not any(batch.continues for batch in batches)
@@ -417,7 +417,7 @@ def test_a_process_beyond_the_last_is_refused(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"which cannot be.*RANK and WORLD_SIZE"):
-        fineweb.my_share()
+        fineweb.read_share()
 
 
 def test_two_processes_do_not_write_one_part(tmp_path):
@@ -477,7 +477,7 @@ def pieces_of(text: str, batch_bytes: int) -> list[Batch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lib.documents.BATCH_BYTES", batch_bytes)
         stream = io.BytesIO(text.encode())
-        return list(pieces(stream, stream))
+        return list(cut_text(stream, stream))
 
 
 AWKWARD = st.lists(
@@ -971,10 +971,10 @@ def test_several_processes_make_the_same_bytes_and_the_last_joins_them(
 
 
 def test_torchruns_variables_count_before_those_of_a_slurm_array(monkeypatch):
-    assert fineweb.my_share() == (0, 1)
+    assert fineweb.read_share() == (0, 1)
     for name, value in {**as_process(3, 9, "slurm"), **as_process(1, 2)}.items():
         monkeypatch.setenv(name, value)
-    assert fineweb.my_share() == (1, 2)
+    assert fineweb.read_share() == (1, 2)
 
 
 @pytest.mark.fault(18)
