@@ -152,7 +152,7 @@ def check(cfg: Config, world_size: int, device_type: str = "cpu"):
         )
     if cfg.activation_checkpointing and cfg.dropout and device_type == "mps":
         raise ValueError(
-            f"--dropout is {cfg.dropout}; on mps --activation-checkpointing cannot draw it twice: leave one out"
+            f"--dropout is {cfg.dropout}; on mps --activation-checkpointing cannot repeat it: leave one out"
         )
     rows = 1 if cfg.batch_size == "auto" else cfg.batch_size
     micro_step = rows * cfg.seq_len * world_size
