@@ -997,12 +997,12 @@ def test_training_outlives_a_cut_of_the_network(server, repo, ours, tmp_path):
         f"hf://datasets/{repo}",
         *TINY,
         "--run-name",
-        "server",
+        "hub",
         "--cache-gb",
         f"{4 * SHARD_BYTES / 1e9}",
     )
     wait_until(lambda: len(server.downloads()) > 5, there)
-    log = tmp_path / "log" / "server" / "log.txt"
+    log = tmp_path / "log" / "hub" / "log.txt"
     with server.cut():
         time.sleep(3)
         at_the_cut = len(log.read_text().splitlines()) if log.exists() else 0
@@ -1012,11 +1012,11 @@ def test_training_outlives_a_cut_of_the_network(server, repo, ours, tmp_path):
     _, err = finished(there)
     assert at_the_cut < 60 * 4, "the run had ended before the network was cut"
     assert "refused" in err
-    assert facts(tmp_path / "log" / "server") == facts(tmp_path / "log" / "local")
-    assert len(facts(tmp_path / "log" / "server")) == 60 * 3 + 4
+    assert facts(tmp_path / "log" / "hub") == facts(tmp_path / "log" / "local")
+    assert len(facts(tmp_path / "log" / "hub")) == 60 * 3 + 4
     assert len(list((tmp_path / "cache").rglob("*.npy"))) <= 4
     # The data are the same wherever they are: the run goes on from the folder.
-    run = tmp_path / "log" / "server"
+    run = tmp_path / "log" / "hub"
     again = train(server, tmp_path, ours, "--resume", str(run / "step_000050"))
     finished(again)
     assert facts(run) == facts(tmp_path / "log" / "local")
@@ -1026,6 +1026,6 @@ def test_training_outlives_a_cut_of_the_network(server, repo, ours, tmp_path):
 def test_two_training_processes_share_a_cache(server, repo, ours, tmp_path):
     server.commit(f"datasets/{repo}", on_the_hub(ours))
     flags = [*TINY, "--num-gpus", "2", "--batch-size", "2", "--cache-gb", f"{3.2 * SHARD_BYTES / 1e9}"]
-    finished(train(server, tmp_path, f"hf://datasets/{repo}", *flags, "--run-name", "server"))
+    finished(train(server, tmp_path, f"hf://datasets/{repo}", *flags, "--run-name", "hub"))
     finished(train(server, tmp_path, ours, *flags, "--run-name", "local"))
-    assert facts(tmp_path / "log" / "server") == facts(tmp_path / "log" / "local")
+    assert facts(tmp_path / "log" / "hub") == facts(tmp_path / "log" / "local")

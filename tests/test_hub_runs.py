@@ -394,14 +394,14 @@ def test_a_run_goes_on_from_the_hub_in_an_empty_folder_to_the_same_end(
         fetched = [path for method, path, _ in server.requests if method == "GET" and "/resolve/" in path]
         names = [path.rpartition("/")[2] for path in fetched]
         assert names.count("model.safetensors") == names.count("optimizer.safetensors") == 1
-        assert [path.name for path in log_dir.iterdir() if path.name not in ("whole", ".server")] == []
+        assert [path.name for path in log_dir.iterdir() if path.name not in ("whole", ".hub")] == []
 
 
 def test_a_run_goes_on_from_an_older_commit_and_under_another_name(start, server, whole, tmp_path):
     undisturbed = whole()
     for step in (4, 8):
         server.commit(REPO, on_the_hub(undisturbed, step))
-    words = ["--log-dir", str(tmp_path), "--run-name", "mine", "--server-repo", "me/other"]
+    words = ["--log-dir", str(tmp_path), "--run-name", "mine", "--hub-repo", "me/other"]
     printed = start(None, "--resume", f"hf://{REPO}@{COMMIT}", *words).finish()
     assert "resumed at step 4" in printed
     assert end_of(tmp_path / "mine") == end_of(undisturbed)
@@ -445,7 +445,7 @@ def test_a_damaged_repository_is_refused_by_name_and_nothing_is_left(
         log = tmp_path / f"log{attempt.number}"
         answer = client.refusal(PULL, "ValueError", location=f"hf://{repo}", log=log, name="")
         assert said in answer["message"] and name in answer["message"], answer
-        assert not log.exists() or [path.name for path in log.iterdir()] == [".server"]
+        assert not log.exists() or [path.name for path in log.iterdir()] == [".hub"]
         # Once it is mended, it is taken.
         if attempt.number in (0, 3):
             shared_hub.commit(repo, files)

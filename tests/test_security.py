@@ -497,11 +497,11 @@ def test_a_checkpoint_that_lists_a_file_elsewhere_is_refused(name, run, client, 
     assert repr(name) in answer["message"] or f"{name} is missing" in answer["message"], answer
     left = {path: when for path, when in listing(tmp_path).items() if "/new" not in path}
     assert left == before
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [".server"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [".hub"]
 
 
 @pytest.mark.fault(25)
-@pytest.mark.parametrize("name", two_by_default("../../evil", "/tmp/evil", "a/b", "..", "", " ", ".server"))
+@pytest.mark.parametrize("name", two_by_default("../../evil", "/tmp/evil", "a/b", "..", "", " ", ".hub"))
 def test_a_run_on_the_hub_with_a_bad_name_is_refused(name, run, client, shared_hub, repo, tmp_path):
     folder = run / "step_000004"
     settings = json.loads((folder / "state.json").read_text(encoding="utf-8"))["config"]
@@ -512,7 +512,7 @@ def test_a_run_on_the_hub_with_a_bad_name_is_refused(name, run, client, shared_h
     answer = client.refusal(PULL, "ValueError", **where, name="")
     assert f"--run-name is {name!r}" in answer["message"]
     left = {path: when for path, when in listing(tmp_path).items() if "/new" not in path}
-    assert left == before and [path.name for path in (tmp_path / "new").iterdir()] == [".server"]
+    assert left == before and [path.name for path in (tmp_path / "new").iterdir()] == [".hub"]
     assert client(PULL, **where, name="good") == str(tmp_path / "new" / "good" / "step_000004")
 
 
