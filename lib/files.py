@@ -116,14 +116,13 @@ def download(url: str, path: Path, sha256: str, tries: int = 4) -> Path:
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + f".{os.getpid()}.tmp")
-    failure = ""
+    partial, failure = path.with_name(f"{path.name}.{os.getpid()}.tmp"), ""
     try:
         for attempt in range(tries):
-            time.sleep(0 if attempt == 0 else 2**attempt / 2)
+            time.sleep(2**attempt / 2 if attempt else 0)
             have = partial.stat().st_size if partial.exists() else 0
+            headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
             try:
-                headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
                 with requests.get(url, headers=headers, stream=True, timeout=10) as response:
                     response.raise_for_status()
                     size = int(response.headers.get("Content-Length", 0)) or None
@@ -131,13 +130,11 @@ def download(url: str, path: Path, sha256: str, tries: int = 4) -> Path:
                     with bar, open(partial, "ab" if response.status_code == 206 else "wb") as f:
                         for block in response.iter_content(1 << 16):
                             bar.update(f.write(block))
-                        f.flush()
-                        os.fsync(f.fileno())
             except requests.RequestException as error:
                 failure = f"{type(error).__name__}: {error}"
                 continue
-            found = hash_file(partial)
-            if found == sha256:
+            if (found := hash_file(partial)) == sha256:
+                flush(partial)
                 os.replace(partial, path)
                 return path
             failure = f"{partial.stat().st_size:,} bytes with SHA-256 {found}, not {sha256}"
