@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 import fineweb
 import hellaswag
-from lib import checkpoint, cli, documents, shards, tokenizer
+from lib import checkpoint, cli, documents, shards, sources, tokenizer
 from lib.device import cast_linears, pick_device, pick_dtype
 from lib.files import write_json
 from model import GPT, GPTConfig, config_to_hf, to_hf
@@ -319,8 +319,10 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             text = Path(self.cfg.text or folder)
             if not self.cfg.text:
-                pq.write_table(pa.table({"text": list(documents.pydocs()) * 10}), text / "pydocs.parquet")
-            files = fineweb.local_files(str(text))
+                pq.write_table(
+                    pa.table({"text": list(documents.read_pydocs()) * 10}), text / "pydocs.parquet"
+                )
+            files = sources.find_local_files(str(text))
             if others := [path.name for path in files if path.suffix != ".parquet"]:
                 raise ValueError(f"--text {text} holds {others[0]}; this compares readers of parquet only")
 
@@ -334,7 +336,7 @@ class Bench:
                 with tempfile.TemporaryDirectory() as out:
                     fineweb.main(fineweb.Config(source=str(text), out_dir=out))
 
-            encoding = tokenizer.tiktoken_encoding()
+            encoding = tokenizer.load_tiktoken()
             cores = os.cpu_count() or 1
             parquet = gigatoken.ParquetFileSource([str(path) for path in files])
             with multiprocessing.get_context("spawn").Pool(cores) as pool:
@@ -345,7 +347,7 @@ class Bench:
                         encoding.encode_ordinary_batch(batch.texts.to_pylist(), num_threads=cores)
                         for batch in batches()
                     ],
-                    "gigatoken alone": lambda: tokenizer.gigatoken_tokenizer().encode_files(parquet),
+                    "gigatoken alone": lambda: tokenizer.load_gigatoken().encode_files(parquet),
                     "reading alone": lambda: sum(len(batch.texts) for batch in batches()),
                 }
                 times = self.time_sides(ours, *sides.values())
@@ -377,7 +379,7 @@ def measure_peak(cfg: Config, is_ours: bool) -> float:
 
 def tokenize_document(text: str) -> np.ndarray:
     """The work of each process in the pool of build-nanogpt's fineweb.py."""
-    ids = np.array([tokenizer.END_OF_TEXT, *tokenizer.tiktoken_encoding().encode_ordinary(text)])
+    ids = np.array([tokenizer.END_OF_TEXT, *tokenizer.load_tiktoken().encode_ordinary(text)])
     assert (ids >= 0).all() and (ids < 2**16).all()
     return ids.astype(np.uint16)
 

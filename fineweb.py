@@ -41,10 +41,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib import cli, documents, files, hub, hub_shards, shard_writer, shards, tokenizer
+from lib import cli, documents, files, hub, hub_shards, shard_writer, shards, sources, tokenizer
 from lib.documents import Batch, Unit
-from lib.sources import HUB_SOURCES, TOKENIZED_SOURCES, Input, describe, find_inputs
-from lib.sources import local_files as local_files  # for bench.py
+from lib.sources import Input
 
 PACKED = (".parquet", *documents.COMPRESSED)
 PART_BYTES = 2**30  # of input files per part
@@ -91,9 +90,7 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        if self.out_dir:
-            return Path(self.out_dir)
-        return files.DATA / self.dataset_name
+        return Path(self.out_dir) if self.out_dir else files.DATA / self.dataset_name
 
     @property
     def downloads(self) -> Path:
@@ -102,19 +99,18 @@ class Config:
     @property
     def tokenized(self) -> str:
         """The location of the shards if the source consists of shards, else ""."""
-        location = TOKENIZED_SOURCES.get(self.source, self.source)
+        location = sources.TOKENIZED_SOURCES.get(self.source, self.source)
         return location if location.startswith(hub.HUB_PREFIX) else ""
-
-    @property
-    def is_local(self) -> bool:
-        remote_names = (*HUB_SOURCES, *TOKENIZED_SOURCES, "tiny-shakespeare")
-        return self.source not in remote_names and not self.source.startswith(("hf:", hub.HUB_PREFIX))
 
     @property
     def request(self) -> dict:
         """The settings that determine the shards."""
         fields = ("source", "config", "split", "text_field", "documents", "shard_tokens", "val_tokens")
         return {name: getattr(self, name) for name in fields}
+
+    def find_inputs(self, revision: str | None = None) -> tuple[list[Input], dict]:
+        facts = (self.config, self.split, self.text_field, self.documents)
+        return sources.find_inputs(sources.Source(self.source, self.downloads, *facts), revision)
 
 
 # -----------------------------------------------------------------------------
@@ -247,7 +243,7 @@ def tokenize(cfg: Config, manifest: dict | None):
     if cfg.workers:
         os.environ["RAYON_NUM_THREADS"] = str(cfg.workers)  # read once, when gigatoken starts its threads
     rank, world_size = read_share()
-    inputs, about = find_inputs(cfg, manifest["revision"] if manifest else None)
+    inputs, about = cfg.find_inputs(manifest["revision"] if manifest else None)
     if any(file.split == "val" for file in inputs) and cfg.val_tokens is not None:
         raise ValueError(f"--val-tokens is {cfg.val_tokens}; {cfg.source} has its own validation split")
     parts = group_into_parts(inputs)
@@ -256,7 +252,7 @@ def tokenize(cfg: Config, manifest: dict | None):
         **about,
         "request": cfg.request,
         "tokenizer": {"name": "gpt2", "sha256": tokenizer.RANKS_SHA256},
-        "inputs": describe(inputs),
+        "inputs": sources.describe_inputs(inputs),
         "parts": len(parts),
     }
     manifest = shard_writer.begin(cfg.folder, plan)
@@ -268,7 +264,7 @@ def tokenize(cfg: Config, manifest: dict | None):
             )
         shard_writer.clear(cfg.folder)
         manifest = shard_writer.begin(cfg.folder, plan)
-    mine = [n for n in shard_writer.missing_parts(cfg.folder, manifest) if n % world_size == rank]
+    mine = [n for n in shard_writer.find_missing_parts(cfg.folder, manifest) if n % world_size == rank]
     check_disk(cfg, [parts[n] for n in mine])
     progress = Progress(sum(file.size for n in mine for file in parts[n]))
     # A thread downloads the next file while this one is read.
@@ -276,7 +272,7 @@ def tokenize(cfg: Config, manifest: dict | None):
     for n in mine:
         split = parts[n][0].split
         val_tokens = cfg.val_tokens if n == 0 and not split else 0
-        begun = shard_writer.plan_of(manifest)
+        begun = shard_writer.hash_plan(manifest)
         with shard_writer.PartWriter(
             cfg.folder, n, cfg.shard_tokens, val_tokens, split or "train", begun
         ) as writer:
@@ -288,7 +284,7 @@ def tokenize(cfg: Config, manifest: dict | None):
             if cfg.clear_cache and file.download:
                 file.download.unlink(missing_ok=True)
     progress.bar.close()
-    missing = shard_writer.missing_parts(cfg.folder, manifest)
+    missing = shard_writer.find_missing_parts(cfg.folder, manifest)
     if missing and not shards.is_complete(cfg.folder):
         print(
             f"process {rank} of {world_size} is done; {len(missing)} of {len(parts)} parts are still missing "
@@ -347,7 +343,8 @@ def is_whole(cfg: Config, manifest: dict) -> bool:
         have = sum(shard["split"] == "train" for shard in manifest["shards"])
         return have >= (cfg.max_shards or manifest["available"])
     with contextlib.suppress(FileNotFoundError):  # the text may be gone once it is in shards
-        if cfg.is_local and describe(find_inputs(cfg, None)[0]) != manifest["inputs"]:
+        local = sources.is_local(cfg.source)
+        if local and sources.describe_inputs(cfg.find_inputs()[0]) != manifest["inputs"]:
             raise ValueError(
                 f"{cfg.source} has changed since {cfg.folder} was made from it; remove the folder to make it "
                 "again, or give another --name or --out-dir"
@@ -452,8 +449,8 @@ def inspect(folder: Path, most_shards: int = 20):
             texts.append(f"  {shard['file']} at {start:,}: {tokenizer.decode_until_end(document)!r}")
     print_histogram(np.concatenate(lengths))
     counts[tokenizer.END_OF_TEXT] = 0
-    text_bytes = sum(len(token) * int(counts[rank]) for token, rank in tokenizer.ranks().items())
-    print(f"\n{text_bytes / max(1, counts.sum()):.2f} bytes a token (from {len(entries)} shards)\n")
+    text_bytes = sum(len(token) * int(counts[rank]) for token, rank in tokenizer.load_ranks().items())
+    print(f"\n{text_bytes / max(1, counts.sum()):.2f} bytes per token (from {len(entries)} shards)\n")
     print("\n".join(draw.sample(texts, min(6, len(texts)))))
 
 
@@ -461,7 +458,7 @@ def print_histogram(lengths: np.ndarray):
     """Prints a histogram of tokens per document; each bin is twice as wide as the one before."""
     if not len(lengths):
         return
-    print(f"\ntokens a document: median {np.median(lengths):,.0f}, longest {lengths.max():,}")
+    print(f"\ntokens per document: median {np.median(lengths):,.0f}, longest {lengths.max():,}")
     bins = np.bincount(np.ceil(np.log2(lengths + 1)).astype(int))
     for power, count in enumerate(bins):
         if count or power >= int(np.flatnonzero(bins)[0]):

@@ -2,7 +2,7 @@
 
     for batch in documents.read_file(Path("corpus.parquet")):
         batch.texts                             # list[str], or from parquet an Arrow array
-    list(documents.pydocs())                    # prose that is on every machine
+    list(documents.read_pydocs())               # prose that is on every machine
 
 Formats: .txt .md .raw .jsonl .parquet, each also .gz or .zst. A batch has a few MB of text, so memory stays
 bounded; a long text file spans several batches. On disk: nothing.
@@ -217,13 +217,13 @@ def is_readable(name: str) -> bool:
 # pydocs: English prose that every installation of this project already has
 
 
-def pinned_packages() -> list[str]:
+def list_pinned_packages() -> list[str]:
     """Returns the names of the packages in requirements.txt."""
     requirements = (files.ROOT / "requirements.txt").read_text(encoding="utf-8")
     return sorted(set(re.findall(r"^([A-Za-z0-9_-]+)==", requirements, flags=re.MULTILINE)))
 
 
-def pydocs() -> Iterator[str]:
+def read_pydocs() -> Iterator[str]:
     """Yields the prose in docstrings of Python and of requirements.txt's packages, one document per file.
 
     Code, tables, examples and lists are left out. GPT-2's tokenizer spends a token on each blank of an
@@ -232,7 +232,7 @@ def pydocs() -> Iterator[str]:
     """
     stdlib = Path(sysconfig.get_path("stdlib"))
     files = [(str(p.relative_to(stdlib)), p) for p in stdlib.rglob("*.py") if "site-packages" not in p.parts]
-    for package in pinned_packages():
+    for package in list_pinned_packages():
         distribution = metadata.distribution(package)
         files += [(str(p), Path(str(distribution.locate_file(p)))) for p in distribution.files or []]
     files = [(name, path) for name, path in sorted(files) if name.endswith(".py") and "test" not in name]
@@ -241,13 +241,13 @@ def pydocs() -> Iterator[str]:
     for _, path in files:
         source = path.read_text(encoding="utf-8", errors="ignore")
         docstrings = re.findall(r'"""(.*?)"""', source, flags=re.DOTALL)
-        prose = [text for doc in docstrings for text in prose_paragraphs(doc) if text not in seen]
+        prose = [text for doc in docstrings for text in extract_prose(doc) if text not in seen]
         seen.update(prose)
         if prose:
             yield "\n\n".join(dict.fromkeys(prose))
 
 
-def prose_paragraphs(docstring: str) -> Iterator[str]:
+def extract_prose(docstring: str) -> Iterator[str]:
     """Yields a docstring's paragraphs of prose, each as one line. Prose is whole sentences, evenly indented,
     nine tenths letters, without markup or code."""
     for paragraph in re.split(r"\n\s*\n", docstring):

@@ -26,7 +26,7 @@ DATA, LOGS, ASSETS = ROOT / "data", ROOT / "log", ROOT / "assets"
 
 
 def hash_file(path: Path, digest: Any = None) -> str:
-    """Returns the SHA-256 of a file in hexadecimal, or updates and returns another digest."""
+    """Returns a file's SHA-256 in hexadecimal. `digest` replaces it, and may already have read a prefix."""
     digest = digest or hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):

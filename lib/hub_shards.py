@@ -64,9 +64,9 @@ class HubFolder(Folder):
         self.recent = dict.fromkeys(path.name for path in here)  # the last is the most recently used
         self.heads: dict[str, np.ndarray] = {}
         self.lock = threading.Lock()
-        self.expected: queue.Queue[dict] = queue.Queue()
+        self.announced: queue.Queue[dict] = queue.Queue()
         # The thread is a daemon: unlike an executor's threads, it does not delay the end of the run.
-        threading.Thread(target=self._fetch_expected, daemon=True).start()
+        threading.Thread(target=self._fetch_announced, daemon=True).start()
 
     def _compare(self, entry: dict):
         """Raises ValueError if the repository and the manifest disagree about the shard. Without a manifest,
@@ -92,7 +92,7 @@ class HubFolder(Folder):
                     (self.folder / oldest).unlink()
         return path
 
-    def head(self, entry: dict, tokens: int) -> np.ndarray | None:
+    def read_head(self, entry: dict, tokens: int) -> np.ndarray | None:
         if tokens > HEAD_TOKENS or "head_sha256" not in entry or entry["file"] in self.recent:
             return None
         if entry["file"] in self.heads:
@@ -104,14 +104,14 @@ class HubFolder(Folder):
         self.heads[entry["file"]] = ids
         return ids[:tokens]
 
-    def expect(self, entry: dict):
+    def announce(self, entry: dict):
         if entry["file"] not in self.recent:
-            self.expected.put(entry)
+            self.announced.put(entry)
 
-    def _fetch_expected(self):
+    def _fetch_announced(self):
         while True:
             with contextlib.suppress(Exception):  # `path` fetches it again and raises
-                self.path(self.expected.get())
+                self.path(self.announced.get())
 
     def check(self, entry: dict):
         """Does nothing: a shard is checked when it is downloaded."""

@@ -143,7 +143,7 @@ class Run:
         self.report(step, wait=True)
         weights, tensors = checkpoint.gather_state(model, list(optimizers))
         if self.process.rank == 0:
-            texts = tokenizer.hf_files(model.config.block_size)
+            texts = tokenizer.build_hf_files(model.config.block_size)
             self.saver.begin(step, model.config, weights, tensors, state, texts)
         milliseconds = 1000 * (time.perf_counter() - begin)
         folder = cli.format_path(self.folder / f"step_{step:06d}")

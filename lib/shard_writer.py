@@ -1,6 +1,6 @@
 """Writes token shards: the parts of a source in parallel, then `merge` joins them.
 
-    plan = shard_writer.plan_of(shard_writer.begin(folder, about))
+    plan = shard_writer.hash_plan(shard_writer.begin(folder, about))
     with shard_writer.PartWriter(folder, 0, shard_tokens=100_000_000, plan=plan) as writer:
         writer.write(ids)
         writer.close()
@@ -58,11 +58,11 @@ class PartWriter:
         split: str = "train",
         plan: str = "",
     ):
-        """`plan` is the data set's `plan_of`. Raises OSError if another process is writing the part, and
+        """`plan` is the data set's `hash_plan`. Raises OSError if another process is writing the part, and
         ValueError if the existing part has another plan."""
         from filelock import FileLock, Timeout
 
-        self.folder, self.shard_tokens, self.split = part_folder(folder, part), shard_tokens, split
+        self.folder, self.shard_tokens, self.split = locate_part(folder, part), shard_tokens, split
         self.pieces: list[np.ndarray] = []
         self.held = 0  # tokens in pieces
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -208,11 +208,11 @@ class PartWriter:
         return 0, 0
 
 
-def part_folder(folder: Path, part: int) -> Path:
+def locate_part(folder: Path, part: int) -> Path:
     return folder / PARTS / f"{part:06d}"
 
 
-def plan_of(manifest: dict) -> str:
+def hash_plan(manifest: dict) -> str:
     """Returns a hash of the manifest's description of the data set. All parts must have the same."""
     plan = {key: value for key, value in manifest.items() if key not in ("complete", "shards")}
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
@@ -221,7 +221,7 @@ def plan_of(manifest: dict) -> str:
 def read_part(folder: Path, part: int) -> dict | None:
     """Returns the part's state, or None if its part.json is missing or damaged."""
     with contextlib.suppress(FileNotFoundError, ValueError):
-        return json.loads((part_folder(folder, part) / "part.json").read_text(encoding="utf-8"))
+        return json.loads((locate_part(folder, part) / "part.json").read_text(encoding="utf-8"))
     return None
 
 
@@ -249,7 +249,7 @@ def begin(folder: Path, about: dict) -> dict:
     return load_manifest(path)
 
 
-def missing_parts(folder: Path, manifest: dict) -> list[int]:
+def find_missing_parts(folder: Path, manifest: dict) -> list[int]:
     return [p for p in range(manifest["parts"]) if not (read_part(folder, p) or {}).get("complete")]
 
 
@@ -272,13 +272,13 @@ def _merge(folder: Path) -> dict:
     if manifest["complete"]:
         shutil.rmtree(folder / PARTS, ignore_errors=True)
         return manifest
-    if missing := missing_parts(folder, manifest):
+    if missing := find_missing_parts(folder, manifest):
         some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
         raise ValueError(f"{folder}: of {manifest['parts']} parts, these are missing or incomplete: {some}")
     parts = [part for number in range(manifest["parts"]) if (part := read_part(folder, number))]
     if len(parts) < manifest["parts"]:
         raise ValueError(f"{folder / PARTS} was removed while its parts were joined")
-    if strangers := [n for n, part in enumerate(parts) if part["plan"] != plan_of(manifest)]:
+    if strangers := [n for n, part in enumerate(parts) if part["plan"] != hash_plan(manifest)]:
         raise ValueError(
             f"{folder}: parts {strangers} are of another source, revision or flags than {MANIFEST}"
         )
@@ -293,7 +293,7 @@ def _merge(folder: Path) -> dict:
         for number, (part, shard) in enumerate(found):
             path = folder / f"{manifest['name']}_{split}_{number:06d}.npy"
             with contextlib.suppress(FileNotFoundError):  # moved by an earlier try, or by another process
-                os.replace(part_folder(folder, part) / shard["file"], path)
+                os.replace(locate_part(folder, part) / shard["file"], path)
             open_shard(path, shard["tokens"])
             entries.append({**shard, "file": path.name})
     files.flush(folder)

@@ -150,6 +150,8 @@ def list_shards(folder: Path) -> list[dict]:
     """Lists a data set's shards in order: dicts with file and split and, from a manifest, tokens and sha256.
     Raises FileNotFoundError, with the command that makes shards, if there are none, and ValueError for shards
     of two formats."""
+    if str(folder).startswith("hf:"):
+        raise ValueError(f"{folder} is on the Hugging Face Hub; lib.hub_shards.open_folder opens it")
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest is not None:
         return manifest["shards"]
@@ -184,11 +186,11 @@ class Folder:
         """Returns the shard's path."""
         return self.folder / entry["file"]
 
-    def head(self, entry: dict, tokens: int) -> np.ndarray | None:
+    def read_head(self, entry: dict, tokens: int) -> np.ndarray | None:
         """Returns the shard's first tokens if they cost less than the whole shard, else None."""
         return None
 
-    def expect(self, entry: dict):
+    def announce(self, entry: dict):
         """Announces that the shard will be needed soon."""
 
     def check(self, entry: dict):
@@ -283,9 +285,9 @@ class ShardReader:
         micro-step, then by rank, so batch_size and world_size do not change a step's data.
         """
         first = step * sequences + (micro_step * world_size + rank) * batch_size
-        return self.read([self.position(n) for n in range(first, first + batch_size)])
+        return self.read([self.find_position(n) for n in range(first, first + batch_size)])
 
-    def position(self, sequence: int) -> int:
+    def find_position(self, sequence: int) -> int:
         """Returns the offset of the run's sequence number `sequence` in the split's stream of tokens."""
         epoch, number = divmod(sequence, self.num_windows)
         order, ends, firsts, shift = self._epoch(epoch)
@@ -293,9 +295,9 @@ class ShardReader:
         if self.announced != (epoch, i):
             self.announced = epoch, i
             following = order[i + 1] if i + 1 < len(order) else self._epoch(epoch + 1)[0][0]
-            self.folder.expect(self.entries[int(following)])
+            self.folder.announce(self.entries[int(following)])
             if order[i] + 1 < len(order) and "head_sha256" not in self.entries[order[i] + 1]:
-                self.folder.expect(self.entries[order[i] + 1])  # one window reaches into it
+                self.folder.announce(self.entries[order[i] + 1])  # one window reaches into it
         shard, begin = int(order[i]), int(ends[i - 1]) if i else 0
         windows = self._window_order(epoch, shard, int(firsts[shard + 1] - firsts[shard]))
         window = int(firsts[shard] + windows[number - begin])
@@ -313,7 +315,7 @@ class ShardReader:
             while filled < len(row):  # a window may reach over the end of a shard
                 i = int(np.searchsorted(self.ends, begin + filled, side="right"))
                 offset, wanted = begin + filled - int(self.ends[i]) + self.sizes[i], len(row) - filled
-                part = self.folder.head(self.entries[i], min(wanted, self.sizes[i])) if filled else None
+                part = self.folder.read_head(self.entries[i], min(wanted, self.sizes[i])) if filled else None
                 if part is None:
                     part = self._open(i)[offset : offset + wanted]
                 if int(part.max()) >= self.vocab_size:

@@ -1,12 +1,12 @@
 """The files behind fineweb.py's --source: on this disk, at a URL, or on the Hugging Face Hub.
 
-    inputs, origin = sources.find_inputs(cfg)
+    source = sources.Source("tinystories", downloads=Path("data/tinystories/downloads"))
+    inputs, origin = sources.find_inputs(source)
     for file in inputs:
         for batch in file.read(file.locate()):  # downloads the file if it is not here
             batch.texts
 
-On disk: `cfg.downloads` holds the downloaded files. `cfg` is fineweb.py's Config; this file reads its
-`source`, `config`, `split`, `documents`, `text_field` and `downloads`.
+On disk: the downloaded files, in the given folder.
 """
 
 import glob
@@ -14,12 +14,13 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib import documents, files, hub
-from lib.documents import Batch
+from lib.documents import Batch, Unit
 
 # Our name: repository, configuration, and the splits to read, by their names on the Hub.
 HUB_SOURCES = {
@@ -46,6 +47,21 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 OUR_SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
 
+@dataclass(frozen=True)
+class Source:
+    """The value of --source, the folder for downloads, and the flags that select and read the text."""
+
+    name: str
+    downloads: Path
+    config: str = ""
+    split: str = "train"
+    text_field: str = "text"
+    unit: Unit = "auto"
+
+    def read(self, path: Path) -> Iterator[Batch]:
+        return documents.read_file(path, self.unit, self.text_field)
+
+
 class Input(NamedTuple):
     """A file of the source."""
 
@@ -58,31 +74,37 @@ class Input(NamedTuple):
     download: Path | None = None  # path of the download; None for the user's own file
 
 
-def find_inputs(cfg: Any, revision: str | None = None) -> tuple[list[Input], dict]:
+def is_local(source: str) -> bool:
+    """Tells whether --source is a path, a glob or pydocs, which need no network."""
+    names = (*HUB_SOURCES, *TOKENIZED_SOURCES, "tiny-shakespeare")
+    return source not in names and not source.startswith(("hf:", hub.HUB_PREFIX))
+
+
+def find_inputs(source: Source, revision: str | None = None) -> tuple[list[Input], dict]:
     """Returns the source's files in a fixed order, and the manifest's entries about their origin. A source on
     the Hub is read at `revision`; None is its newest. Raises ValueError or OSError for a source that does not
     exist or cannot be read."""
-    if cfg.source == "pydocs":
-        packages = [f"{name}-{metadata.version(name)}" for name in documents.pinned_packages()]
+    if source.name == "pydocs":
+        packages = [f"{name}-{metadata.version(name)}" for name in documents.list_pinned_packages()]
         version = " ".join([sys.version.split()[0], *packages])
-        read = lambda _: documents.batch_documents(documents.pydocs())  # noqa: E731
+        read = lambda _: documents.batch_documents(documents.read_pydocs())  # noqa: E731
         return [Input("pydocs", 0, version, Path, read)], {"source": "pydocs", "revision": version}
-    if cfg.source in HUB_SOURCES or cfg.source.startswith("hf:"):
-        return find_hub_inputs(cfg, revision)
-    read = lambda path: documents.read_file(path, cfg.documents, cfg.text_field)  # noqa: E731
-    if cfg.source == "tiny-shakespeare":
-        path = cfg.downloads / "tiny-shakespeare.txt"
+    if source.name in HUB_SOURCES or source.name.startswith("hf:"):
+        return find_hub_inputs(source, revision)
+    read = source.read
+    if source.name == "tiny-shakespeare":
+        path = source.downloads / "tiny-shakespeare.txt"
         locate = lambda: files.download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)  # noqa: E731
         whole = [Input(path.name, 1_115_394, SHAKESPEARE_SHA256, locate, read, download=path)]
         return whole, {"source": SHAKESPEARE_URL, "revision": SHAKESPEARE_SHA256}
     inputs = []
-    for path in local_files(cfg.source):
+    for path in find_local_files(source.name):
         facts = path.stat()
         inputs.append(Input(str(path), facts.st_size, str(facts.st_mtime_ns), lambda path=path: path, read))
-    return inputs, {"source": cfg.source, "revision": f"{len(inputs)} files"}
+    return inputs, {"source": source.name, "revision": f"{len(inputs)} files"}
 
 
-def local_files(source: str) -> list[Path]:
+def find_local_files(source: str) -> list[Path]:
     """Returns the readable files that a path or glob names, sorted. Raises FileNotFoundError if it names
     nothing, and ValueError if no file can be read."""
     path = Path(source).expanduser()
@@ -102,16 +124,16 @@ def local_files(source: str) -> list[Path]:
     return readable
 
 
-def find_hub_inputs(cfg: Any, revision: str | None) -> tuple[list[Input], dict]:
+def find_hub_inputs(source: Source, revision: str | None) -> tuple[list[Input], dict]:
     """Lists a Hugging Face data set's files; the library `datasets` finds them by configuration and split. If
     a file is not text, JSON lines or parquet, `datasets` reads the whole split as one stream."""
     import datasets
 
-    repo, asked = hub.parse_hub(cfg.source.removeprefix("hf:")) if ":" in cfg.source else ("", None)
-    config, splits = cfg.config, (cfg.split,)
-    if not repo:
-        repo, config, splits = HUB_SOURCES[cfg.source]
-        config = cfg.config or config
+    if source.name in HUB_SOURCES:
+        (repo, config, splits), asked = HUB_SOURCES[source.name], None
+    else:
+        (repo, asked), config, splits = hub.parse_hub(source.name.removeprefix("hf:")), "", (source.split,)
+    config = source.config or config
 
     def ask() -> tuple[str, Any]:
         commit, _ = hub.list_hub(repo, revision or asked, paths=["README.md"])
@@ -125,23 +147,22 @@ def find_hub_inputs(cfg: Any, revision: str | None) -> tuple[list[Input], dict]:
     commit, builder = hub.retry(repo, ask)
     about = {"source": f"hf:{repo}", "config": config, "revision": commit}
     found: dict[str, list[str]] = builder.config.data_files or {}
-    if missing := [split for split in splits if split not in found]:
+    if missing := [name for name in splits if name not in found]:
         raise ValueError(
             f"{repo} has no split {missing[0]!r}; it has {', '.join(found)} (choose with --split)"
         )
-    paths = {split: [url.partition(f"@{commit}/")[2] for url in found[split]] for split in splits}
-    if not all(documents.is_readable(path) for split in splits for path in paths[split]):
-        rows = lambda: stream_rows(repo, config, cfg.split, commit, cfg.text_field)  # noqa: E731
+    paths = {name: [url.partition(f"@{commit}/")[2] for url in found[name]] for name in splits}
+    wanted = [path for name in splits for path in paths[name]]
+    if not all(map(documents.is_readable, wanted)):
+        rows = lambda: stream_rows(repo, config, source.split, commit, source.text_field)  # noqa: E731
         return [Input(repo, 0, commit, Path, lambda _: documents.batch_documents(rows()))], about
 
-    _, listed = hub.list_hub(repo, commit, [path for split in splits for path in paths[split]])
-    read = lambda path: documents.read_file(path, cfg.documents, cfg.text_field)  # noqa: E731
-    if cfg.source == "wikitext-103":
-        read = documents.read_wikitext
-    inputs, folder = [], cfg.downloads / commit[:12]
-    for split in splits:
-        ours = OUR_SPLITS[split] if len(splits) > 1 else ""
-        for path in paths[split]:
+    _, listed = hub.list_hub(repo, commit, wanted)
+    read = documents.read_wikitext if source.name == "wikitext-103" else source.read
+    inputs, folder = [], source.downloads / commit[:12]
+    for name in splits:
+        ours = OUR_SPLITS[name] if len(splits) > 1 else ""
+        for path in paths[name]:
             locate = lambda file=listed[path]: hub.fetch(file, folder)  # noqa: E731
             inputs.append(Input(path, listed[path].size, commit, locate, read, ours, folder / path))
     return inputs, about
@@ -160,7 +181,7 @@ def stream_rows(repo: str, config: str, split: str, revision: str, text_field: s
             yield documents.extract_text(row, text_field)  # type: ignore[arg-type]
 
 
-def describe(inputs: list[Input]) -> dict:
+def describe_inputs(inputs: list[Input]) -> dict:
     """Returns the number of files, their bytes, and a hash that changes when a file does."""
     listing = json.dumps([(file.name, file.size, file.version, file.split) for file in inputs])
     size, digest = sum(file.size for file in inputs), hashlib.sha256(listing.encode()).hexdigest()

@@ -41,7 +41,7 @@ LONGEST_FOR_TIKTOKEN = 100_000
 
 
 @functools.lru_cache(maxsize=1)
-def ranks() -> dict[bytes, int]:
+def load_ranks() -> dict[bytes, int]:
     """Returns the vocabulary, bytes to id. A merge's id is its rank. Raises ValueError for a changed file."""
     data = RANKS_FILE.read_bytes()
     found = hashlib.sha256(data).hexdigest()
@@ -60,7 +60,7 @@ def merge_bytes(word: bytes, max_rank: int | None = None) -> list[bytes]:
     parts = [bytes([b]) for b in word]
     limit = VOCAB_SIZE if max_rank is None else max_rank
     while True:
-        pairs = [(ranks().get(a + b, VOCAB_SIZE), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
+        pairs = [(load_ranks().get(a + b, VOCAB_SIZE), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
         rank, i = min(pairs, default=(VOCAB_SIZE, 0))
         if rank >= limit:
             return parts
@@ -72,22 +72,24 @@ def encode_from_scratch(text: str) -> list[int]:
     import regex  # `re` has no \p{L}
 
     words = regex.findall(SPLIT_PATTERN, replace_surrogates(text))
-    return [ranks()[part] for word in words for part in merge_bytes(word.encode("utf-8"))]
+    return [load_ranks()[part] for word in words for part in merge_bytes(word.encode("utf-8"))]
 
 
 @functools.lru_cache(maxsize=1)
-def tiktoken_encoding():
+def load_tiktoken():
     import tiktoken
 
     special = {END_OF_TEXT_STRING: END_OF_TEXT}
-    return tiktoken.Encoding("gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks(), special_tokens=special)
+    return tiktoken.Encoding(
+        "gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=load_ranks(), special_tokens=special
+    )
 
 
 @functools.lru_cache(maxsize=1)
-def gigatoken_tokenizer():
+def load_gigatoken():
     import gigatoken
 
-    ranks()  # checks the file's hash
+    load_ranks()  # checks the file's hash
     return gigatoken.Tokenizer.from_tiktoken(RANKS_FILE, "gpt2")  # no special tokens: what documents need
 
 
@@ -107,8 +109,8 @@ def encode(text: str, special: bool = False) -> list[int]:
         first, *rest = text.split(END_OF_TEXT_STRING)
         return encode(first) + [id for piece in rest for id in (END_OF_TEXT, *encode(piece))]
     if len(text) > LONGEST_FOR_TIKTOKEN:
-        return gigatoken_tokenizer().encode(text).tolist()
-    return tiktoken_encoding().encode_ordinary(text)
+        return load_gigatoken().encode(text).tolist()
+    return load_tiktoken().encode_ordinary(text)
 
 
 def decode(ids) -> str:
@@ -130,7 +132,7 @@ def decode_bytes(ids) -> bytes:
             raise ValueError(
                 f"id {id} at position {position} is outside the vocabulary, 0 to {VOCAB_SIZE - 1}"
             )
-    return tiktoken_encoding().decode_bytes(ids)
+    return load_tiktoken().decode_bytes(ids)
 
 
 def encode_corpus(documents: "list[str] | pa.Array", continues: bool = False) -> np.ndarray:
@@ -147,7 +149,7 @@ def encode_corpus(documents: "list[str] | pa.Array", continues: bool = False) ->
         return np.empty(0, dtype=np.uint16)
     if isinstance(documents, list):
         documents = pa.array([replace_surrogates(document) for document in documents], pa.large_string())
-    layout: Any = gigatoken_tokenizer().encode_batch(as_awkward(documents)).layout
+    layout: Any = load_gigatoken().encode_batch(convert_to_awkward(documents)).layout
     offsets = np.asarray(layout.offsets.data, dtype=np.int64)
     ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
     starts = offsets[1 if continues else 0 : -1] - offsets[0]
@@ -158,7 +160,7 @@ def encode_corpus(documents: "list[str] | pa.Array", continues: bool = False) ->
     return stream
 
 
-def as_awkward(strings: "pa.Array") -> Any:
+def convert_to_awkward(strings: "pa.Array") -> Any:
     """Converts an Arrow array of strings to gigatoken's input format without copying the text."""
     import awkward as ak
     import pyarrow as pa
@@ -177,7 +179,7 @@ def as_awkward(strings: "pa.Array") -> Any:
 
 
 @functools.lru_cache(maxsize=1)
-def hf_tokenizer() -> str:
+def build_tokenizer_json() -> str:
     """Returns the content of tokenizer.json for the Hugging Face libraries."""
     # Hugging Face writes tokens as printable characters: bytes that are not printable move up to U+0100
     # onwards (openai/gpt-2, src/encoder.py, bytes_to_unicode).
@@ -189,7 +191,7 @@ def hf_tokenizer() -> str:
         return "".join(letters[b] for b in token)
 
     merges = [
-        [spell(p) for p in merge_bytes(token, rank)] for token, rank in ranks().items() if len(token) > 1
+        [spell(p) for p in merge_bytes(token, rank)] for token, rank in load_ranks().items() if len(token) > 1
     ]
     special = {"id": END_OF_TEXT, "content": END_OF_TEXT_STRING, "special": True, "normalized": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -200,14 +202,14 @@ def hf_tokenizer() -> str:
         "decoder": byte_level,
         "model": {
             "type": "BPE",
-            "vocab": {spell(t): r for t, r in ranks().items()} | {END_OF_TEXT_STRING: END_OF_TEXT},
+            "vocab": {spell(t): r for t, r in load_ranks().items()} | {END_OF_TEXT_STRING: END_OF_TEXT},
             "merges": merges,
         },
     }
     return json.dumps(tokenizer_json, ensure_ascii=False)
 
 
-def hf_files(positions: int) -> dict[str, str]:
+def build_hf_files(positions: int) -> dict[str, str]:
     """Returns tokenizer.json and tokenizer_config.json for transformers, for a model of so many positions."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -218,4 +220,4 @@ def hf_files(positions: int) -> dict[str, str]:
         "unk_token": END_OF_TEXT_STRING,
         "clean_up_tokenization_spaces": False,
     }
-    return {"tokenizer.json": hf_tokenizer(), "tokenizer_config.json": json.dumps(config, indent=2)}
+    return {"tokenizer.json": build_tokenizer_json(), "tokenizer_config.json": json.dumps(config, indent=2)}

@@ -59,7 +59,7 @@ def save_checkpoint(run: Path, model: GPT, step: int = 1, **state) -> Path:
         f"state.transformer.{name}.exp_avg": torch.full((3, 2), float(step)) for name in ("wte", "wpe")
     }
     whole = model.config.vocab_size == VOCAB_SIZE
-    files = tokenizer.hf_files(model.config.block_size) if whole else {"tokenizer.json": "{}"}
+    files = tokenizer.build_hf_files(model.config.block_size) if whole else {"tokenizer.json": "{}"}
     return checkpoint.save(run, step, model.config, model.state_dict(), optimizer, state, files)
 
 
@@ -75,7 +75,7 @@ def write_shards(
     folder: Path, *pieces: np.ndarray, shard_tokens: int = 100, val_tokens: int | None = 10
 ) -> dict:
     """A data set of one part; returns its manifest."""
-    plan = shard_writer.plan_of(shard_writer.begin(folder, ABOUT))
+    plan = shard_writer.hash_plan(shard_writer.begin(folder, ABOUT))
     with shard_writer.PartWriter(folder, 0, shard_tokens, val_tokens, plan=plan) as writer:
         for piece in pieces:
             writer.write(piece)

@@ -8,4 +8,4 @@ import torch.distributed.checkpoint.state_dict  # noqa: F401
 import train_gpt2  # noqa: F401
 from lib import tokenizer
 
-tokenizer.hf_tokenizer()  # it remembers
+tokenizer.build_tokenizer_json()  # it remembers

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import fineweb
 from lib import shard_writer, shards, tokenizer
-from lib.documents import Batch, batch_documents, cut_text, prose_paragraphs, pydocs, read_wikitext
+from lib.documents import Batch, batch_documents, cut_text, extract_prose, read_pydocs, read_wikitext
 
 SCRIPT = Path(fineweb.__file__)
 DOCUMENTS = [
@@ -77,7 +77,7 @@ def script(monkeypatch, capsys):
 
 def read_documents(source: Path | str, text_field: str = "text", documents: Any = "auto") -> list[str]:
     cfg = fineweb.Config(source=str(source), text_field=text_field, documents=documents)
-    inputs, _ = fineweb.find_inputs(cfg, None)
+    inputs, _ = cfg.find_inputs()
     return together(batch for file in inputs for batch in file.read(file.locate()))
 
 
@@ -499,7 +499,7 @@ def test_a_text_in_pieces_has_the_ids_of_the_whole(text, batch_bytes):
     batches = pieces_of(text, batch_bytes)
     assert "".join(batch.texts[0] for batch in batches) == text
     assert [batch.continues for batch in batches] == [False] + [True] * (len(batches) - 1)
-    assert ids_of(batches) == [50256, *tokenizer.tiktoken_encoding().encode_ordinary(text)]
+    assert ids_of(batches) == [50256, *tokenizer.load_tiktoken().encode_ordinary(text)]
 
 
 def test_pieces_are_small_where_there_are_blanks_and_whole_where_there_are_none():
@@ -962,7 +962,7 @@ def test_several_processes_make_the_same_bytes_and_the_last_joins_them(
         if done == set(range(7)):
             assert shards.is_complete(tmp_path / "many")
         else:
-            assert set(shard_writer.missing_parts(tmp_path / "many", manifest)) == set(range(7)) - done
+            assert set(shard_writer.find_missing_parts(tmp_path / "many", manifest)) == set(range(7)) - done
             assert f"process {rank} of {len(ranks)} is done" in said
             assert "of 7 parts are still missing" in said
             assert "--merge" in said
@@ -1140,7 +1140,7 @@ def test_inspect_tells_how_long_documents_are_and_how_many_bytes_a_token_is(tmp_
         for low, high in [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63)]
     }
     tokens = sum(len(tokenizer.encode(text)) for text in texts)
-    assert f"{sum(map(len, texts)) / tokens:.2f} bytes a token (from 1 shards)" in run.stdout
+    assert f"{sum(map(len, texts)) / tokens:.2f} bytes per token (from 1 shards)" in run.stdout
     assert re.search(rf"train +{tokens + len(texts)} tokens +{len(texts)} documents  1 shards", run.stdout)
     assert "'one two three'" in run.stdout
 
@@ -1171,7 +1171,7 @@ def test_inspect_refuses_what_is_unfinished_or_of_two_kinds(tmp_path, script):
 
 
 def test_pydocs_is_prose_without_duplicates_and_the_same_each_time():
-    documents = list(pydocs())
+    documents = list(read_pydocs())
     paragraphs = [paragraph for document in documents for paragraph in document.split("\n\n")]
     assert len(paragraphs) > 5_000
     assert len(set(paragraphs)) == len(paragraphs)
@@ -1183,7 +1183,7 @@ def test_pydocs_is_prose_without_duplicates_and_the_same_each_time():
         assert paragraph[-1] in ".?!"
         assert len(paragraph) >= 60
         assert sum(c.isalpha() or c == " " for c in paragraph) >= 0.9 * len(paragraph)
-    assert list(itertools.islice(pydocs(), 200)) == documents[:200]
+    assert list(itertools.islice(read_pydocs(), 200)) == documents[:200]
 
 
 PROSE = "This function returns the number of words in a text, which may well be zero."
@@ -1206,12 +1206,12 @@ PROSE = "This function returns the number of words in a text, which may well be 
     ],
 )
 def test_only_prose_paragraphs_are_kept(other):
-    assert list(prose_paragraphs(f"{PROSE}\n\n{other}\n\n{PROSE[::-1]}")) == [PROSE]
+    assert list(extract_prose(f"{PROSE}\n\n{other}\n\n{PROSE[::-1]}")) == [PROSE]
 
 
 def test_the_lines_of_a_paragraph_are_joined():
     docstring = "This function returns the number of words\n    in a text, which may well\n    be zero.\n    "
-    assert list(prose_paragraphs(docstring)) == [PROSE]
+    assert list(extract_prose(docstring)) == [PROSE]
 
 
 # -----------------------------------------------------------------------------

@@ -932,7 +932,7 @@ def test_two_processes_share_a_cache_that_is_too_small(client, server, repo, our
 def test_a_run_that_is_over_does_not_wait_for_the_next_shard(server, repo, ours, tmp_path):
     server.commit(f"datasets/{repo}", on_the_hub(ours))
     server.fault("stall", "ours_train_000003", times=100)
-    code = CACHE + "folder = hub_shards.open_folder(where); folder.expect(folder.entries[4]); time.sleep(1)"
+    code = CACHE + "folder = hub_shards.open_folder(where); folder.announce(folder.entries[4]); time.sleep(1)"
     names = f"cache, where = {str(tmp_path / 'cache')!r}, 'hf://datasets/{repo}'\n"
     env = {**os.environ, **server.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
     imports = "import time\nfrom pathlib import Path\nfrom lib import hub_shards\n"

@@ -9,7 +9,7 @@ import pytest
 
 import fineweb
 import train_gpt2
-from lib import cli
+from lib import cli, sources
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -115,7 +115,7 @@ def test_ci_runs_the_two_commands_of_the_quick_start():
 def test_every_source_is_in_the_table_and_in_the_help():
     (table,) = re.findall(r"^\| `--source` .*?\n\n", PAGES["docs/data.md"], flags=re.DOTALL | re.MULTILINE)
     named = set(re.findall(r"`([a-z][\w.-]*)`", table))
-    sources = {*fineweb.HUB_SOURCES, *fineweb.TOKENIZED_SOURCES, "tiny-shakespeare", "pydocs"}
-    long = {name for name in sources if not name.endswith(("-100BT", "-350BT"))}
+    names = {*sources.HUB_SOURCES, *sources.TOKENIZED_SOURCES, "tiny-shakespeare", "pydocs"}
+    long = {name for name in names if not name.endswith(("-100BT", "-350BT"))}
     assert long <= named
     assert not [name for name in long if name not in (fineweb.__doc__ or "")]

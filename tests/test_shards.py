@@ -54,7 +54,7 @@ def write_bin(path: Path, ids: np.ndarray, magic: int = 20240520, version: int =
 
 
 def epoch_of(reader: ShardReader, epoch: int = 0) -> list[int]:
-    return [reader.position(epoch * reader.num_windows + n) for n in range(reader.num_windows)]
+    return [reader.find_position(epoch * reader.num_windows + n) for n in range(reader.num_windows)]
 
 
 def stream_of(folder: Path, manifest: dict, split: str) -> list[int]:
@@ -112,16 +112,16 @@ def test_complete_is_said_only_after_the_parts_are_joined(tmp_path):
             ShardReader(tmp_path, "train", 4)
 
     manifest = shard_writer.begin(tmp_path, ABOUT)
-    with PartWriter(tmp_path, 0, 100, 10, plan=shard_writer.plan_of(manifest)) as writer:
+    with PartWriter(tmp_path, 0, 100, 10, plan=shard_writer.hash_plan(manifest)) as writer:
         for _ in range(3):
             assert_incomplete()
             assert not writer.state["complete"]
-            assert shard_writer.missing_parts(tmp_path, manifest) == [0]
+            assert shard_writer.find_missing_parts(tmp_path, manifest) == [0]
             writer.write(tokens(150))
         assert len(list(tmp_path.rglob("train_*.npy"))) >= 2
         writer.close()
     assert writer.state["complete"]
-    assert shard_writer.missing_parts(tmp_path, manifest) == []
+    assert shard_writer.find_missing_parts(tmp_path, manifest) == []
     assert_incomplete()
     shard_writer.merge(tmp_path)
     assert shards.is_complete(tmp_path)
@@ -245,8 +245,8 @@ def write_documents(
 
 def keep(folder: Path, copy: Path, count: int) -> Path:
     """A copy of the whole part, as it was when its first `count` shards had been written."""
-    part = shard_writer.part_folder(copy, 0)
-    shutil.copytree(shard_writer.part_folder(folder, 0), part)
+    part = shard_writer.locate_part(copy, 0)
+    shutil.copytree(shard_writer.locate_part(folder, 0), part)
     state = json.loads((part / "part.json").read_text(encoding="utf-8"))
     for shard in state["shards"][count:]:
         (part / shard["file"]).unlink()
@@ -320,7 +320,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_written_again(tmp_path, damage, i
     expected = files_of(tmp_path / "whole")
     part = keep(tmp_path / "whole", tmp_path / "damaged", len(expected) - 1)
     if is_complete:
-        shutil.copy(shard_writer.part_folder(tmp_path / "whole", 0) / "part.json", part)
+        shutil.copy(shard_writer.locate_part(tmp_path / "whole", 0) / "part.json", part)
     state = shard_writer.read_part(tmp_path / "damaged", 0)
     assert state is not None
     assert state["complete"] is is_complete
@@ -371,7 +371,7 @@ def write_parts(folder: Path, parts: list[tuple[str, int]]) -> dict:
     first = 0
     for number, (split, size) in enumerate(parts):
         val_tokens = 3 if (number, split) == (0, "train") and size else 0
-        with PartWriter(folder, number, 20, val_tokens, split, shard_writer.plan_of(manifest)) as writer:
+        with PartWriter(folder, number, 20, val_tokens, split, shard_writer.hash_plan(manifest)) as writer:
             writer.write(tokens(size, first))
             writer.close()
         first += size
@@ -462,7 +462,7 @@ def test_joining_that_was_killed_before_the_parts_are_removed_removes_them_the_n
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(os, "replace"), (os, "open"), (shard_writer, "read_part"), (shard_writer, "missing_parts")],
+    [(os, "replace"), (os, "open"), (shard_writer, "read_part"), (shard_writer, "find_missing_parts")],
 )
 def test_another_process_may_join_the_parts_at_the_same_time(tmp_path, monkeypatch, module, name):
     write_parts(tmp_path / "parts", PARTS[1])
@@ -486,17 +486,17 @@ def test_another_process_may_join_the_parts_at_the_same_time(tmp_path, monkeypat
 
 def test_parts_that_are_missing_or_incomplete_are_named(tmp_path):
     manifest = write_parts(tmp_path, [("train", 30)] * 15)
-    assert shard_writer.missing_parts(tmp_path, manifest) == []
-    shutil.rmtree(shard_writer.part_folder(tmp_path, 0))
-    with PartWriter(tmp_path, 7, 20, 0, plan=shard_writer.plan_of(manifest)) as writer:
+    assert shard_writer.find_missing_parts(tmp_path, manifest) == []
+    shutil.rmtree(shard_writer.locate_part(tmp_path, 0))
+    with PartWriter(tmp_path, 7, 20, 0, plan=shard_writer.hash_plan(manifest)) as writer:
         writer.state["complete"] = False
         files.write_json(writer.folder / "part.json", writer.state)
     before = files_of(tmp_path)
-    assert shard_writer.missing_parts(tmp_path, manifest) == [0, 7]
+    assert shard_writer.find_missing_parts(tmp_path, manifest) == [0, 7]
     with pytest.raises(ValueError, match=r"of 15 parts, these are missing or incomplete: 0, 7$"):
         shard_writer.merge(tmp_path)
     for number in range(1, 12):
-        shutil.rmtree(shard_writer.part_folder(tmp_path, number))
+        shutil.rmtree(shard_writer.locate_part(tmp_path, number))
         before = {path: data for path, data in before.items() if f"parts/{number:06d}/" not in path}
     with pytest.raises(ValueError, match=r"incomplete: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.$"):
         shard_writer.merge(tmp_path)
@@ -685,7 +685,9 @@ def sequences_of_step(
 def test_a_step_takes_the_same_sequences_for_any_number_of_processes_and_any_batch_size(tmp_path, step):
     reader = ShardReader(write_plain(tmp_path, [333, 50, 333]), "train", 7, seed=5)
     first = step * 24
-    expected = Counter(tuple(reader.read([reader.position(first + n)])[0][0].tolist()) for n in range(24))
+    expected = Counter(
+        tuple(reader.read([reader.find_position(first + n)])[0][0].tolist()) for n in range(24)
+    )
     for world_size, batch_size in [(1, 24), (1, 1), (2, 12), (2, 3), (3, 8), (4, 2), (8, 3), (24, 1)]:
         assert sequences_of_step(reader, step, 24, world_size, batch_size) == expected
 

@@ -214,7 +214,7 @@ def test_a_damaged_ranks_file_is_refused(tmp_path, monkeypatch, damage, use):
     data = tokenizer.RANKS_FILE.read_bytes()
     file.write_bytes(damage(data))
     assert file.read_bytes() != data
-    caches = [tokenizer.ranks, tokenizer.tiktoken_encoding, tokenizer.gigatoken_tokenizer]
+    caches = [tokenizer.load_ranks, tokenizer.load_tiktoken, tokenizer.load_gigatoken]
     monkeypatch.setattr(tokenizer, "RANKS_FILE", file)
     for cached in caches:
         cached.cache_clear()
@@ -232,7 +232,7 @@ def hugging_face(tmp_path_factory):
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    for name, content in tokenizer.hf_files(32).items():
+    for name, content in tokenizer.build_hf_files(32).items():
         (folder / name).write_text(content, encoding="utf-8")
     return AutoTokenizer.from_pretrained(folder)
 
