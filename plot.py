@@ -135,7 +135,8 @@ def read_log(run: Path) -> dict[str, np.ndarray]:
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Centred means of `window` (odd) values, (n,) to (n,). At the beginning, where losses fall steeply, the
-    mean around value i reaches back i // 4 values and as far ahead. At the end it is cut off."""
+    mean around value i reaches back at most i // 4 values, and as far ahead. At the end it reaches ahead only
+    to the last value."""
     place = np.arange(len(values))
     before = np.minimum(window // 2, place // 4)
     after = np.minimum(before, place[::-1])

@@ -69,6 +69,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]):
 
 def write_json(path: Path, value: Any):
     text = json.dumps(value, indent=2, ensure_ascii=False)
+    if path.exists() and not path.is_file():  # /dev/stdout must not be replaced by a file
+        path.write_text(text, encoding="utf-8")
+        return
     write_atomically(path, lambda f: f.write(text.encode("utf-8")))
 
 

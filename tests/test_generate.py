@@ -29,7 +29,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory) -> Path:
-    """A checkpoint that goes on with MIXED, an end of text and more, after the 3 tokens of PROMPT."""
+    """A checkpoint that continues the 3 tokens of PROMPT with MIXED, an end of text, and more."""
     ids = [0, 0, *tokenizer.encode(MIXED), 50256, *tokenizer.encode(" never")]
     return save_checkpoint(tmp_path_factory.mktemp("run"), scripted_model(ids))
 
@@ -41,7 +41,7 @@ def command(folder: Path, *args: str, stdin: str = "") -> str:
 
 
 def continuation(folder: Path, prompt: str, **options) -> str:
-    """In this process: the text that generate.py's settings give."""
+    """The text that generate.py makes with these settings, in this process."""
     cfg = Config(**options)
     model, _ = generate.load_model(str(folder), "cpu")
     return "".join(piece.text for piece in pieces_of(model, prompt, cfg))
@@ -75,7 +75,7 @@ def generated(capsys, folder: Path, **options) -> str:
 
 
 def test_a_compiled_model_makes_the_same_texts_in_one_piece_whatever_their_length(folder):
-    """Prompts of other lengths, and past the 64 positions, where half of the context is read anew."""
+    """Several lengths of prompts; texts past the 64 positions, where half of the context is read again."""
     counters = torch._dynamo.utils.counters
     counters.clear()
     plain, _ = generate.load_model(str(folder), "cpu")
@@ -107,9 +107,7 @@ def test_in_bfloat16_the_layers_are_cast_and_the_logits_are_not(folder, capsys, 
     ids = torch.tensor([tokenizer.encode(text)])
     with torch.autocast("cpu", torch.bfloat16):
         exact = plain.lm_head(seen[0].hidden(ids))
-        torch.testing.assert_close(
-            exact, plain(ids), rtol=0, atol=1e-6
-        )  # what autocast computes with float32 weights
+        torch.testing.assert_close(exact, plain(ids), rtol=0, atol=1e-6)  # autocast with float32 weights
     assert exact.dtype == torch.float32 and not torch.equal(exact, exact.bfloat16().float())
 
 
@@ -156,7 +154,7 @@ def test_samples_made_as_a_batch_end_at_end_of_text_too(scripted, capsys):
 
 
 def before_the_stop(text: str, stops: list[str]) -> str:
-    """By the definition: character by character, until one of the stop strings is complete."""
+    """The definition: character by character, until one of the stop strings is complete."""
     for end in range(len(text) + 1):
         for stop in sorted(stops, key=len, reverse=True):
             if text[:end].endswith(stop):
@@ -189,7 +187,7 @@ def test_a_text_ends_before_its_first_stop_string_however_it_is_cut_into_tokens(
             size = rng.choice([n for n in range(1, 6) if rest[:n] in id_of])
             pieces, rest = sample.add(id_of[rest[:size]], 0.5), rest[size:]
             shown += "".join(piece.text for piece in pieces)
-            assert expected.startswith(shown)  # nothing is shown that a stop string would take back
+            assert expected.startswith(shown)  # no part of a stop string is shown
         assert shown + "".join(piece.text for piece in sample.end()) == expected
 
 
@@ -222,7 +220,7 @@ def test_a_stop_string_may_name_a_line_end_and_an_empty_one_stops_nothing():
 
 def test_a_prompt_comes_from_a_file_or_from_standard_input(scripted, tmp_path, capsys):
     path = tmp_path / "prompt.txt"
-    path.write_bytes("日 is\r\n".encode())  # the 3 tokens that the script expects
+    path.write_bytes("日 is\r\n".encode())  # 3 tokens, as the scripted model expects
     assert len(tokenizer.encode("日 is")) == 3
     out = tmp_path / "out.json"
     text = generated(capsys, scripted, prompt_file=str(path), temperature=0, json=str(out))
@@ -326,7 +324,7 @@ def test_an_empty_prompt_begins_a_text_of_its_own(tmp_path, capsys):
 
 
 def conversation(monkeypatch, capsys, folder: Path, *lines: str, **options) -> tuple[str, list[str]]:
-    """What a conversation through a pipe prints, and its lines on standard error."""
+    """The output of a conversation through a pipe, and its lines on standard error."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
     generate.main(Config(model=str(folder), device="cpu", interactive=True, **options))
     captured = capsys.readouterr()

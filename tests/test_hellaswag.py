@@ -20,7 +20,7 @@ from model import GPT
 
 
 def item(activity: str, ctx_a: str, ctx_b: str, label: int, *endings: str) -> dict:
-    """As in the real file: ctx is ctx_a and ctx_b, parted by a blank."""
+    """As in the real file: ctx is ctx_a, a blank and ctx_b."""
     ctx = f"{ctx_a} {ctx_b}" if ctx_b else ctx_a
     return dict(
         ind=len(ctx), activity_label=activity, ctx_a=ctx_a, ctx_b=ctx_b, ctx=ctx, split="val",
@@ -62,7 +62,7 @@ ITEMS = [HAND, *(item(*words) for words in [
 
 
 def turned(items: list[dict]) -> list[dict]:
-    """The same items with another of their endings taken for the right one."""
+    """The same items, with another ending as the right one."""
     return [{**one, "endings": one["endings"][1:] + one["endings"][:1]} for one in items]
 
 
@@ -130,7 +130,7 @@ def test_the_harness_rows_are_lm_evals(one, tmp_path):
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks.hellaswag.utils import process_docs
 
-    # lm_eval's rule for cutting a text into context and continuation asks its model for these two only.
+    # lm_eval's rule that splits a text into context and continuation reads only these two of its model.
     encoder: Any = SimpleNamespace(backend="causal", tok_encode=lambda text, **_: tokenizer.encode(text))
     doc = process_docs(datasets.Dataset.from_list([one]))[0]
     rows, lengths = hellaswag.render(one, "harness")
@@ -165,7 +165,7 @@ def plain_text(one: dict, protocol: str) -> tuple[str, list[str]]:
 
 @torch.no_grad()
 def plain_loop(model: GPT, items: list[dict], protocol: str) -> tuple[list[float], float, float]:
-    """Each row's log-probability, acc and acc_norm: one item, one ending, one token at a time."""
+    """Each row's log-probability, acc and acc_norm, computed for one item, ending and token at a time."""
     scores, right, right_norm = [], 0, 0
     for one in items:
         context, endings = plain_text(one, protocol)
@@ -210,7 +210,7 @@ def test_the_batch_size_does_not_change_scores(model, batch_size):
 
 
 def test_many_rows_have_the_scores_that_each_has_alone(model):
-    """More tokens than have their logits computed at a time, shared contexts, lengths of all kinds."""
+    """More tokens than there are logits at a time; shared contexts; many lengths."""
     draw = random.Random(0)
     ids = [draw.randrange(VOCAB_SIZE) for _ in range(64)]
     rows = [(ids[: draw.randint(2, 6)], ids[-draw.randint(1, 40) :]) for _ in range(120)]
@@ -258,7 +258,7 @@ def test_a_row_longer_than_the_context_loses_its_beginning(model):
 
 
 def rank_of_two(rank: int, folder: str, data: str, out: str):
-    """One of two processes: scores its share and writes what it takes for the result."""
+    """One of two processes: evaluates, and writes its result and how many rows it scored."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2)
     scored = []

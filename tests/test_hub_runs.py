@@ -191,7 +191,7 @@ def test_a_run_puts_its_checkpoints_its_log_and_its_card_on_the_hub(start, confi
     assert files["log.txt"] == (run / "log.txt").read_bytes()
     assert files["loss.png"].startswith(b"\x89PNG")
     card = files["README.md"].decode()
-    found = re.search(r"\| validation loss \| ([\d.]+) nats a token", card)
+    found = re.search(r"\| validation loss \| ([\d.]+) nats per token", card)
     assert found and float(found[1]) == pytest.approx(values(run, "val")[-1], abs=1e-4)
     assert "| step | 12 of 12; 768 tokens seen |" in card
     assert f"--resume hf://{REPO}" in card and f'model="{REPO}"' in card

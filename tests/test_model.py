@@ -35,7 +35,7 @@ def tokens(model: GPT, batch: int, length: int, seed: int = 1) -> torch.Tensor:
 
 
 def random_theirs(shape: dict, **options) -> GPT2LMHeadModel:
-    """transformers' GPT-2, configured in its own words, with random weights everywhere."""
+    """transformers' GPT-2, configured by its own names, with random weights everywhere."""
     shape = {"n_positions" if key == "block_size" else key: value for key, value in shape.items()}
     options |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None)
     config = GPT2Config(**shape, **options)
@@ -297,7 +297,7 @@ def test_padding_ids_are_never_made_even_where_their_rows_are_not_zero(options):
 
 
 def huggingface_probabilities(logits: torch.Tensor, ids: torch.Tensor, **options) -> torch.Tensor:
-    """What transformers' processors, in the order that its `generate` gives them, leave of the logits."""
+    """Applies transformers' processors, in the order of its `generate`, and returns probabilities."""
     processors = LogitsProcessorList()
     if "repetition_penalty" in options:
         processors.append(RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
@@ -348,7 +348,7 @@ def test_every_token_of_a_stream_is_drawn_as_transformers_would(options):
 def test_greedy_generation_equals_transformers(penalty):
     model = random_model()
     idx = tokens(model, 1, 6)
-    huggingface: Any = as_theirs(model)  # its `generate` has a type that no model fits
+    huggingface: Any = as_theirs(model)  # the type of its `generate` fits no model
     options = dict(attention_mask=torch.ones_like(idx), do_sample=False, repetition_penalty=penalty)
     theirs = huggingface.generate(idx, max_new_tokens=20, **options)
     assert torch.equal(model.generate(idx, 20, temperature=0.0, repetition_penalty=penalty), theirs)
@@ -400,7 +400,7 @@ def test_the_loss_under_bfloat16_autocast_is_that_of_cross_entropy_to_its_precis
 
 
 class LargestFloat32(TorchDispatchMode):
-    """Records the most elements, and the most rows of logits, in any one float32 tensor made under it."""
+    """Records the largest float32 tensor that is created under it: its elements, and its rows of logits."""
 
     def __init__(self, columns: set[int]):
         super().__init__()

@@ -1,5 +1,4 @@
-"""perplexity.py: against Hugging Face's strided recipe, lm_eval, and figures worked out by hand; what it
-refuses."""
+"""perplexity.py against Hugging Face's strided recipe, lm_eval, and figures computed by hand; refusals."""
 
 import json
 import math
@@ -43,7 +42,7 @@ def shard(folder: Path, name: str, documents: list[str]):
 @torch.no_grad()
 def strided_recipe(folder: Path, ids: list[int], stride: int) -> tuple[float, int]:
     """Hugging Face's "Perplexity of fixed-length models" with transformers' model: windows a stride apart,
-    of which only what the window before did not reach is counted. Total nats, and tokens counted."""
+    each of which counts the tokens after the window before. Returns the total in nats and the tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     total, count, reached = 0.0, 0, 0
     for begin in range(0, len(ids), stride):
@@ -74,8 +73,8 @@ def test_the_figures_are_those_of_hugging_faces_strided_recipe(folder, stride, l
 
 @torch.no_grad()
 def guide_perplexity(folder: Path, ids: list[int], stride: int) -> float:
-    """The guide's own bookkeeping: transformers' mean loss of each window, labels of -100 for what the window
-    before it held, and as its weight the number of labels less one."""
+    """The guide's own arithmetic: transformers' mean loss of each window, with labels of -100 for the tokens
+    of the window before, weighted by the number of labels less one."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     total, weights, before = 0.0, 0, 0
     for begin in range(0, len(ids), stride):
@@ -122,22 +121,17 @@ ARTICLES = "".join(f" {line} \n" if line else " \n" for line in LINES)
 
 
 def lm_evals_figures(folder: Path, tmp_path: Path, texts: list[str], **task) -> dict:
-    """What the lm_eval package finds for a rolling task over these texts."""
+    """The results of the lm_eval package for a rolling task over these texts."""
     from lm_eval import evaluator
     from lm_eval.models import huggingface
 
     data = tmp_path / "pages.jsonl"
     data.write_text("".join(json.dumps({"page": text}) + "\n" for text in texts), encoding="utf-8")
-    config = {
-        "task": "invented",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")},
-        "test_split": "test",
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "metric_list": [{"metric": name} for name in METRICS],
-        **task,
-    }
+    config = dict(
+        task="invented", dataset_path="json", test_split="test", output_type="loglikelihood_rolling",
+        dataset_kwargs={"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")},
+        doc_to_text="", metric_list=[{"metric": name} for name in METRICS], **task,
+    )  # fmt: skip
     make_lm: Any = huggingface.HFLM  # lm_eval's decorators hide these signatures from type checkers
     simple_evaluate: Any = evaluator.simple_evaluate
     lm = make_lm(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2)
@@ -146,9 +140,8 @@ def lm_evals_figures(folder: Path, tmp_path: Path, texts: list[str], **task) -> 
 
 def assert_same_figures(ours: dict, theirs: dict):
     ours = {**ours, "byte_perplexity": 2 ** ours["bits_per_byte"]}
-    assert [ours[name] for name in METRICS] == pytest.approx(
-        [theirs[f"{name},none"] for name in METRICS], 1e-4
-    )
+    expected = [theirs[f"{name},none"] for name in METRICS]
+    assert [ours[name] for name in METRICS] == pytest.approx(expected, 1e-4)
 
 
 @pytest.mark.parametrize("as_shards", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -162,7 +155,7 @@ def test_the_wikitext_protocol_gives_the_figures_of_lm_evals_task(folder, tmp_pa
         process_results=preprocess_wikitext.process_results,
     )
     data = write_text(tmp_path, ARTICLES)
-    if as_shards:  # cut elsewhere: pages are found in the text of all
+    if as_shards:  # documents that are no pages: these are found in the joined text
         half = ARTICLES.index("= = Early")
         shard(tmp_path / "data", "tiny_val_000000.npy", [ARTICLES[:half], ARTICLES[half:]])
         data = str(tmp_path / "data")
@@ -191,11 +184,8 @@ def test_rolling_windows_are_lm_evals(length):
 
     ids = np.arange(100, 100 + length, dtype=np.uint16)
     theirs = get_rolling_token_windows(ids.tolist(), prefix_token=50256, max_seq_len=8, context_len=1)
-    ours = [
-        (window.tokens[:-1].tolist(), window.tokens[-window.scored :].tolist())
-        for window in perplexity.make_rolling_windows(ids, 8)
-    ]
-    assert ours == list(theirs)
+    windows = perplexity.make_rolling_windows(ids, 8)
+    assert [(w.tokens[:-1].tolist(), w.tokens[-w.scored :].tolist()) for w in windows] == list(theirs)
 
 
 def test_text_is_detokenized_as_lm_eval_does():
@@ -211,11 +201,8 @@ def test_text_is_detokenized_as_lm_eval_does():
 
 def test_pages_begin_with_headings_of_the_first_level():
     pages = perplexity.split_wikitext(ARTICLES)
-    assert [page.split("\n")[0] for page in pages] == [
-        " = Ann Example = ",
-        " = Bob ( a song ) = ",
-        " = Cy = ",
-    ]
+    titles = [page.split("\n")[0] for page in pages]
+    assert titles == [" = Ann Example = ", " = Bob ( a song ) = ", " = Cy = "]
     assert " \n" + "\n".join(pages) == ARTICLES
     assert perplexity.split_wikitext("no\nheading") == ["no\nheading"]
     assert perplexity.split_wikitext(" \n") == [" \n"]

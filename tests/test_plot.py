@@ -1,5 +1,4 @@
-"""plot.py: a log read line by line, what is drawn of it (in the figure, or the text of an SVG), the curves in
-the terminal, and what is refused."""
+"""plot.py: a log is read, drawn (checked in the figure, or in the text of an SVG), and printed; refusals."""
 
 import json
 import os
@@ -34,13 +33,13 @@ def figure_of(*runs: Path, **options: Any) -> Any:
 
 
 def curves(axes: Any) -> list[tuple[list[float], list[float]]]:
-    """What is drawn on the axes but the grey lines, in order."""
+    """The curves on the axes, in order, without the grey lines."""
     lines = [line for line in axes.lines if line.get_color() != plot.GREY and len(line.get_xdata())]
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in lines]
 
 
 def legend(of: Any) -> list[str]:
-    """Of a panel, or of a whole figure."""
+    """The labels in the legend of a panel, or of a whole figure."""
     found = of.legends[0] if hasattr(of, "legends") else of.get_legend()
     return [text.get_text() for text in found.get_texts()]
 
@@ -74,7 +73,7 @@ def test_the_mean_is_centred_narrow_at_the_beginning_and_one_sided_at_the_end():
 
 
 def test_steps_tokens_and_hours(tmp_path):
-    """Steps of 900 tokens that take 9, 3 and 18 s: a validation after step 2 is 12 s into the training."""
+    """Steps of 900 tokens that take 9, 3 and 18 s: step 2 begins after 12 s of training."""
     log = "0 val 9\n0 train 9\n0 toks 100\n1 train 8\n1 toks 300\n2 val 7\n2 train 6\n2 toks 50\n3 val 5\n"
     run = make_run(tmp_path / "run", log, total_batch_tokens=900)
     expected = {
@@ -159,7 +158,7 @@ def test_each_run_is_drawn_in_a_look_of_its_own(tmp_path):
 
 @pytest.mark.parametrize(("number", "name"), [(2, "run"), (12, "run"), (30, "gpt2-124M_2026-11-21_10-30-")])
 def test_the_names_of_many_runs_can_be_read(tmp_path, number, name):
-    """Inside the picture, beside the panels, none over another."""
+    """They are inside the picture and beside the panels, and do not overlap."""
     figure = figure_of(*(make_run(tmp_path / f"{name}{i}") for i in range(number)))
     FigureCanvasAgg(figure).draw()
     texts = figure.legends[0].get_texts()
@@ -180,6 +179,9 @@ def test_runs_of_the_same_name_have_their_paths(tmp_path):
 
 
 SMALLEST = ["GPT-2 124M (build-nanogpt): 29.55%", "GPT-3 Small (Brown et al., 2020): 33.7%"]
+MEDIUM = ["GPT-2 350M (llm.c): 37.52%", "GPT-3 Medium (Brown et al., 2020): 43.6%"]
+LARGE = ["GPT-2 774M (llm.c): 43.2%", "GPT-3 Large (Brown et al., 2020): 51%"]
+XL = ["GPT-2 1558M (build-nanogpt): 48.93%", "GPT-3 XL (Brown et al., 2020): 54.7%"]
 
 
 @pytest.mark.parametrize(
@@ -187,18 +189,9 @@ SMALLEST = ["GPT-2 124M (build-nanogpt): 29.55%", "GPT-3 Small (Brown et al., 20
     [
         ({}, SMALLEST),
         ({"model_size": "774M", "n_layer": 4}, SMALLEST),
-        (
-            {"model_size": "350M", "n_layer": None},
-            ["GPT-2 350M (llm.c): 37.52%", "GPT-3 Medium (Brown et al., 2020): 43.6%"],
-        ),
-        (
-            {"model_size": "774M"},
-            ["GPT-2 774M (llm.c): 43.2%", "GPT-3 Large (Brown et al., 2020): 51%"],
-        ),
-        (
-            {"model_size": "124M", "init_from": "gpt2-xl"},
-            ["GPT-2 1558M (build-nanogpt): 48.93%", "GPT-3 XL (Brown et al., 2020): 54.7%"],
-        ),
+        ({"model_size": "350M", "n_layer": None}, MEDIUM),
+        ({"model_size": "774M"}, LARGE),
+        ({"model_size": "124M", "init_from": "gpt2-xl"}, XL),
     ],
 )
 def test_the_grey_lines_are_those_of_the_models_size(tmp_path, settings, lines):
@@ -223,8 +216,8 @@ def test_a_logarithmic_axis(tmp_path):
     assert [axes.get_xscale() for axes in figure.axes] == ["log", "log"]
     FigureCanvasAgg(figure).draw()
     assert "1M" in [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
-    assert figure.axes[0].get_xlim()[0] > 100_000  # step 0 has no place on it, and does not stretch it,
-    assert not np.isfinite(figure.axes[0].transData.transform((0, 9))[0])  # nor does a line come from there
+    assert figure.axes[0].get_xlim()[0] > 100_000  # step 0 is not on the axis, and does not stretch it
+    assert not np.isfinite(figure.axes[0].transData.transform((0, 9))[0])  # and no line begins there
 
 
 def test_the_steep_beginning_can_be_left_out(tmp_path):
@@ -293,9 +286,8 @@ def test_a_curve_as_bars():
     assert plot.draw_bars(np.linspace(0, 1, 8), down, 8) == "█▇▆▅▄▃▂▁"
     assert plot.draw_bars(np.linspace(0, 0.5, 8), down, 15) == "█▇▆▅▄▃▂▁       "  # it ends in the middle
     assert plot.draw_bars(np.array([0.0, 1.0]), np.array([2.0, 3.0]), 5) == "▁   █"  # and nothing is made up
-    assert (
-        plot.draw_bars(np.array([0.0, 0.01, 1.0]), np.array([0.0, 4.0, 9.0]), 5) == "▁   █"
-    )  # means, 2 and 9
+    x, y = np.array([0.0, 0.01, 1.0]), np.array([0.0, 4.0, 9.0])
+    assert plot.draw_bars(x, y, 5) == "▁   █"  # means, 2 and 9
     assert plot.draw_bars(np.array([0.0, 1.0]), np.array([2.0, 2.0]), 2) == "▁▁"
 
 
@@ -335,10 +327,7 @@ def test_a_malformed_line_is_refused_with_file_and_number(tmp_path, line):
         (["{tmp}/nowhere"], "nowhere/log.txt"),
         (["{tmp}/run", "{tmp}/nowhere"], "nowhere/log.txt"),
         (["{tmp}/run", "--out", "{tmp}/no/such/folder.png"], "folder.png"),
-        (
-            ["{tmp}/run", "--out", "{tmp}/loss.xyz"],
-            "loss.xyz ends in .xyz; it must be one of .png, .svg, .pdf",
-        ),
+        (["{tmp}/run", "--out", "{tmp}/loss.xyz"], "loss.xyz ends in .xyz; it must be one of .png, .svg,"),
         (["{tmp}/empty"], "empty/log.txt"),
         (["{tmp}/run", "--smooth", "0"], "--smooth is 0; it must be at least 1"),
         (["{tmp}/cut"], "cut/config.json"),

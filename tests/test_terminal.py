@@ -1,4 +1,4 @@
-"""lib/terminal.py, by generate.py on a real terminal: line editing, history, colours, Ctrl-C."""
+"""lib/terminal.py, in generate.py on a real terminal: line editing, history, colours, Ctrl-C."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from lib.terminal import keep_history
 
 
 class Terminal:
-    """generate.py on a pseudo-terminal, as a person would use it."""
+    """generate.py on a pseudo-terminal."""
 
     def __init__(self, folder: Path, *args: str, **env: str):
         import fcntl
@@ -42,13 +42,13 @@ class Terminal:
         if not select.select([self.screen], [], [], 60)[0]:
             raise AssertionError(f"nothing more after 60 s:\n{self.seen}")
         data = b""
-        with contextlib.suppress(OSError):  # how Linux says that nobody writes any more
+        with contextlib.suppress(OSError):  # on Linux the end of the output
             data = os.read(self.screen, 4096)
         self.seen += data.decode("utf-8", errors="replace")
         return bool(data)
 
     def wait_for(self, text: str) -> str:
-        """Reads until the text has come; returns what has come up to there, and forgets it."""
+        """Reads until the text appears. Returns all up to its end, and removes it from `seen`."""
         while text not in self.seen:
             assert self.read(), f"{text!r} did not come:\n{self.seen}"
         before, _, self.seen = self.seen.partition(text)
@@ -57,8 +57,13 @@ class Terminal:
     def type(self, text: str):
         os.write(self.screen, text.encode())
 
+    def enter(self, line: str):
+        """Types a line at the next prompt."""
+        self.wait_for("> ")
+        self.type(line + "\n")
+
     def interrupt(self):
-        """Ctrl-C until it shows: Python's readline overlooks one that comes before it waits for keys."""
+        """Types Ctrl-C until the screen changes: Python's readline can miss one that comes early."""
         self.seen = ""
         while not self.seen:
             self.type("\x03")
@@ -66,7 +71,7 @@ class Terminal:
                 self.read()
 
     def end(self) -> int:
-        """Reads to the end; the exit code."""
+        """Reads to the end. Returns the exit code."""
         while self.read():
             pass
         os.close(self.screen)
@@ -75,7 +80,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal() -> Iterator[Callable[..., Terminal]]:
-    """Terminal, ended with the test."""
+    """Starts Terminals, and ends them after the test."""
     opened = []
 
     def start(*args, **env) -> Terminal:
@@ -90,7 +95,7 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory) -> Path:
-    """A checkpoint that says " and on" for ever."""
+    """A checkpoint that repeats " and on" without end."""
     ids = tokenizer.encode(" and on") * 32
     return save_checkpoint(tmp_path_factory.mktemp("run"), scripted_model(ids[:64]))
 
@@ -98,30 +103,25 @@ def endless(tmp_path_factory) -> Path:
 def test_a_conversation_on_a_terminal_edits_lines_and_remembers_them(terminal, endless, tmp_path):
     flags = ("--interactive", "--temperature", "0", "--max-tokens", "1000000")
     first = terminal(endless, *flags, XDG_CACHE_HOME=str(tmp_path / "cache"))
-    first.wait_for("> ")
+    first.enter("Twee\x02\x02\x08o\x04\x04")  # back, back, delete before, o, delete, delete: To
     history = tmp_path / "cache" / "gpt2_generate_history"
     assert history.stat().st_mode & 0o777 == 0o600
-    first.type("Twee\x02\x02\x08o\x04\x04\n")  # back, back, delete before, o, delete, delete: To
     first.wait_for("To and on and on")
     first.type("\x03")  # Ctrl-C stops the text
     first.wait_for("> ")
     first.type("nonsense")
     first.wait_for("nonsense")
     first.interrupt()  # and clears a line
-    first.wait_for("> ")
-    first.type("/set max-tokens 2\n")
-    first.wait_for("> ")
-    first.type("/reset\n")
-    first.wait_for("> ")
-    first.type("\x1b[A\x1b[A\x1b[A\n")  # three lines up
+    first.enter("/set max-tokens 2")
+    first.enter("/reset")
+    first.enter("\x1b[A\x1b[A\x1b[A")  # three lines up
     first.wait_for("To and on\r\n")
     first.wait_for("> ")
     first.type("\x04")  # Ctrl-D ends
     assert first.end() == 0
     assert history.read_text(encoding="utf-8").splitlines() == ["To", "/set max-tokens 2", "/reset", "To"]
     second = terminal(endless, *flags, XDG_CACHE_HOME=str(tmp_path / "cache"))
-    second.wait_for("> ")
-    second.type("\x1b[A\x1b[A\n")
+    second.enter("\x1b[A\x1b[A")
     second.wait_for("/reset")
     second.wait_for("> ")
     second.type("\x04")

@@ -1,4 +1,4 @@
-"""trackers.py: what TensorBoard, wandb and Trackio have written, read back; what they must not do."""
+"""lib/trackers.py: reads back the files of TensorBoard, wandb and Trackio; secrets; failures."""
 
 import base64
 import dataclasses
@@ -29,14 +29,14 @@ OF_LOSSES = {"train/loss", "val/loss", "hellaswag/acc_norm"}
 
 @pytest.fixture
 def config(toy, tmp_path) -> Config:
-    """Twelve steps with all that there is to track; checkpoints at 4, 8 and 12."""
+    """Twelve steps with values in all streams; checkpoints at 4, 8 and 12."""
     changes = dict(log_dir=str(tmp_path / "log"), run_name="run", val_every=4, hellaswag_every=4)
     return dataclasses.replace(toy, **changes)
 
 
 @pytest.fixture
 def offline(tmp_path) -> list[partial]:
-    """Patches for a training process: two items of HellaSwag, and no tool looks for a network."""
+    """Patches for a training process: two items of HellaSwag, and tools that use no network."""
     items = tmp_path / "items.jsonl"
     items.write_text(f"{json.dumps(ITEM)}\n" * 2, encoding="utf-8")
     environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), **SECRETS}
@@ -48,7 +48,7 @@ def set_variables(environment: dict[str, str]):
 
 
 def in_step(step: int, do: Any, *args: Any):
-    """Has do(*args) called in the first forward pass of a training step."""
+    """Calls do(*args) in the first forward pass of a training step."""
     done = []
 
     def count(model, *_, **__):
@@ -60,7 +60,7 @@ def in_step(step: int, do: Any, *args: Any):
 
 
 def die(after_seconds: float, saved: Path):
-    """SIGKILL, but not before this checkpoint is there: it is written in the background."""
+    """SIGKILL, but not before this checkpoint exists: it is written in the background."""
     while not saved.exists():
         time.sleep(0.01)
     time.sleep(after_seconds)
@@ -101,7 +101,7 @@ def wandb_records(file: Path) -> list[Any]:
 
 
 def wandb_curves(records: list[Any]) -> Curves:
-    """Of one .wandb file; `tokens` among them."""
+    """The curves of one .wandb file, with `tokens`."""
     curves: Curves = {}
     for record in records:
         row = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
@@ -124,7 +124,7 @@ def trackio_curves(folder: Path) -> Curves:
 
 
 def of_log(run: Path, first_step: int = 0) -> Curves:
-    """The same as the log has it."""
+    """The curves in the log."""
     curves: Curves = {}
     for line in (run / "log.txt").read_text(encoding="utf-8").splitlines():
         step, stream, value = line.split()
@@ -146,7 +146,7 @@ def assert_same(found: Curves, wanted: Curves):
 def killed_and_resumed(
     launch, config: Config, offline: list[partial], pause: float = 0.0, **changes: Any
 ) -> Path:
-    """A run that is killed in step 7, after a pause, and goes on at 4."""
+    """A run that is killed in step 7, after a pause, and resumes at 4."""
     saved = Path(config.log_dir) / config.run_name / "step_000004"
     launch(config, patches=[*offline, partial(in_step, 7, die, pause, saved)]).wait()
     launch(dataclasses.replace(config, **changes), "--resume", patches=offline).finish()
@@ -187,7 +187,8 @@ def test_trackio_shows_what_the_log_has_across_a_kill(pause, launch, config, off
     run = killed_and_resumed(launch, dataclasses.replace(config, tracker="trackio"), offline, pause)
     found = trackio_curves(tmp_path / "trackio")
     assert all(tokens == step * config.total_batch_tokens for step, tokens in found.pop("tokens"))
-    last = {name: sorted(dict(points).items()) for name, points in found.items()}  # of repeated steps
+    # Steps that the resumed run repeats may be there twice; the last values count.
+    last = {name: sorted(dict(points).items()) for name, points in found.items()}
     assert_same(last, of_log(run))
     assert {name for name, _ in trackio_table(tmp_path / "trackio", "metrics", "run_id")} == {"run"}
     assert len({run_id for _, run_id in trackio_table(tmp_path / "trackio", "metrics", "run_id")}) == 1
@@ -252,7 +253,7 @@ def test_only_rank_0_tracks(launch, config, offline):
 
 
 def hide(*packages: str):
-    """As if these were not installed."""
+    """Makes these packages look as if they were not installed."""
     sys.modules.update(dict.fromkeys(packages))  # type: ignore[arg-type]
 
 
