@@ -16,17 +16,22 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
 
+ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DATE = "2026-01-01T00:00:00.000Z"
 TOKEN = "hf_TheTestsOwnSecret"
@@ -399,3 +404,138 @@ class HubServer:
             self.closing.wait(60)
         if fault or self.is_down:
             request.close_connection = True
+
+
+# -----------------------------------------------------------------------------
+# its clients
+
+WORKER = """
+import contextlib, io, json, os, sys, time, traceback
+from pathlib import Path
+answers, sys.stdout = sys.stdout, sys.stderr
+import fineweb
+from lib import files, hub, hub_shards, shards, shard_writer
+hub_shards.HUB_CACHE = Path(os.environ["HF_HOME"]) / "shards"
+slept = []
+really_sleep, time.sleep = time.sleep, slept.append
+def bytes_of(paths):
+    total = 0
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # removed or renamed just now
+            total += path.stat().st_size
+    return total
+print("ready", file=answers, flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    slept.clear()
+    names = dict(globals(), result=None, **asked["names"])
+    answer, printed = {}, io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            exec(asked["code"], names)
+            answer["result"] = names["result"]
+        except Exception as error:
+            kinds = [kind.__name__ for kind in type(error).__mro__]
+            answer.update(error=kinds, message=str(error), trace=traceback.format_exc())
+    print(json.dumps(dict(answer, printed=printed.getvalue(), slept=slept)), file=answers, flush=True)
+"""
+
+
+class Client:
+    """A process that sees `server` as the Hugging Face Hub and runs code for the tests; it never sleeps."""
+
+    def __init__(self, server: HubServer, home: Path, token: str = "", **environment: str):
+        env = {**os.environ, **server.environment(home, token), **environment, "OMP_NUM_THREADS": "1"}
+        env |= {"DOWNLOAD_PATIENCE": "20", "HF_HUB_DOWNLOAD_TIMEOUT": "1", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER], env=env, encoding="utf-8",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self.stderr = ""
+        threading.Thread(target=self.drain, daemon=True).start()
+        assert self.process.stdout and self.process.stdout.readline() == "ready\n", self.stderr
+
+    def drain(self):
+        for line in self.process.stderr or []:
+            self.stderr += line
+
+    def send(self, code: str, **names: Any):
+        """Has the code run."""
+        print(json.dumps({"code": code, "names": names}, default=str), file=self.process.stdin, flush=True)
+
+    def ask(self, code: str, **names: Any) -> dict:
+        """Runs the code; what it prints, and its `result` or its error, come back."""
+        self.send(code, **names)
+        assert self.process.stdout
+        return json.loads(self.process.stdout.readline())
+
+    def __call__(self, code: str, **names: Any) -> Any:
+        """The code's `result`."""
+        answer = self.ask(code, **names)
+        assert "error" not in answer, answer["trace"] + answer["printed"]
+        return answer["result"]
+
+    def refusal(self, code: str, kind: str = "OSError", **names: Any) -> dict:
+        """What is said when the code is refused with an error of that kind."""
+        answer = self.ask(code, **names)
+        assert kind in answer.get("error", []), answer
+        return answer
+
+    def close(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HubServer]:
+    with HubServer({}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def shared_client(server, tmp_path_factory) -> Iterator[Client]:
+    client = Client(server, tmp_path_factory.mktemp("home"), TOKEN)
+    yield client
+    client.close()
+    assert TOKEN not in client.stderr
+
+
+@pytest.fixture
+def client(shared_client, server) -> Iterator[Client]:
+    server.faults.clear()
+    server.requests.clear()
+    yield shared_client
+    server.faults.clear()
+
+
+@pytest.fixture
+def repo(server, request) -> str:
+    """A name of the test's own: the clients remember what they know of a repository."""
+    return f"org/{abs(hash(request.node.nodeid)):x}"
+
+
+def start_fineweb(server: HubServer, home: Path, *arguments: str | Path, token: str = "") -> subprocess.Popen:
+    """fineweb.py as a user starts it."""
+    env = {
+        **os.environ,
+        **server.environment(home, token),
+        "PYTHONIOENCODING": "utf-8",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "fineweb.py"), *map(str, arguments)],
+        env={**env, "DOWNLOAD_PATIENCE": "10"}, encoding="utf-8",
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def list_files(folder: Path) -> set[str]:
+    """All that anyone could take for data."""
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return {path.as_posix() for path in paths if ".incoming" not in path.parts}

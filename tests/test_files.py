@@ -5,12 +5,12 @@ import hashlib
 import itertools
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import requests
+from corpora import wait_until
 
 from lib import files
 
@@ -179,13 +179,6 @@ def test_a_download_that_fails_gives_url_and_reason_and_leaves_nothing(
 # prefetching
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 5.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("depth", [1, 2, 7])
 @pytest.mark.parametrize("count", [0, 1, 5, 100])
 def test_items_come_in_order_and_at_most_so_many_ahead(depth, count):
@@ -202,7 +195,7 @@ def test_items_are_made_while_the_first_is_used():
     made: list[int] = []
     items = files.prefetch((made.append(n) or n for n in range(100)), depth=3)
     assert next(items) == 0
-    wait_for(lambda: len(made) >= 4)
+    wait_until(lambda: len(made) >= 4)
     time.sleep(0.05)
     assert len(made) <= 5
     del items
@@ -253,5 +246,5 @@ def test_the_thread_stops_when_its_consumer_does(taken):
     threads = set(threading.enumerate()) - before
     assert len(threads) == 2
     del items
-    wait_for(lambda: not any(thread.is_alive() for thread in threads))
-    wait_for(lambda: bool(closed))
+    wait_until(lambda: not any(thread.is_alive() for thread in threads))
+    wait_until(lambda: bool(closed))

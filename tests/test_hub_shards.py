@@ -1,0 +1,401 @@
+"""lib/hub_shards.py, and fineweb.py's downloads and uploads of shards: training straight from the Hub."""
+# ruff: noqa: F401, F811 (fixtures are imported, and arguments have their names)
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpora import DOCUMENTS, read_stream, to_jsonl, wait_until
+from hub_server import (
+    COMMIT,
+    ROOT,
+    TOKEN,
+    Client,
+    HubServer,
+    client,
+    finish,
+    repo,
+    server,
+    shared_client,
+    start_fineweb,
+)
+
+import fineweb
+from lib import shard_writer, shards, tokenizer
+
+# -----------------------------------------------------------------------------
+# shards from and to the Hub
+
+PULL = "result = fineweb.main(fineweb.Config(**cfg))"
+
+
+def to_bin(tokens: np.ndarray, magic: int = 20240520) -> bytes:
+    """As llm.c writes them."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, 1, len(tokens)
+    return header.tobytes() + tokens.astype("<u2").tobytes()
+
+
+def stream(count: int, seed: int = 0) -> np.ndarray:
+    """Tokens of documents of about 40 tokens."""
+    ids = np.random.default_rng(seed).integers(0, 50256, count)
+    ids[::40] = tokenizer.END_OF_TEXT
+    return ids.astype(np.uint16)
+
+
+BINS = {"fineweb_val_000000.bin": to_bin(stream(2000)), "README.md": b"GPT-2 tokens"}
+BINS |= {f"fineweb_train_{n:06d}.bin": to_bin(stream(3000, n)) for n in (1, 2, 3, 4)}
+
+
+def list_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("max_shards", [0, 2])
+def test_others_shards_are_only_fetched(client, server, repo, tmp_path, max_shards):
+    server.commit(f"datasets/{repo}", BINS)
+    cfg = dict(source=f"hf://datasets/{repo}", out_dir=str(tmp_path), max_shards=max_shards)
+    client(PULL, cfg=cfg)
+    wanted = [f"fineweb_train_{n:06d}.bin" for n in range(1, 1 + (max_shards or 4))]
+    assert list_names(tmp_path) == [*wanted, "fineweb_val_000000.bin", "manifest.json"]
+    manifest = shards.verify(tmp_path)
+    assert [(s["split"], s["tokens"], s["documents"]) for s in manifest["shards"]] == [
+        ("val", 2000, 50),
+        *[("train", 3000, 75)] * len(wanted),
+    ]
+    assert manifest["revision"] == COMMIT
+    assert server.downloads() == {*wanted, "fineweb_val_000000.bin"}
+    for name in wanted:
+        assert (tmp_path / name).read_bytes() == BINS[name]
+    if not max_shards:  # the same data, in a folder and on the Hub, in a run's checkpoint
+        same = (
+            "result = hub_shards.open_folder(one).fingerprint() == hub_shards.open_folder(two).fingerprint()"
+        )
+        assert client(CACHE + same, one=f"hf://datasets/{repo}", two=tmp_path, cache=tmp_path / "cache")
+
+
+@pytest.mark.fault(20)
+def test_fetching_shards_goes_on_where_it_was_interrupted(client, server, repo, tmp_path):
+    server.commit(f"datasets/{repo}", BINS)
+    cfg = dict(source=f"hf://datasets/{repo}", out_dir=str(tmp_path))
+    server.fault(404, "fineweb_train_000003", times=1)
+    client.refusal(PULL, cfg=cfg)
+    with pytest.raises(ValueError, match="incomplete"):
+        shards.verify(tmp_path)
+    server.requests.clear()
+    client(PULL, cfg=cfg)
+    shards.verify(tmp_path)
+    assert server.downloads() == {f"fineweb_train_{n:06d}.bin" for n in (3, 4)}
+    server.requests.clear()
+    assert "already complete" in client.ask(PULL, cfg=cfg)["printed"]
+    assert not server.requests
+
+
+def test_fetching_shards_goes_on_at_the_revision_it_began_with(client, server, repo, tmp_path):
+    server.commit(f"datasets/{repo}", BINS)
+    cfg = dict(source=f"hf://datasets/{repo}", out_dir=str(tmp_path))
+    server.fault(404, "fineweb_train_000003", times=1)
+    client.refusal(PULL, cfg=cfg)
+    server.commit(f"datasets/{repo}", {name: to_bin(stream(3000, 9)) for name in BINS if "_" in name})
+    client(PULL, cfg=cfg)
+    assert shards.verify(tmp_path)["revision"] == COMMIT
+    for name in list_names(tmp_path):
+        assert name == "manifest.json" or (tmp_path / name).read_bytes() == BINS[name]
+
+
+OUTSIDE = stream(3000)
+OUTSIDE[1234] = 50300
+BAD_BINS = {
+    "not what its header says": (to_bin(stream(3000))[:-2], "fineweb_train_000002.bin"),
+    "of another kind": (to_bin(stream(3000), magic=20240801), "fineweb_train_000002.bin"),
+    "outside the vocabulary": (to_bin(OUTSIDE), "token 50300 at offset 1234"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), BAD_BINS.values(), ids=BAD_BINS.keys())
+def test_bad_shards_are_refused(client, server, repo, tmp_path, data, message):
+    server.commit(f"datasets/{repo}", {**BINS, "fineweb_train_000002.bin": data})
+    cfg = dict(source=f"hf://datasets/{repo}", out_dir=str(tmp_path))
+    assert message in client.refusal(PULL, "ValueError", cfg=cfg)["message"]
+    with pytest.raises(ValueError, match="incomplete"):
+        shards.verify(tmp_path)
+
+
+@pytest.mark.fault(20)
+def test_a_shard_that_never_arrives_whole_is_refused(client, server, repo, tmp_path):
+    server.commit(f"datasets/{repo}", BINS)
+    server.fault("wrong", "fineweb_train_000002", times=100)
+    cfg = dict(source=f"hf://datasets/{repo}", out_dir=str(tmp_path))
+    answer = client.refusal(PULL, cfg=cfg)
+    assert f"{repo}@{COMMIT}/fineweb_train_000002.bin" in answer["message"]
+    assert "fineweb_train_000002.bin" not in list_names(tmp_path)
+
+
+def make_shards(folder: Path, **options) -> Path:
+    """A data set of our own: a validation shard and a dozen of training, 512 tokens each."""
+    source = folder.parent / "source.jsonl"
+    words = np.random.default_rng(1).choice(
+        ["the", "cat", "saw", "a", "dog", "and", "ran", "home"], (150, 45)
+    )
+    source.write_bytes(to_jsonl([" ".join(row) for row in words]))
+    cfg = dict(source=str(source), name="ours", out_dir=str(folder), shard_tokens=512, val_tokens=512)
+    fineweb.prepare(fineweb.Config(**{**cfg, **options}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("ours") / "ours")
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_shards_that_were_pushed_come_back_as_they_were(client, server, repo, ours, tmp_path):
+    source = tmp_path / "source.jsonl"
+    source.write_bytes((ours.parent / "source.jsonl").read_bytes())
+    cfg = dict(source=str(source), name="ours", shard_tokens=512, val_tokens=512, out_dir=str(tmp_path / "a"))
+    server.fault(500, "lfs/", method="PUT")  # outlived
+    answer = client.ask(PULL, cfg=dict(cfg, push_to=repo))
+    assert f"--dataset-path hf://datasets/{repo}" in answer["printed"], answer
+    pushed = server.repos[f"datasets/{repo}"]
+    assert (
+        pushed == read_files(tmp_path / "a") == read_files(ours) | {"manifest.json": pushed["manifest.json"]}
+    )
+    assert len(pushed) > 10
+    history = list(server.commits[f"datasets/{repo}"].values())
+    assert all("manifest.json" not in files for files in history[:-1])
+    assert set(pushed) - set(history[-2]) == {"manifest.json"}
+
+    server.requests.clear()
+    client(PULL, cfg=dict(cfg, push_to=repo))  # there is nothing to send
+    assert not [path for method, path, _ in server.requests if method == "PUT" or "/commit/" in path]
+
+    client(PULL, cfg=dict(source=f"hf://datasets/{repo}", out_dir=str(tmp_path / "b")))
+    back = read_files(tmp_path / "b")
+    assert back.keys() == pushed.keys()
+    assert all(back[name] == pushed[name] for name in back if name != "manifest.json")
+    one, two = (json.loads(files["manifest.json"])["shards"] for files in (pushed, back))
+    assert one == two
+
+
+@pytest.mark.parametrize("case", ["no login", "wrong token", "no permission", "another's"])
+def test_a_push_that_is_not_allowed_is_refused_before_any_work(server, repo, tmp_path, case):
+    (tmp_path / "a.jsonl").write_bytes(to_jsonl(DOCUMENTS))
+    token = {"no login": "", "wrong token": "hf_WrongToken"}.get(case, TOKEN)
+    if case == "another's":
+        server.commit(f"datasets/{repo}", {"README.md": b"theirs"})
+    if case in ("no permission", "another's"):
+        server.read_only.add(f"datasets/{repo}")
+    flags = ["--source", tmp_path / "a.jsonl", "--out-dir", tmp_path / "out", "--push-to", repo]
+    process = start_fineweb(server, tmp_path / "home", *flags, token=token)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert repo in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    assert not token or token not in out + err
+
+
+# -----------------------------------------------------------------------------
+# training from the Hub
+
+CACHE = "hub_shards.HUB_CACHE = Path(cache)\n"
+COMPARE = """
+hub_shards.HEAD_TOKENS = head_tokens
+folders = [hub_shards.open_folder(where, cache_bytes) for where in (one, two)]
+local, server = [shards.ShardReader(folder, "train", seq_len, seed=7) for folder in folders]
+assert isinstance(server.folder, hub_shards.HubFolder) and not isinstance(local.folder, hub_shards.HubFolder)
+steps, most = int(2.5 * local.num_windows / 4) + 1, 0
+for step in range(steps):
+    for a, b in zip(local.batch(step, 0, 4, 4), server.batch(step, 0, 4, 4)):
+        assert (a == b).all(), step
+    most = max(most, bytes_of(Path(cache).rglob("*.npy")))
+result = most, local.unigram_entropy() == server.unigram_entropy()
+"""
+SHARD_BYTES = 128 + 2 * 512
+
+
+@pytest.mark.parametrize(("seq_len", "head_tokens"), [(30, 8192), (200, 64), (700, 64), (700, 8192)])
+def test_batches_from_the_hub_are_those_of_the_folder(
+    client, server, repo, tmp_path, monkeypatch, seq_len, head_tokens
+):
+    monkeypatch.setattr(shard_writer, "HEAD_TOKENS", head_tokens)
+    folder = make_shards(tmp_path / "made")
+    server.commit(f"datasets/{repo}", read_files(folder))
+    where = dict(one=folder, two=f"hf://datasets/{repo}", cache=tmp_path / "cache")
+    options = dict(cache_bytes=4 * SHARD_BYTES, seq_len=seq_len, head_tokens=head_tokens)
+    most, same_entropy = client(CACHE + COMPARE, **where, **options)
+    assert same_entropy
+    # The cache, the shard that is being fetched, and the next one in the background.
+    assert 3 * SHARD_BYTES <= most <= 6 * SHARD_BYTES
+
+
+CROSSING = """
+hub_shards.HEAD_TOKENS = 64
+reader = shards.ShardReader(hub_shards.open_folder(where), "train", 30)
+begin = reader.sizes[0] - 20  # a window from the first shard into the second
+result = begin, reader.read([begin])[1][0].tolist()
+"""
+
+
+def test_a_window_that_reaches_into_a_shard_fetches_its_start_only(
+    client, server, repo, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shard_writer, "HEAD_TOKENS", 64)
+    folder = make_shards(tmp_path / "made")
+    server.commit(f"datasets/{repo}", read_files(folder))
+    names = dict(where=f"hf://datasets/{repo}", cache=tmp_path / "cache")
+    server.fault("wrong", "ours_train_000001.npy")
+    answer = client.refusal(CACHE + CROSSING, "ValueError", **names)
+    assert f"{repo}@{COMMIT}/ours_train_000001.npy does not begin as its manifest" in answer["message"]
+    server.requests.clear()
+    begin, found = client(CACHE + CROSSING, **names)
+    assert begin < 512 < begin + 31
+    assert found == read_stream(folder, "train")[begin + 1 : begin + 31].tolist()
+    asked = [(path.rpartition("/")[2], part) for _, path, part in server.requests if "/resolve/" in path]
+    assert asked == [("ours_train_000001.npy", f"bytes=0-{128 + 2 * 64 - 1}")]
+
+
+def test_a_repository_that_does_not_match_its_manifest_is_refused(client, server, repo, ours, tmp_path):
+    files = read_files(ours)
+    code = CACHE + "hub_shards.open_folder(where, cache_bytes)"
+    names = dict(where=f"hf://datasets/{repo}", cache=tmp_path, cache_bytes=1e9)
+    flipped = bytearray(files["ours_train_000002.npy"])
+    flipped[-1] ^= 1
+    for data in (bytes(flipped), files["ours_train_000002.npy"][:-2]):
+        server.commit(f"datasets/{repo}", {**files, "ours_train_000002.npy": data})
+        answer = client.refusal(code, "ValueError", **names)
+        assert "ours_train_000002.npy does not have the size or SHA-256" in answer["message"]
+    server.commit(f"datasets/{repo}", {name: data for name, data in files.items() if "000002" not in name})
+    assert "ours_train_000002.npy, but not the file" in client.refusal(code, "ValueError", **names)["message"]
+    manifest = files["manifest.json"].replace(b"ours_train_000002", b"../ours_train_000002")
+    server.commit(f"datasets/{repo}", {**files, "manifest.json": manifest})
+    assert "not the name of a shard" in client.refusal(code, "ValueError", **names)["message"]
+    server.commit(f"datasets/{repo}", files)
+    names["cache_bytes"] = 2000
+    assert "room for three shards" in client.refusal(code, "ValueError", **names)["message"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_cache_that_is_too_small(client, server, repo, ours, tmp_path):
+    server.commit(f"datasets/{repo}", read_files(ours))
+    names = dict(one=ours, two=f"hf://datasets/{repo}", cache=tmp_path / "cache", head_tokens=8192)
+    names |= dict(cache_bytes=3 * SHARD_BYTES, seq_len=30)
+    other = Client(server, tmp_path / "home")
+    try:
+        other.send(CACHE + COMPARE.replace("seed=7", "seed=8"), **names)
+        client(CACHE + COMPARE, **names)
+        assert other.process.stdout
+        answer = json.loads(other.process.stdout.readline())
+        assert "error" not in answer, answer["trace"]
+    finally:
+        other.close()
+
+
+def test_a_run_that_is_over_does_not_wait_for_the_next_shard(server, repo, ours, tmp_path):
+    server.commit(f"datasets/{repo}", read_files(ours))
+    server.fault("stall", "ours_train_000003", times=100)
+    code = CACHE + "folder = hub_shards.open_folder(where); folder.announce(folder.entries[4]); time.sleep(1)"
+    names = f"cache, where = {str(tmp_path / 'cache')!r}, 'hf://datasets/{repo}'\n"
+    env = {**os.environ, **server.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    imports = "import time\nfrom pathlib import Path\nfrom lib import hub_shards\n"
+    program = f"{imports}{names}{code}\nprint('over', flush=True)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, encoding="utf-8"
+    )
+    assert process.stdout and process.stdout.readline() == "over\n"
+    assert "ours_train_000003.npy" in server.downloads()
+    try:
+        process.wait(timeout=3)
+    finally:
+        process.kill()
+        process.communicate()
+        server.faults.clear()
+
+
+TRAIN = """
+import runpy, sys
+from pathlib import Path
+from lib import hub_shards
+hub_shards.HUB_CACHE = Path(sys.argv[1])
+sys.argv = ["train_gpt2.py", *sys.argv[2:]]
+sys.path.insert(0, {root!r})
+runpy.run_path({script!r}, run_name="__main__")
+"""
+SHAPE = ["--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--seq-len", "32", "--batch-size", "4"]
+LENGTH = ["--total-batch-tokens", "128", "--max-steps", "60", "--warmup-steps", "5", "--val-tokens", "512"]
+EVERY = ["--hellaswag-every", "0", "--sample-every", "0", "--val-every", "20", "--checkpoint-every", "50"]
+TINY = [*SHAPE, *LENGTH, *EVERY, "--no-compile", "--dtype", "float32", "--device", "cpu"]
+
+
+def train(server: HubServer, folder: Path, data: str | Path, *flags: str) -> subprocess.Popen:
+    """train_gpt2.py, with folder/log and folder/cache instead of log/ and data/server/."""
+    script = TRAIN.format(root=str(ROOT), script=str(ROOT / "train_gpt2.py"))
+    places = [str(folder / "cache"), "--log-dir", str(folder / "log"), "--dataset-path", str(data)]
+    env = {
+        **os.environ,
+        **server.environment(folder / "home"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *places, *flags], env=env, encoding="utf-8",
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def facts(run: Path) -> list[str]:
+    """What the log says, but for the speed."""
+    return [line for line in (run / "log.txt").read_text().splitlines() if line.split()[1] != "toks"]
+
+
+@pytest.mark.slow
+def test_training_outlives_a_cut_of_the_network(server, repo, ours, tmp_path):
+    server.commit(f"datasets/{repo}", read_files(ours))
+    server.requests.clear()
+    here = train(server, tmp_path, ours, *TINY, "--run-name", "local")
+    there = train(
+        server,
+        tmp_path,
+        f"hf://datasets/{repo}",
+        *TINY,
+        "--run-name",
+        "hub",
+        "--cache-gb",
+        f"{4 * SHARD_BYTES / 1e9}",
+    )
+    wait_until(lambda: len(server.downloads()) > 5, there)
+    log = tmp_path / "log" / "hub" / "log.txt"
+    with server.cut():
+        time.sleep(3)
+        at_the_cut = len(log.read_text().splitlines()) if log.exists() else 0
+        time.sleep(0.5)
+        assert there.poll() is None
+    finish(here)
+    _, err = finish(there)
+    assert at_the_cut < 60 * 4, "the run had ended before the network was cut"
+    assert "refused" in err
+    assert facts(tmp_path / "log" / "hub") == facts(tmp_path / "log" / "local")
+    assert len(facts(tmp_path / "log" / "hub")) == 60 * 3 + 4
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) <= 4
+    # The data are the same wherever they are: the run goes on from the folder.
+    run = tmp_path / "log" / "hub"
+    again = train(server, tmp_path, ours, "--resume", str(run / "step_000050"))
+    finish(again)
+    assert facts(run) == facts(tmp_path / "log" / "local")
+
+
+@pytest.mark.slow
+def test_two_training_processes_share_a_cache(server, repo, ours, tmp_path):
+    server.commit(f"datasets/{repo}", read_files(ours))
+    flags = [*TINY, "--num-gpus", "2", "--batch-size", "2", "--cache-gb", f"{3.2 * SHARD_BYTES / 1e9}"]
+    finish(train(server, tmp_path, f"hf://datasets/{repo}", *flags, "--run-name", "hub"))
+    finish(train(server, tmp_path, ours, *flags, "--run-name", "local"))
+    assert facts(tmp_path / "log" / "hub") == facts(tmp_path / "log" / "local")
