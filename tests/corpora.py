@@ -1,5 +1,6 @@
 """Texts as files of many formats, the shards that fineweb.py makes of them, and the way back."""
 
+import contextlib
 import gzip
 import io
 import itertools
@@ -7,7 +8,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,26 @@ def count_up(count: int, first: int = 0) -> np.ndarray:
     return np.arange(first, first + count, dtype=np.uint16)
 
 
+def to_bin(ids: np.ndarray, magic: int = 20240520, version: int = 1, count: int | None = None) -> bytes:
+    """A shard as llm.c writes it."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    return header.tobytes() + ids.astype("<u2").tobytes()
+
+
 def to_npy(array, **options) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, **options)
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def assert_refused(folder: Path, match: str) -> Iterator[None]:
+    """The block must raise ValueError with this message and leave the folder as it was."""
+    before = read_files(folder)
+    with pytest.raises(ValueError, match=match):
+        yield
+    assert read_files(folder) == before
 
 
 # -----------------------------------------------------------------------------

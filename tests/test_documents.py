@@ -21,6 +21,7 @@ from corpora import (
     read_stream,
     to_jsonl,
     to_parquet,
+    to_wikitext,
 )
 from helpers import ROOT
 from hypothesis import given, settings
@@ -32,27 +33,24 @@ from lib.documents import Batch, batch_documents, cut_text, extract_prose, read_
 
 
 @pytest.mark.parametrize(
-    ("name", "data"),
+    ("name", "data", "text_field"),
     [
-        ("a.jsonl", to_jsonl(DOCUMENTS)),
-        ("a.jsonl", to_jsonl(DOCUMENTS).replace(b"\n", b"\r\n\n")),
-        ("a.jsonl", b"\xef\xbb\xbf" + to_jsonl(DOCUMENTS)),
-        ("a.jsonl", to_jsonl(DOCUMENTS)[:-1]),
-        ("a.jsonl.gz", to_jsonl(DOCUMENTS)),
-        ("a.jsonl.zst", to_jsonl(DOCUMENTS)),
-        ("a.parquet", to_parquet(DOCUMENTS)),
-        ("a.parquet.gz", to_parquet(DOCUMENTS)),
-        ("a.parquet.zst", to_parquet(DOCUMENTS)),
+        ("a.jsonl", to_jsonl(DOCUMENTS), "text"),
+        ("a.jsonl", to_jsonl(DOCUMENTS).replace(b"\n", b"\r\n\n"), "text"),
+        ("a.jsonl", b"\xef\xbb\xbf" + to_jsonl(DOCUMENTS), "text"),
+        ("a.jsonl", to_jsonl(DOCUMENTS)[:-1], "text"),
+        ("a.jsonl", to_jsonl(DOCUMENTS, "body"), "body"),
+        ("a.jsonl.gz", to_jsonl(DOCUMENTS), "text"),
+        ("a.jsonl.zst", to_jsonl(DOCUMENTS), "text"),
+        ("a.parquet", to_parquet(DOCUMENTS), "text"),
+        ("a.parquet", to_parquet(DOCUMENTS, "body"), "body"),
+        ("a.parquet.gz", to_parquet(DOCUMENTS), "text"),
+        ("a.parquet.zst", to_parquet(DOCUMENTS), "text"),
     ],
 )
-def test_rows_are_documents(tmp_path, name, data):
+def test_rows_are_documents(tmp_path, name, data, text_field):
     (tmp_path / name).write_bytes(compress(data, name))
-    assert read_documents(tmp_path / name) == DOCUMENTS
-
-
-def test_a_null_in_a_parquet_file_is_an_empty_document(tmp_path):
-    (tmp_path / "a.parquet").write_bytes(to_parquet(["one", None, "three"]))
-    assert read_documents(tmp_path / "a.parquet") == ["one", "", "three"]
+    assert read_documents(tmp_path / name, text_field) == DOCUMENTS
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.md", "a.md.gz", "a.md.zst", "a.raw"])
@@ -60,19 +58,6 @@ def test_a_null_in_a_parquet_file_is_an_empty_document(tmp_path):
 def test_a_text_file_is_one_document_exactly_as_it_is(tmp_path, name, text):
     (tmp_path / name).write_bytes(compress(text.encode(), name))
     assert read_documents(tmp_path / name) == [text]
-
-
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfHello")
-    assert read_documents(tmp_path / "a.txt") == ["Hello"]
-
-
-@pytest.mark.parametrize(
-    ("name", "data"), [("a.jsonl", to_jsonl(DOCUMENTS, "body")), ("a.parquet", to_parquet(DOCUMENTS, "body"))]
-)
-def test_the_text_field_can_be_chosen(tmp_path, name, data):
-    (tmp_path / name).write_bytes(data)
-    assert read_documents(tmp_path / name, "body") == DOCUMENTS
 
 
 def test_a_null_is_an_empty_document_in_every_format(tmp_path):
@@ -240,11 +225,6 @@ def test_wikitexts_articles_are_found_and_are_the_text_to_the_byte(tmp_path, mon
         assert is_title(lines[1] + "\n")
     out = prepare(tmp_path / "wiki.test.raw", tmp_path / "out", documents="article", val_tokens=0)
     assert decode_shards(out) == articles
-
-
-def to_wikitext(lines: list[str]) -> bytes:
-    """As on the Hub: a row a line, a blank line an empty row."""
-    return to_parquet(["" if line == " \n" else line for line in lines], row_group_size=1000)
 
 
 @pytest.mark.parametrize("place", [0.21, 0.5, 0.83])

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import pytest
 from corpora import (
     DOCUMENTS,
     Killed,
+    assert_refused,
     decode_shards,
+    flip_a_bit,
     kill_at_rename,
     prepare,
     read_files,
@@ -59,6 +62,13 @@ def script(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def source(tmp_path) -> Path:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(to_jsonl(DOCUMENTS))
+    return path
+
+
 # -----------------------------------------------------------------------------
 # shards
 
@@ -74,15 +84,12 @@ def test_the_shards_decode_to_the_documents_in_order(tmp_path, options):
     assert sum(shard["documents"] for shard in shards.verify(out)["shards"]) == len(documents)
 
 
-def test_the_manifest_names_source_and_tokenizer(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(to_jsonl(DOCUMENTS))
-    manifest = shards.verify(prepare(tmp_path / "a.jsonl", tmp_path / "out", name="my-set"))
+def test_the_manifest_names_source_and_tokenizer(tmp_path, source):
+    manifest = shards.verify(prepare(source, tmp_path / "out", name="my-set"))
     assert manifest["tokenizer"] == {"name": "gpt2", "sha256": tokenizer.RANKS_SHA256}
-    assert manifest["source"] == str(tmp_path / "a.jsonl")
-    assert {shard["file"] for shard in manifest["shards"]} == {
-        "my-set_val_000000.npy",
-        "my-set_train_000000.npy",
-    }
+    assert manifest["source"] == str(source)
+    names = {shard["file"] for shard in manifest["shards"]}
+    assert names == {"my-set_val_000000.npy", "my-set_train_000000.npy"}
 
 
 @pytest.mark.parametrize("workers", [(0, 0), (1, 2)])
@@ -104,93 +111,84 @@ def test_a_finished_data_set_is_kept_and_another_does_not_replace_it(tmp_path, c
     capsys.readouterr()
     prepare(tmp_path / "a.txt", out)
     assert "already complete" in capsys.readouterr().out
-    for change in ({"shard_tokens": 5}, {"val_tokens": 5}, {"text_field": "body"}):
+    changes: list[dict] = [{"shard_tokens": 5}, {"val_tokens": 5}, {"text_field": "body"}]
+    for name, change in [*(("a.txt", change) for change in changes), ("b.txt", {})]:
         with pytest.raises(ValueError, match="holds another data set"):
-            prepare(tmp_path / "a.txt", out, **change)
-    with pytest.raises(ValueError, match="holds another data set"):
-        prepare(tmp_path / "b.txt", out)
+            prepare(tmp_path / name, out, **change)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
-def test_a_run_that_failed_before_it_wrote_anything_does_not_stand_in_the_way(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(to_jsonl(["Some words. " * 30] * 5) + b"{")
-    with pytest.raises(ValueError, match="line 6"):
-        prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=10)
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (to_jsonl(["Some words. " * 30] * 5) + b"{", {"shard_tokens": 10}, "line 6"),
+        (to_jsonl(DOCUMENTS, "body"), {}, "--text-field"),
+    ],
+    ids=["same request", "another request"],
+)
+def test_a_run_that_failed_before_it_wrote_anything_does_not_stand_in_the_way(
+    tmp_path, data, options, message
+):
+    (tmp_path / "a.jsonl").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path / "a.jsonl", tmp_path / "out", **options)
     with pytest.raises(ValueError, match="incomplete"):
         shards.read_manifest(tmp_path / "out")
-    (tmp_path / "a.jsonl").write_bytes(to_jsonl(DOCUMENTS))
-    assert decode_shards(prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=10)) == DOCUMENTS
-
-
-def test_a_failed_attempt_does_not_stand_in_the_way_of_another_request(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(to_jsonl(DOCUMENTS, "body"))
-    with pytest.raises(ValueError, match="--text-field"):
-        prepare(tmp_path / "a.jsonl", tmp_path / "out")
-    out = prepare(tmp_path / "a.jsonl", tmp_path / "out", text_field="body")
+    if options:
+        (tmp_path / "a.jsonl").write_bytes(to_jsonl(DOCUMENTS))
+    out = prepare(tmp_path / "a.jsonl", tmp_path / "out", **(options or {"text_field": "body"}))
     assert decode_shards(out) == DOCUMENTS
 
 
-def test_what_a_run_has_written_is_not_thrown_away_when_its_text_has_changed(tmp_path, monkeypatch):
+def test_what_a_run_has_written_is_not_thrown_away_when_its_text_has_changed(tmp_path, source, monkeypatch):
     monkeypatch.setattr("lib.documents.BATCH_BYTES", 300)
-    (tmp_path / "a.jsonl").write_bytes(to_jsonl(["Some words. " * 30] * 5) + b"{")
+    source.write_bytes(to_jsonl(["Some words. " * 30] * 5) + b"{")
     with pytest.raises(ValueError, match="line 6"):
-        prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=10, val_tokens=10)
-    before = read_files(tmp_path / "out")
-    assert sum(name.endswith(".npy") for name in before) > 3
-    (tmp_path / "a.jsonl").write_bytes(to_jsonl(DOCUMENTS))
-    with pytest.raises(
-        ValueError, match=r"begun with another inputs.*a\.jsonl has changed.*Remove the folder"
-    ):
-        prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=10, val_tokens=10)
-    assert read_files(tmp_path / "out") == before
+        prepare(source, tmp_path / "out", shard_tokens=10, val_tokens=10)
+    assert len(list(tmp_path.rglob("*.npy"))) > 3
+    source.write_bytes(to_jsonl(DOCUMENTS))
+    message = r"begun with another inputs.*a\.jsonl has changed.*Remove the folder"
+    with assert_refused(tmp_path / "out", message):
+        prepare(source, tmp_path / "out", shard_tokens=10, val_tokens=10)
 
 
-def test_a_complete_data_set_is_refused_if_its_text_has_changed_and_kept_if_it_is_gone(tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_bytes(to_jsonl(DOCUMENTS))
-    out = prepare(tmp_path / "a.jsonl", tmp_path / "out")
+def test_a_complete_data_set_is_refused_if_its_text_has_changed_and_kept_if_it_is_gone(
+    tmp_path, source, capsys
+):
+    out = prepare(source, tmp_path / "out")
     before = read_files(out)
-    (tmp_path / "a.jsonl").write_bytes(to_jsonl([*DOCUMENTS, "one more"]))
-    with pytest.raises(ValueError, match=r"a\.jsonl has changed since .*out was made from it"):
-        prepare(tmp_path / "a.jsonl", out)
-    (tmp_path / "a.jsonl").unlink()
+    source.write_bytes(to_jsonl([*DOCUMENTS, "one more"]))
+    with assert_refused(out, r"a\.jsonl has changed since .*out was made from it"):
+        prepare(source, out)
+    source.unlink()
     capsys.readouterr()
-    prepare(tmp_path / "a.jsonl", out)
+    prepare(source, out)
     assert "already complete" in capsys.readouterr().out
     assert read_files(out) == before
 
 
-def test_a_data_set_that_lost_a_shard_is_refused_and_keeps_the_others(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(to_jsonl(DOCUMENTS))
-    out = prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=50)
+def test_a_data_set_that_lost_a_shard_is_refused_and_keeps_the_others(tmp_path, source):
+    out = prepare(source, tmp_path / "out", shard_tokens=50)
     next(out.glob("*_train_*.npy")).unlink()
-    before = read_files(out)
-    with pytest.raises(ValueError, match=r"_train_\d+\.npy is missing.*\(remove .*out first\)"):
-        prepare(tmp_path / "a.jsonl", out, shard_tokens=50)
-    assert read_files(out) == before
+    with assert_refused(out, r"_train_\d+\.npy is missing.*\(remove .*out first\)"):
+        prepare(source, out, shard_tokens=50)
 
 
-def test_an_unfinished_run_is_not_continued_by_a_different_request(tmp_path, monkeypatch):
-    (tmp_path / "a.jsonl").write_bytes(to_jsonl(MANY))
+def test_an_unfinished_run_is_not_continued_by_a_different_request(tmp_path, source, monkeypatch):
+    source.write_bytes(to_jsonl(MANY))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at_rename(7, patch)
-        prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=50)
-    before = read_files(tmp_path / "out")
-    assert len(before) >= 3
-    with pytest.raises(ValueError, match=r"holds another data set \(shard_tokens 50, not 60\)"):
-        prepare(tmp_path / "a.jsonl", tmp_path / "out", shard_tokens=60)
-    assert read_files(tmp_path / "out") == before
+        prepare(source, tmp_path / "out", shard_tokens=50)
+    assert len(read_files(tmp_path / "out")) >= 3
+    with assert_refused(tmp_path / "out", r"holds another data set \(shard_tokens 50, not 60\)"):
+        prepare(source, tmp_path / "out", shard_tokens=60)
 
 
-def test_shards_that_lie_in_the_output_folder_are_not_taken_for_ours(tmp_path):
+def test_shards_that_lie_in_the_output_folder_are_not_taken_for_ours(tmp_path, source):
     (tmp_path / "out").mkdir()
     np.save(tmp_path / "out" / "theirs_train_000000.npy", np.arange(9, dtype=np.uint16))
-    (tmp_path / "a.jsonl").write_bytes(to_jsonl(DOCUMENTS))
-    before = read_files(tmp_path / "out")
-    with pytest.raises(
-        ValueError, match=r"holds shards without a manifest\.json, such as theirs_train_000000"
-    ):
-        prepare(tmp_path / "a.jsonl", tmp_path / "out")
-    assert read_files(tmp_path / "out") == before
+    with assert_refused(tmp_path / "out", r"shards without a manifest\.json, such as theirs_train_000000"):
+        prepare(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -323,14 +321,14 @@ def test_a_run_that_is_killed_at_any_rename_continues(
 
 
 @pytest.mark.fault(17)
-def test_a_run_that_is_killed_again_and_again_ends(tmp_path, monkeypatch):
-    (tmp_path / "a.jsonl").write_bytes(to_jsonl(MANY))
-    expected = read_files(prepare(tmp_path / "a.jsonl", tmp_path / "whole", shard_tokens=100))
+def test_a_run_that_is_killed_again_and_again_ends(tmp_path, source, monkeypatch):
+    source.write_bytes(to_jsonl(MANY))
+    expected = read_files(prepare(source, tmp_path / "whole", shard_tokens=100))
     out, renames = tmp_path / "again", itertools.count(2)
     while not shards.is_complete(out):
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
             kill_at_rename(next(renames), patch)
-            prepare(tmp_path / "a.jsonl", out, shard_tokens=100)
+            prepare(source, out, shard_tokens=100)
     assert next(renames) >= 7
     assert read_files(out) == expected
 
@@ -424,23 +422,27 @@ def texts(tmp_path, monkeypatch) -> Path:
 OPTIONS: dict[str, Any] = {"shard_tokens": 100, "val_tokens": 110}
 
 
-def as_process(rank: int, world_size: int, kind: str = "torchrun") -> dict[str, str]:
+def describe_process(rank: int, world_size: int, kind: str = "torchrun") -> dict[str, str]:
     if kind == "torchrun":
         return {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
     first = {"slurm": 0, "slurm from 5": 5}[kind]
-    return {
-        "SLURM_ARRAY_TASK_ID": str(first + rank),
-        "SLURM_ARRAY_TASK_MIN": str(first),
-        "SLURM_ARRAY_TASK_COUNT": str(world_size),
-    }
+    facts = {"ID": first + rank, "MIN": first, "COUNT": world_size}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in facts.items()}
+
+
+@contextlib.contextmanager
+def run_as(variables: dict[str, str]) -> Iterator[pytest.MonkeyPatch]:
+    """The block runs with these environment variables."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield patch
 
 
 @pytest.mark.parametrize("kind", ["torchrun", "slurm", "slurm from 5"])
 @pytest.mark.parametrize("ranks", [[0], [0, 1], [1, 0], [2, 0, 1], [7, 0, 6, 1, 5, 2, 4, 3, 8]])
 @pytest.mark.fault(18)
-def test_several_processes_make_the_same_bytes_and_the_last_joins_them(
-    tmp_path, texts, monkeypatch, capsys, kind, ranks
-):
+def test_several_processes_make_the_same_bytes_and_the_last_joins_them(tmp_path, texts, capsys, kind, ranks):
     expected = read_files(prepare(texts, tmp_path / "one", **OPTIONS))
     manifest = shards.verify(tmp_path / "one")
     assert decode_shards(tmp_path / "one") == [t for i in range(14) for t in MANY[i * 3 : i * 3 + 8]]
@@ -450,9 +452,7 @@ def test_several_processes_make_the_same_bytes_and_the_last_joins_them(
     capsys.readouterr()
     done = set()
     for rank in ranks:
-        with monkeypatch.context() as patch:
-            for name, value in as_process(rank, len(ranks), kind).items():
-                patch.setenv(name, value)
+        with run_as(describe_process(rank, len(ranks), kind)):
             prepare(texts, tmp_path / "many", **OPTIONS)
         said = capsys.readouterr().out
         done |= set(range(rank, 7, len(ranks)))
@@ -467,21 +467,18 @@ def test_several_processes_make_the_same_bytes_and_the_last_joins_them(
     assert read_files(tmp_path / "many") == expected
 
 
-def test_torchruns_variables_count_before_those_of_a_slurm_array(monkeypatch):
+def test_torchruns_variables_count_before_those_of_a_slurm_array():
     assert fineweb.read_share() == (0, 1)
-    for name, value in {**as_process(3, 9, "slurm"), **as_process(1, 2)}.items():
-        monkeypatch.setenv(name, value)
-    assert fineweb.read_share() == (1, 2)
+    with run_as({**describe_process(3, 9, "slurm"), **describe_process(1, 2)}):
+        assert fineweb.read_share() == (1, 2)
 
 
 @pytest.mark.parametrize(
     "variables",
     [{"RANK": "3"}, {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "2"}],
 )
-def test_a_process_beyond_the_last_is_refused(monkeypatch, variables):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"which cannot be.*RANK and WORLD_SIZE"):
+def test_a_process_beyond_the_last_is_refused(variables):
+    with run_as(variables), pytest.raises(ValueError, match=r"which cannot be.*RANK and WORLD_SIZE"):
         fineweb.read_share()
 
 
@@ -494,7 +491,7 @@ def test_processes_at_the_same_time_make_the_same_bytes(tmp_path, texts):
     )
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", code], env={**os.environ, **as_process(rank, 3)}, cwd=SCRIPT.parent,
+            [sys.executable, "-c", code], env={**os.environ, **describe_process(rank, 3)}, cwd=SCRIPT.parent,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for rank in range(3)
@@ -505,12 +502,10 @@ def test_processes_at_the_same_time_make_the_same_bytes(tmp_path, texts):
     assert read_files(tmp_path / "many") == expected
 
 
-def test_parts_made_in_separate_folders_are_copied_together_and_merged(tmp_path, texts, monkeypatch, script):
+def test_parts_made_in_separate_folders_are_copied_together_and_merged(tmp_path, texts, script):
     expected = read_files(prepare(texts, tmp_path / "one", **OPTIONS))
     for rank in range(3):
-        with monkeypatch.context() as patch:
-            for name, value in as_process(rank, 3).items():
-                patch.setenv(name, value)
+        with run_as(describe_process(rank, 3)):
             prepare(texts, tmp_path / f"machine{rank}", **OPTIONS)
     all_parts = tmp_path / "machine2"
     arguments = ("--source", texts, "--out-dir", all_parts, "--merge")
@@ -527,37 +522,28 @@ def test_parts_made_in_separate_folders_are_copied_together_and_merged(tmp_path,
 
 
 @pytest.mark.fault(17)
-def test_a_process_that_was_killed_is_run_again_while_the_others_are_done(tmp_path, texts, monkeypatch):
+def test_a_process_that_was_killed_is_run_again_while_the_others_are_done(tmp_path, texts):
     expected = read_files(prepare(texts, tmp_path / "one", **OPTIONS))
     for rank, renames in [(0, 11), (1, 10**9), (0, 10**9)]:
-        with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            for name, value in as_process(rank, 2).items():
-                patch.setenv(name, value)
+        with run_as(describe_process(rank, 2)) as patch, contextlib.suppress(Killed):
             kill_at_rename(renames, patch)
             prepare(texts, tmp_path / "many", **OPTIONS)
         assert shards.is_complete(tmp_path / "many") is ((rank, renames) == (0, 10**9))
     assert read_files(tmp_path / "many") == expected
 
 
-def test_of_several_processes_none_starts_again_when_the_text_has_changed(tmp_path, texts, monkeypatch):
-    for name, value in as_process(0, 2).items():
-        monkeypatch.setenv(name, value)
-    prepare(texts, tmp_path / "many", **OPTIONS)
-    before = read_files(tmp_path / "many")
-    (texts / "03.jsonl").write_bytes(to_jsonl(["changed"]))
-    with pytest.raises(ValueError, match=r"many was begun with another inputs.*has changed since"):
-        prepare(texts, tmp_path / "many", **OPTIONS)
-    assert read_files(tmp_path / "many") == before
+def test_of_several_processes_none_starts_again_when_the_text_has_changed(tmp_path, texts):
+    with run_as(describe_process(0, 2)):
+        out = prepare(texts, tmp_path / "many", **OPTIONS)
+        (texts / "03.jsonl").write_bytes(to_jsonl(["changed"]))
+        with assert_refused(out, r"many was begun with another inputs.*has changed since"):
+            prepare(texts, out, **OPTIONS)
 
 
-def test_two_processes_do_not_write_one_part(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(to_jsonl(DOCUMENTS))
-    with (
-        shard_writer.PartWriter(tmp_path / "out", 0, 100),
-        pytest.raises(OSError, match="another process is writing"),
-    ):
-        prepare(tmp_path / "a.jsonl", tmp_path / "out")
-    assert decode_shards(prepare(tmp_path / "a.jsonl", tmp_path / "out")) == DOCUMENTS
+def test_two_processes_do_not_write_one_part(tmp_path, source):
+    with shard_writer.PartWriter(tmp_path / "out", 0, 100), pytest.raises(OSError, match="another process"):
+        prepare(source, tmp_path / "out")
+    assert decode_shards(prepare(source, tmp_path / "out")) == DOCUMENTS
 
 
 def test_parts_of_another_text_are_not_joined(tmp_path, monkeypatch):
@@ -565,9 +551,8 @@ def test_parts_of_another_text_are_not_joined(tmp_path, monkeypatch):
     for machine in (0, 1):
         (tmp_path / "a.jsonl").write_bytes(to_jsonl(["one", "two"]))
         (tmp_path / "b.jsonl").write_bytes(to_jsonl(["three", "four" * (1 + machine)]))
-        for name, value in as_process(machine, 2).items():
-            monkeypatch.setenv(name, value)
-        prepare(tmp_path / "*.jsonl", tmp_path / f"machine{machine}")
+        with run_as(describe_process(machine, 2)):
+            prepare(tmp_path / "*.jsonl", tmp_path / f"machine{machine}")
     shutil.copytree(tmp_path / "machine1/parts/000001", tmp_path / "machine0/parts/000001")
     with pytest.raises(ValueError, match=r"parts \[1\] are of another source"):
         shard_writer.merge(tmp_path / "machine0")
@@ -626,9 +611,8 @@ def test_an_input_with_no_text_at_all_is_refused(tmp_path, name, data):
     assert not list(tmp_path.rglob("*.npy"))
     (tmp_path / name).unlink()
     (tmp_path / "b.txt").write_text("Some text at last.", encoding="utf-8")
-    assert decode_shards(prepare(tmp_path / "b.txt", tmp_path / "out", val_tokens=0)) == [
-        "Some text at last."
-    ]
+    out = prepare(tmp_path / "b.txt", tmp_path / "out", val_tokens=0)
+    assert decode_shards(out) == ["Some text at last."]
 
 
 @pytest.mark.parametrize("from_folder", [True, False])
@@ -678,13 +662,10 @@ def test_inspect_looks_into_folders_without_a_manifest(tmp_path, script):
 def test_inspect_refuses_what_is_unfinished_or_of_two_kinds(tmp_path, script):
     np.save(tmp_path / "x_train_000000.npy", np.arange(9, dtype=np.uint16))
     (tmp_path / "x_train_000000.bin").write_bytes(b"")
-    run = script("--out-dir", tmp_path, "--inspect")
-    assert run.returncode == 2
-    assert "both .npy and .bin" in run.stderr
     shard_writer.begin(tmp_path / "new", {"name": "x", "parts": 1})
-    run = script("--out-dir", tmp_path / "new", "--inspect")
-    assert run.returncode == 2
-    assert "incomplete" in run.stderr
+    for folder, message in ((tmp_path, "both .npy and .bin"), (tmp_path / "new", "incomplete")):
+        run = script("--out-dir", folder, "--inspect")
+        assert run.returncode == 2 and message in run.stderr
 
 
 @pytest.mark.parametrize(
@@ -699,14 +680,15 @@ def test_inspect_refuses_what_is_unfinished_or_of_two_kinds(tmp_path, script):
         (["--source", "{file}", "--max-shards", "-1"], "--max-shards is -1; it must be at least 0"),
         (["--source", "{file}", "--documents", "page"], "page"),
         (["--merge"], "manifest.json"),
-        (["--source", "{file}", "--text-field", "body"], "good.jsonl: line 1"),
+        (["--source", "{file}", "--text-field", "body"], "a.jsonl: line 1"),
         (["--verify"], "manifest.json"),
         (["--inspect"], "holds no shards"),
     ],
 )
-def test_the_command_line_refuses_with_exit_code_2_and_the_reason(tmp_path, script, arguments, message):
-    (tmp_path / "good.jsonl").write_bytes(to_jsonl(["fine"] * 20))
-    arguments = [argument.format(file=tmp_path / "good.jsonl") for argument in arguments]
+def test_the_command_line_refuses_with_exit_code_2_and_the_reason(
+    tmp_path, source, script, arguments, message
+):
+    arguments = [argument.format(file=source) for argument in arguments]
     run = script(*arguments, "--out-dir", tmp_path / "out")
     assert run.returncode == 2
     assert message in run.stderr
@@ -721,9 +703,8 @@ def test_a_shell_sees_exit_code_2_and_no_traceback(arguments):
     assert run.stdout == ""
 
 
-def test_the_command_line_writes_verifies_and_inspects(tmp_path, script):
-    (tmp_path / "a.jsonl").write_bytes(to_jsonl(DOCUMENTS))
-    flags = ["--source", tmp_path / "a.jsonl", "--name", "toy", "--out-dir", tmp_path / "out"]
+def test_the_command_line_writes_verifies_and_inspects(tmp_path, source, script):
+    flags = ["--source", source, "--name", "toy", "--out-dir", tmp_path / "out"]
     run = run_fineweb(*flags, "--val-tokens", "20", "--workers", "1")
     assert (run.returncode, run.stderr) == (0, "")
     manifest = shards.read_manifest(tmp_path / "out")
@@ -742,10 +723,7 @@ def test_the_command_line_writes_verifies_and_inspects(tmp_path, script):
     assert (run.returncode, run.stderr) == (0, "")
     assert "all 2 shards" in run.stdout
 
-    path = tmp_path / "out" / "toy_train_000000.npy"
-    data = bytearray(path.read_bytes())
-    data[200] ^= 1
-    path.write_bytes(data)
+    flip_a_bit(tmp_path / "out" / "toy_train_000000.npy", 200)
     run = script(*flags, "--verify")
     assert run.returncode == 2
     assert "toy_train_000000.npy" in run.stderr

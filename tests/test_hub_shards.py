@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from corpora import DOCUMENTS, read_stream, to_jsonl, wait_until
+from corpora import DOCUMENTS, read_files, read_stream, to_bin, to_jsonl, wait_until
 from hub_server import (
     COMMIT,
     ROOT,
@@ -34,13 +35,6 @@ from lib import shard_writer, shards, tokenizer
 PULL = "result = fineweb.main(fineweb.Config(**cfg))"
 
 
-def to_bin(tokens: np.ndarray, magic: int = 20240520) -> bytes:
-    """As llm.c writes them."""
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, 1, len(tokens)
-    return header.tobytes() + tokens.astype("<u2").tobytes()
-
-
 def stream(count: int, seed: int = 0) -> np.ndarray:
     """Tokens of documents of about 40 tokens."""
     ids = np.random.default_rng(seed).integers(0, 50256, count)
@@ -52,15 +46,20 @@ BINS = {"fineweb_val_000000.bin": to_bin(stream(2000)), "README.md": b"GPT-2 tok
 BINS |= {f"fineweb_train_{n:06d}.bin": to_bin(stream(3000, n)) for n in (1, 2, 3, 4)}
 
 
+@pytest.fixture
+def cfg(server, repo, tmp_path) -> dict[str, Any]:
+    """Fetches BINS from the Hub."""
+    server.commit(f"datasets/{repo}", BINS)
+    return dict(source=f"hf://datasets/{repo}", out_dir=str(tmp_path))
+
+
 def list_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("max_shards", [0, 2])
-def test_others_shards_are_only_fetched(client, server, repo, tmp_path, max_shards):
-    server.commit(f"datasets/{repo}", BINS)
-    cfg = dict(source=f"hf://datasets/{repo}", out_dir=str(tmp_path), max_shards=max_shards)
-    client(PULL, cfg=cfg)
+def test_others_shards_are_only_fetched(client, server, repo, tmp_path, cfg, max_shards):
+    client(PULL, cfg={**cfg, "max_shards": max_shards})
     wanted = [f"fineweb_train_{n:06d}.bin" for n in range(1, 1 + (max_shards or 4))]
     assert list_names(tmp_path) == [*wanted, "fineweb_val_000000.bin", "manifest.json"]
     manifest = shards.verify(tmp_path)
@@ -80,9 +79,7 @@ def test_others_shards_are_only_fetched(client, server, repo, tmp_path, max_shar
 
 
 @pytest.mark.fault(20)
-def test_fetching_shards_goes_on_where_it_was_interrupted(client, server, repo, tmp_path):
-    server.commit(f"datasets/{repo}", BINS)
-    cfg = dict(source=f"hf://datasets/{repo}", out_dir=str(tmp_path))
+def test_fetching_shards_goes_on_where_it_was_interrupted(client, server, repo, tmp_path, cfg):
     server.fault(404, "fineweb_train_000003", times=1)
     client.refusal(PULL, cfg=cfg)
     with pytest.raises(ValueError, match="incomplete"):
@@ -96,9 +93,7 @@ def test_fetching_shards_goes_on_where_it_was_interrupted(client, server, repo, 
     assert not server.requests
 
 
-def test_fetching_shards_goes_on_at_the_revision_it_began_with(client, server, repo, tmp_path):
-    server.commit(f"datasets/{repo}", BINS)
-    cfg = dict(source=f"hf://datasets/{repo}", out_dir=str(tmp_path))
+def test_fetching_shards_goes_on_at_the_revision_it_began_with(client, server, repo, tmp_path, cfg):
     server.fault(404, "fineweb_train_000003", times=1)
     client.refusal(PULL, cfg=cfg)
     server.commit(f"datasets/{repo}", {name: to_bin(stream(3000, 9)) for name in BINS if "_" in name})
@@ -118,19 +113,16 @@ BAD_BINS = {
 
 
 @pytest.mark.parametrize(("data", "message"), BAD_BINS.values(), ids=BAD_BINS.keys())
-def test_bad_shards_are_refused(client, server, repo, tmp_path, data, message):
+def test_bad_shards_are_refused(client, server, repo, tmp_path, cfg, data, message):
     server.commit(f"datasets/{repo}", {**BINS, "fineweb_train_000002.bin": data})
-    cfg = dict(source=f"hf://datasets/{repo}", out_dir=str(tmp_path))
     assert message in client.refusal(PULL, "ValueError", cfg=cfg)["message"]
     with pytest.raises(ValueError, match="incomplete"):
         shards.verify(tmp_path)
 
 
 @pytest.mark.fault(20)
-def test_a_shard_that_never_arrives_whole_is_refused(client, server, repo, tmp_path):
-    server.commit(f"datasets/{repo}", BINS)
+def test_a_shard_that_never_arrives_whole_is_refused(client, server, repo, tmp_path, cfg):
     server.fault("wrong", "fineweb_train_000002", times=100)
-    cfg = dict(source=f"hf://datasets/{repo}", out_dir=str(tmp_path))
     answer = client.refusal(PULL, cfg=cfg)
     assert f"{repo}@{COMMIT}/fineweb_train_000002.bin" in answer["message"]
     assert "fineweb_train_000002.bin" not in list_names(tmp_path)
@@ -151,10 +143,6 @@ def make_shards(folder: Path, **options) -> Path:
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory) -> Path:
     return make_shards(tmp_path_factory.mktemp("ours") / "ours")
-
-
-def read_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_shards_that_were_pushed_come_back_as_they_were(client, server, repo, ours, tmp_path):
@@ -339,14 +327,9 @@ def train(server: HubServer, folder: Path, data: str | Path, *flags: str) -> sub
     """train_gpt2.py, with folder/log and folder/cache instead of log/ and data/server/."""
     script = TRAIN.format(root=str(ROOT), script=str(ROOT / "train_gpt2.py"))
     places = [str(folder / "cache"), "--log-dir", str(folder / "log"), "--dataset-path", str(data)]
-    env = {
-        **os.environ,
-        **server.environment(folder / "home"),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+    env = {**os.environ, **server.environment(folder / "home"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", script, *places, *flags], env=env, encoding="utf-8",
+        [sys.executable, "-c", script, *places, *flags], env={**env, "PYTHONPATH": str(ROOT)}, encoding="utf-8",
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -361,16 +344,8 @@ def test_training_outlives_a_cut_of_the_network(server, repo, ours, tmp_path):
     server.commit(f"datasets/{repo}", read_files(ours))
     server.requests.clear()
     here = train(server, tmp_path, ours, *TINY, "--run-name", "local")
-    there = train(
-        server,
-        tmp_path,
-        f"hf://datasets/{repo}",
-        *TINY,
-        "--run-name",
-        "hub",
-        "--cache-gb",
-        f"{4 * SHARD_BYTES / 1e9}",
-    )
+    flags = [*TINY, "--run-name", "hub", "--cache-gb", f"{4 * SHARD_BYTES / 1e9}"]
+    there = train(server, tmp_path, f"hf://datasets/{repo}", *flags)
     wait_until(lambda: len(server.downloads()) > 5, there)
     log = tmp_path / "log" / "hub" / "log.txt"
     with server.cut():

@@ -108,23 +108,26 @@ def test_validation_gets_exactly_its_tokens_however_they_arrive(tmp_path, val_to
     assert read_stream(tmp_path, "train").tolist() == stream[val_tokens:].tolist()
 
 
-def test_by_default_a_corpus_under_one_shard_gives_a_tenth_to_validation_and_the_rest_to_training(tmp_path):
-    manifest = write(tmp_path, count_up(990), count_up(10), shard_tokens=100_000_000, val_tokens=None)
-    assert [(s["split"], s["tokens"]) for s in manifest["shards"]] == [("val", 100), ("train", 900)]
-    assert ShardReader(tmp_path, "val", 32).num_windows == 3
-
-
-def test_by_default_a_large_corpus_gives_validation_a_fixed_number_of_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_writer, "DEFAULT_VAL_TOKENS", 50)
-    for name, size in (("one", 600), ("two", 1700)):
-        write(tmp_path / name, *[count_up(100)] * (size // 100), val_tokens=None)
-        assert len(read_stream(tmp_path / name, "val").tolist()) == 50
-        assert len(read_stream(tmp_path / name, "train").tolist()) == size - 50
-
-
-def test_no_validation_tokens_means_no_validation_shard(tmp_path):
-    manifest = write(tmp_path, count_up(150), val_tokens=0)
-    assert [shard["split"] for shard in manifest["shards"]] == ["train", "train"]
+@pytest.mark.parametrize(
+    ("size", "shard_tokens", "default", "val_tokens", "expected"),
+    [
+        (1000, 100_000_000, 10_485_760, None, 100),
+        (600, 100, 50, None, 50),
+        (1700, 100, 50, None, 50),
+        (150, 100, 50, 0, 0),
+    ],
+)
+def test_by_default_validation_gets_a_fixed_number_of_tokens_or_a_tenth_of_a_small_corpus(
+    tmp_path, monkeypatch, size, shard_tokens, default, val_tokens, expected
+):
+    assert shard_writer.DEFAULT_VAL_TOKENS == 10_485_760
+    monkeypatch.setattr(shard_writer, "DEFAULT_VAL_TOKENS", default)
+    pieces = [count_up(50)] * (size // 50)
+    manifest = write(tmp_path, *pieces, shard_tokens=shard_tokens, val_tokens=val_tokens)
+    assert len(read_stream(tmp_path, "val")) == expected
+    assert len(read_stream(tmp_path, "train")) == size - expected
+    assert [s["split"] for s in manifest["shards"]].count("val") == bool(expected)
+    assert not expected or ShardReader(tmp_path, "val", 32).num_windows == (expected - 1) // 32
 
 
 @pytest.mark.parametrize("before", [0, 60])

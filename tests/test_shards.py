@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpora import count_up, to_npy, wait_until
+from corpora import count_up, flip_a_bit, to_bin, to_npy, wait_until
 from helpers import write_shards as write
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,12 +28,6 @@ def write_plain(folder: Path, sizes: list[int], split: str = "train", first: int
         np.save(folder / f"toy_{split}_{number:06d}.npy", count_up(size, first))
         first += size
     return folder
-
-
-def write_bin(path: Path, ids: np.ndarray, magic: int = 20240520, version: int = 1, count: int | None = None):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, version, len(ids) if count is None else count
-    path.write_bytes(header.tobytes() + ids.astype("<u2").tobytes())
 
 
 def list_positions(reader: ShardReader, epoch: int = 0) -> list[int]:
@@ -223,7 +217,7 @@ def test_few_shards_are_open_at_a_time(tmp_path):
 def test_shards_are_memory_mapped(tmp_path):
     write_plain(tmp_path / "npy", [50])
     (tmp_path / "bin").mkdir()
-    write_bin(tmp_path / "bin" / "toy_train_000000.bin", count_up(50))
+    (tmp_path / "bin" / "toy_train_000000.bin").write_bytes(to_bin(count_up(50)))
     for kind in ("npy", "bin"):
         assert type(ShardReader(tmp_path / kind, "train", 4)._open(0)) is np.memmap
 
@@ -248,8 +242,8 @@ def test_a_build_nanogpt_folder_is_read(tmp_path):
 
 def test_llm_c_shards_are_read_in_the_order_of_their_numbers(tmp_path):
     for number, first in ((2, 100), (10, 200)):
-        write_bin(tmp_path / f"fineweb_train_{number}.bin", count_up(30, first))
-    write_bin(tmp_path / "fineweb_val_000000.bin", count_up(21, 50200))
+        (tmp_path / f"fineweb_train_{number}.bin").write_bytes(to_bin(count_up(30, first)))
+    (tmp_path / "fineweb_val_000000.bin").write_bytes(to_bin(count_up(21, 50200)))
     reader = ShardReader(tmp_path, "train", 59)
     expected = [*range(100, 130), *range(200, 230)]
     assert reader.read([0])[0].tolist() == [expected[:-1]]
@@ -308,17 +302,13 @@ def test_memory_stays_constant_over_an_epoch_of_ten_billion_tokens(tmp_path):
 # what is refused
 
 
-@pytest.mark.parametrize(("size", "seq_len"), [(10, 10), (1, 1), (1000, 1024)])
-def test_a_split_shorter_than_a_window_is_refused_with_both_numbers(tmp_path, size, seq_len):
-    write_plain(tmp_path, [size])
-    with pytest.raises(ValueError, match=rf"{size:,} tokens for train.* needs {seq_len + 1:,}"):
-        ShardReader(tmp_path, "train", seq_len)
-
-
-def test_a_missing_split_is_refused(tmp_path):
-    write_plain(tmp_path, [100])
-    with pytest.raises(ValueError, match="has 0 tokens for val"):
-        ShardReader(tmp_path, "val", 4)
+@pytest.mark.parametrize(
+    ("size", "split", "seq_len"), [(10, "train", 10), (1, "train", 1), (1000, "train", 1024), (0, "val", 4)]
+)
+def test_a_split_shorter_than_a_window_is_refused_with_both_numbers(tmp_path, size, split, seq_len):
+    write_plain(tmp_path, [size or 100])
+    with pytest.raises(ValueError, match=rf"{size:,} tokens for {split}.* needs {seq_len + 1:,}"):
+        ShardReader(tmp_path, split, seq_len)
 
 
 @pytest.mark.parametrize("make", [lambda folder: None, lambda folder: folder.mkdir()])
@@ -332,7 +322,7 @@ def test_a_folder_without_shards_names_the_commands_that_make_them(tmp_path, mak
 
 def test_a_folder_with_both_kinds_of_shards_is_refused(tmp_path):
     write_plain(tmp_path, [100])
-    write_bin(tmp_path / "toy_val_000000.bin", count_up(50))
+    (tmp_path / "toy_val_000000.bin").write_bytes(to_bin(count_up(50)))
     for open_them in (shards.Folder, shards.list_shards, lambda folder: ShardReader(folder, "train", 4)):
         with pytest.raises(ValueError, match=r"holds both \.npy and \.bin shards"):
             open_them(tmp_path)
@@ -348,59 +338,46 @@ def npy_header(text: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
 
+NPY, BIN = to_npy(count_up(100)), to_bin(count_up(100))
 HUGE = "{'descr': '<u2', 'fortran_order': False, 'shape': (10000000000000000000000,), }\n"
 BAD_NPY = {
-    "truncated": to_npy(count_up(100))[:-1],
-    "cut in its header": to_npy(count_up(100))[:50],
+    "truncated": NPY[:-1],
+    "cut in its header": NPY[:50],
     "empty": b"",
     "without tokens": to_npy(count_up(0)),
     "int64": to_npy(np.arange(100)),
     "big-endian": to_npy(count_up(100).astype(">u2")),
     "two-dimensional": to_npy(count_up(100).reshape(10, 10)),
     "a scalar": to_npy(np.uint16(5)),
-    "with a wrong magic": b"X" + to_npy(count_up(100))[1:],
+    "with a wrong magic": b"X" + NPY[1:],
     "text": b"hello " * 100,
     "an npz archive": npz(),
     "a cut archive": npz()[:40],
     "of impossible length": npy_header(HUGE),
     "with an unclosed header": npy_header("{'descr': ((((\n"),
 }
-
-
-@pytest.mark.parametrize("data", BAD_NPY.values(), ids=BAD_NPY.keys())
-@pytest.mark.fault(15)
-def test_what_is_no_npy_shard_is_refused_by_name(tmp_path, data):
-    write_plain(tmp_path, [50, 50])
-    (tmp_path / "toy_train_000001.npy").write_bytes(data)
-    with pytest.raises(ValueError, match=r"toy_train_000001\.npy"):
-        ShardReader(tmp_path, "train", 4)
-
-
 BAD_BIN = {
-    "wrong magic": {"magic": 20240521},
-    "wrong version": {"version": 2},
-    "fewer tokens than promised": {"count": 101},
-    "more tokens than promised": {"count": 99},
-    "negative count": {"count": -1},
-    "no tokens": {"ids": count_up(0)},
+    "of wrong magic": to_bin(count_up(100), magic=20240521),
+    "of wrong version": to_bin(count_up(100), version=2),
+    "with fewer tokens than promised": to_bin(count_up(100), count=101),
+    "with more tokens than promised": to_bin(count_up(100), count=99),
+    "of negative count": to_bin(count_up(100), count=-1),
+    "without tokens": to_bin(count_up(0)),
+    **{f"cut to {size} bytes": BIN[:size] for size in (0, 100, 1023, 1025, 1223)},
 }
+BAD_SHARDS = [("npy", *bad) for bad in BAD_NPY.items()] + [("bin", *bad) for bad in BAD_BIN.items()]
 
 
-@pytest.mark.parametrize("change", BAD_BIN.values(), ids=BAD_BIN.keys())
+@pytest.mark.parametrize(
+    ("suffix", "data"),
+    [pytest.param(suffix, data, id=f"{suffix} {how}") for suffix, how, data in BAD_SHARDS],
+)
 @pytest.mark.fault(15)
-def test_what_is_no_llm_c_shard_is_refused_by_name(tmp_path, change):
-    write_bin(tmp_path / "toy_train_000000.bin", **{"ids": count_up(100), **change})
-    with pytest.raises(ValueError, match=r"toy_train_000000\.bin"):
-        ShardReader(tmp_path, "train", 4)
-
-
-@pytest.mark.parametrize("size", [0, 100, 1023, 1025, 1223])
-@pytest.mark.fault(15)
-def test_a_cut_llm_c_shard_is_refused_by_name(tmp_path, size):
-    path = tmp_path / "toy_train_000000.bin"
-    write_bin(path, count_up(100))
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"toy_train_000000\.bin"):
+def test_what_is_no_shard_is_refused_by_name(tmp_path, suffix, data):
+    good = {"npy": NPY, "bin": BIN}
+    for number, content in enumerate((good[suffix], data)):
+        (tmp_path / f"toy_train_{number:06d}.{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"toy_train_000001\.{suffix}"):
         ShardReader(tmp_path, "train", 4)
 
 
@@ -501,10 +478,7 @@ def test_verify_passes_what_was_written_and_needs_a_manifest(tmp_path):
 @pytest.mark.fault(15)
 def test_verify_finds_one_flipped_bit(tmp_path, position):
     write(tmp_path, count_up(300))
-    path = tmp_path / "toy_train_000001.npy"
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
+    flip_a_bit(tmp_path / "toy_train_000001.npy", position)
     with pytest.raises(ValueError, match=r"toy_train_000001\.npy"):
         shards.verify(tmp_path)
 

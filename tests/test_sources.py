@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from corpora import decode_shards, read_documents, to_jsonl, to_parquet, wait_until
+from corpora import decode_shards, read_documents, to_jsonl, to_parquet, to_wikitext, wait_until
 from hub_server import COMMIT, client, finish, list_files, repo, server, shared_client, start_fineweb
 
 from lib import shards
@@ -212,9 +212,7 @@ MIDDLE = ARTICLES[4][:40], ARTICLES[4][40:]
 
 
 def to_rows(*articles: str) -> bytes:
-    """As the Hub has WikiText: a row a line, an empty one for " "."""
-    rows = "".join(articles).splitlines(keepends=True)
-    return to_parquet(["" if row == " \n" else row for row in rows])
+    return to_wikitext("".join(articles).splitlines(keepends=True))
 
 
 WIKITEXT = {
