@@ -1,4 +1,4 @@
-"""Texts as files of many formats, the shards that fineweb.py makes of them, and the way back."""
+"""Converts texts to files of many formats and to shards, and shards back to texts."""
 
 import contextlib
 import gzip
@@ -28,6 +28,8 @@ DOCUMENTS = [
     "<|endoftext|> is text here",
     "x " * 500,
 ]
+SECTIONS = " \n = = Part = = \n \n = = = Deeper = = = \n \n More words . \n"
+ARTICLES = [f" \n = Article {n} = \n \n Text {n} . \n{SECTIONS}" for n in range(3)]
 
 
 def to_jsonl(texts: Iterable, key: str = "text") -> bytes:

@@ -1,5 +1,4 @@
-"""A small stand-in for the Hugging Face Hub on 127.0.0.1: enough for huggingface_hub and datasets to read and
-write, and to see a bad network.
+"""A small stand-in for the Hugging Face Hub on 127.0.0.1, with good and bad networks, and clients of it.
 
     with HubServer({"datasets/org/name": {"README.md": b"..."}}) as hub:
         subprocess.run([...], env={**os.environ, **hub.environment(tmp_path)})
@@ -40,23 +39,23 @@ HTML = b"<!DOCTYPE html><html><body>Please log in to the network</body></html>"
 
 
 def blob_id(data: bytes) -> str:
-    """Git's name for a file's content."""
+    """Returns git's hash of a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def is_large(path: str, data: bytes) -> bool:
-    """Whether the Hub keeps the file in its large-file storage."""
+    """Tells whether the Hub keeps the file in its large-file storage."""
     return path.endswith(LARGE) or len(data) > 1_000_000
 
 
 def pointer(data: bytes) -> bytes:
-    """What git keeps of a large file."""
+    """Returns the pointer that git keeps of a large file."""
     oid = hashlib.sha256(data).hexdigest()
     return f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(data)}\n".encode()
 
 
 def describe(path: str, data: bytes) -> dict:
-    """A file as the Hub lists it."""
+    """Describes a file as the Hub lists it."""
     if not is_large(path, data):
         return {"type": "file", "path": path, "oid": blob_id(data), "size": len(data)}
     lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": len(pointer(data))}
@@ -64,7 +63,7 @@ def describe(path: str, data: bytes) -> dict:
 
 
 def byte_range(header: str | None, size: int) -> tuple[int, int] | None:
-    """The half-open range that a Range header asks for, or None where there is none."""
+    """Returns the half-open range of a Range header, or None without one."""
     if not header:
         return None
     first, last = header.removeprefix("bytes=").split("-")
@@ -88,7 +87,7 @@ class HubServer:
         self.uploads: dict[str, bytes] = {}  # large files by their SHA-256
         self.read_only: set[str] = set()  # repositories that TOKEN may not write to
         self.requests: list[tuple[str, str, str | None]] = []  # method, path with query, Range header
-        self.heard: list[str] = []  # all else that clients said: headers without the token's, and bodies
+        self.heard: list[str] = []  # the clients' other headers, without the token's, and bodies
         self.faults: list[Fault] = []
         self.held, self.released = threading.Event(), threading.Event()
         self.sent = 0  # bytes of bodies
@@ -146,7 +145,7 @@ class HubServer:
             self.__enter__()
 
     def environment(self, home: Path, token: str = "") -> dict[str, str]:
-        """Variables for a subprocess that is to see this server, and only it, as the Hub."""
+        """Returns variables for a subprocess that sees this server, and only it, as the Hub."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
@@ -159,13 +158,13 @@ class HubServer:
         }
 
     def fault(self, kind: str | int, where: str, times: int = 1, method: str = "GET"):
-        """The next `times` requests of `method` for a path in which the pattern `where` is found go wrong: an
+        """The next `times` requests of `method` for a path that matches the pattern `where` go wrong: an
         error status; "html" with status 200; "truncate" or "stall" after half of the body; "wrong" bytes;
         "drop": the connection breaks before the answer; "hold": the answer comes once the test lets it go."""
         self.faults += [Fault(kind, where, method)] * times
 
     def let_go(self):
-        """Answers what is held."""
+        """Answers the held requests."""
         self.released.set()
 
     def next_fault(self, method: str, path: str) -> str | int:
@@ -176,7 +175,7 @@ class HubServer:
         return ""
 
     def downloads(self, method: str = "GET") -> set[str]:
-        """The paths of the files that were asked for."""
+        """Returns the paths of the requested files."""
         return {
             unquote(urlsplit(path).path).split("/resolve/")[1].partition("/")[2]
             for asked, path, _ in self.requests
@@ -184,14 +183,14 @@ class HubServer:
         }
 
     def forget(self, repo: str):
-        """Removes a repository, and all that is to go wrong."""
+        """Removes a repository and all pending faults."""
         self.commits.pop(repo, None)
         self.repos.pop(repo, None)
         self.uploads.clear()
         self.faults.clear()
 
     def commit(self, repo: str, files: dict[str, bytes]) -> str:
-        """Makes `files` the newest commit, of a new repository the first; the older ones stay."""
+        """Makes `files` the newest commit; a new repository gets its first. Older commits stay."""
         commits = self.commits.setdefault(repo, {})
         sha = hashlib.sha1(f"{repo} {len(commits)}".encode()).hexdigest() if commits else COMMIT
         self.repos[repo] = commits[sha] = files
@@ -358,7 +357,7 @@ class HubServer:
     # -- answers
 
     def tree(self, files: dict[str, bytes]) -> list[dict]:
-        """Every folder and file of a repository, as the Hub describes them."""
+        """Lists every folder and file of a repository as the Hub does."""
         folders = {str(parent) for path in files for parent in Path(path).parents} - {".", "/"}
         entries = [{"type": "directory", "path": p, "oid": blob_id(p.encode()), "size": 0} for p in folders]
         entries += [describe(path, data) for path, data in files.items()]
@@ -460,23 +459,23 @@ class Client:
             self.stderr += line
 
     def send(self, code: str, **names: Any):
-        """Has the code run."""
+        """Sends code to run, and does not wait for the answer."""
         print(json.dumps({"code": code, "names": names}, default=str), file=self.process.stdin, flush=True)
 
     def ask(self, code: str, **names: Any) -> dict:
-        """Runs the code; what it prints, and its `result` or its error, come back."""
+        """Runs the code and returns its output and its `result` or error."""
         self.send(code, **names)
         assert self.process.stdout
         return json.loads(self.process.stdout.readline())
 
     def __call__(self, code: str, **names: Any) -> Any:
-        """The code's `result`."""
+        """Runs the code and returns its `result`."""
         answer = self.ask(code, **names)
         assert "error" not in answer, answer["trace"] + answer["printed"]
         return answer["result"]
 
     def refusal(self, code: str, kind: str = "OSError", **names: Any) -> dict:
-        """What is said when the code is refused with an error of that kind."""
+        """Runs code that must raise an error of that kind, and returns the answer."""
         answer = self.ask(code, **names)
         assert kind in answer.get("error", []), answer
         return answer
@@ -510,21 +509,16 @@ def client(shared_client, server) -> Iterator[Client]:
 
 @pytest.fixture
 def repo(server, request) -> str:
-    """A name of the test's own: the clients remember what they know of a repository."""
+    """Names a repository for this test alone: clients cache what they know of a repository."""
     return f"org/{abs(hash(request.node.nodeid)):x}"
 
 
 def start_fineweb(server: HubServer, home: Path, *arguments: str | Path, token: str = "") -> subprocess.Popen:
-    """fineweb.py as a user starts it."""
-    env = {
-        **os.environ,
-        **server.environment(home, token),
-        "PYTHONIOENCODING": "utf-8",
-        "OMP_NUM_THREADS": "1",
-    }
+    """Starts fineweb.py as a user does."""
+    env = {**os.environ, **server.environment(home, token), "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, str(ROOT / "fineweb.py"), *map(str, arguments)]
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "fineweb.py"), *map(str, arguments)],
-        env={**env, "DOWNLOAD_PATIENCE": "10"}, encoding="utf-8",
+        command, env={**env, "OMP_NUM_THREADS": "1", "DOWNLOAD_PATIENCE": "10"}, encoding="utf-8",
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -536,6 +530,6 @@ def finish(process: subprocess.Popen) -> tuple[str, str]:
 
 
 def list_files(folder: Path) -> set[str]:
-    """All that anyone could take for data."""
+    """Lists the files below the folder that could be taken for data."""
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     return {path.as_posix() for path in paths if ".incoming" not in path.parts}

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpora import (
+    ARTICLES,
     DOCUMENTS,
     compress,
     decode_shards,
@@ -241,10 +242,6 @@ def test_wikitexts_rows_on_the_hub_are_the_same_articles(tmp_path, place):
     )
     assert "".join(articles) == text
     assert len(articles) == 60
-
-
-SECTIONS = " \n = = Part = = \n \n = = = Deeper = = = \n \n More words . \n"
-ARTICLES = [f" \n = Article {n} = \n \n Text {n} . \n{SECTIONS}" for n in range(3)]
 
 
 @pytest.mark.parametrize("part_bytes", [2**30, 1])

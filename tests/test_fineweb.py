@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from corpora import (
+    ARTICLES,
     DOCUMENTS,
     Killed,
     assert_refused,
@@ -45,7 +46,7 @@ def run_fineweb(*arguments: str | Path, **environment: str) -> subprocess.Comple
 
 @pytest.fixture
 def script(monkeypatch, capsys):
-    """Runs fineweb.py as `run_fineweb` does, but in this process, which has imported torch already."""
+    """Runs fineweb.py as `run_fineweb` does, but in this process, which has imported its modules."""
 
     def run(*arguments: str | Path) -> subprocess.CompletedProcess:
         command = [str(SCRIPT), *map(str, arguments)]
@@ -274,8 +275,6 @@ def test_the_number_of_threads_does_not_change_a_byte(tmp_path):
 # -----------------------------------------------------------------------------
 # killed and run again
 
-SECTIONS = " \n = = Part = = \n \n = = = Deeper = = = \n \n More words . \n"
-ARTICLES = [f" \n = Article {n} = \n \n Text {n} . \n{SECTIONS}" for n in range(3)]
 MANY = [f"Document {i} {'has some words, ' * (i % 7)}and an end." for i in range(40)] + DOCUMENTS
 SOME = MANY[-14:]
 TWO_RAW = ["".join(ARTICLES)[:-100], "".join(ARTICLES)[-100:] + "".join(ARTICLES)]
@@ -381,7 +380,7 @@ def kill_and_compare(tmp_path: Path, source: Path, kills: int, shard_tokens: int
 
 
 def drop_leftovers(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Without what a kill in the last instant, when the data set is complete, leaves behind."""
+    """Drops the leftovers of a kill after the data set was complete."""
     return {
         name: data for name, data in files.items() if Path(name).name == name and not name.startswith(".")
     }

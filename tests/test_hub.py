@@ -41,24 +41,12 @@ def test_a_file_is_fetched_once(client, server, repo, tmp_path, path):
         assert (tmp_path / path).read_bytes() == FILES[path]
     assert sum(method == "HEAD" for method, *_ in server.requests) == 1
     assert list_files(tmp_path) == {path}
-    assert {p.suffix for p in tmp_path.glob(".incoming/**/*") if p.is_file()} <= {
-        ".lock",
-        ".metadata",
-        ".TAG",
-        "",
-    }
+    left = {p.suffix for p in tmp_path.glob(".incoming/**/*") if p.is_file()}
+    assert left <= {".lock", ".metadata", ".TAG", ""}
 
 
-FAULTS = {
-    404: "404",
-    401: "401",
-    403: "403",
-    429: "429",
-    500: "500",
-    "html": "",
-    "wrong": "bytes arrived",
-    "truncate": "",
-}
+FAULTS = {code: str(code) for code in (404, 401, 403, 429, 500)}
+FAULTS |= {"html": "", "wrong": "bytes arrived", "truncate": ""}
 
 
 @pytest.mark.parametrize("path", ["data/some.npy", "data/some.txt"])
@@ -78,7 +66,7 @@ def test_a_file_that_cannot_be_had_is_refused_with_its_url(
     assert list_files(tmp_path) == set()
     assert TOKEN not in json.dumps(answer)
     tried_again = "trying again" in answer["printed"]
-    assert tried_again == (kind not in (401, 403, 404))  # which no patience will mend
+    assert tried_again == (kind not in (401, 403, 404))  # a retry is useless
 
 
 @pytest.mark.parametrize("kind", [500, 429, "html", "wrong", "truncate", "stall"])

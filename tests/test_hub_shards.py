@@ -35,20 +35,20 @@ from lib import shard_writer, shards, tokenizer
 PULL = "result = fineweb.main(fineweb.Config(**cfg))"
 
 
-def stream(count: int, seed: int = 0) -> np.ndarray:
-    """Tokens of documents of about 40 tokens."""
+def draw_stream(count: int, seed: int = 0) -> np.ndarray:
+    """Draws tokens of documents of 40 tokens."""
     ids = np.random.default_rng(seed).integers(0, 50256, count)
     ids[::40] = tokenizer.END_OF_TEXT
     return ids.astype(np.uint16)
 
 
-BINS = {"fineweb_val_000000.bin": to_bin(stream(2000)), "README.md": b"GPT-2 tokens"}
-BINS |= {f"fineweb_train_{n:06d}.bin": to_bin(stream(3000, n)) for n in (1, 2, 3, 4)}
+BINS = {"fineweb_val_000000.bin": to_bin(draw_stream(2000)), "README.md": b"GPT-2 tokens"}
+BINS |= {f"fineweb_train_{n:06d}.bin": to_bin(draw_stream(3000, n)) for n in (1, 2, 3, 4)}
 
 
 @pytest.fixture
 def cfg(server, repo, tmp_path) -> dict[str, Any]:
-    """Fetches BINS from the Hub."""
+    """Settings that fetch BINS from the Hub."""
     server.commit(f"datasets/{repo}", BINS)
     return dict(source=f"hf://datasets/{repo}", out_dir=str(tmp_path))
 
@@ -72,9 +72,8 @@ def test_others_shards_are_only_fetched(client, server, repo, tmp_path, cfg, max
     for name in wanted:
         assert (tmp_path / name).read_bytes() == BINS[name]
     if not max_shards:  # the same data, in a folder and on the Hub, in a run's checkpoint
-        same = (
-            "result = hub_shards.open_folder(one).fingerprint() == hub_shards.open_folder(two).fingerprint()"
-        )
+        same = "one, two = map(hub_shards.open_folder, (one, two))\n"
+        same += "result = one.fingerprint() == two.fingerprint()"
         assert client(CACHE + same, one=f"hf://datasets/{repo}", two=tmp_path, cache=tmp_path / "cache")
 
 
@@ -96,18 +95,18 @@ def test_fetching_shards_goes_on_where_it_was_interrupted(client, server, repo, 
 def test_fetching_shards_goes_on_at_the_revision_it_began_with(client, server, repo, tmp_path, cfg):
     server.fault(404, "fineweb_train_000003", times=1)
     client.refusal(PULL, cfg=cfg)
-    server.commit(f"datasets/{repo}", {name: to_bin(stream(3000, 9)) for name in BINS if "_" in name})
+    server.commit(f"datasets/{repo}", {name: to_bin(draw_stream(3000, 9)) for name in BINS if "_" in name})
     client(PULL, cfg=cfg)
     assert shards.verify(tmp_path)["revision"] == COMMIT
     for name in list_names(tmp_path):
         assert name == "manifest.json" or (tmp_path / name).read_bytes() == BINS[name]
 
 
-OUTSIDE = stream(3000)
+OUTSIDE = draw_stream(3000)
 OUTSIDE[1234] = 50300
 BAD_BINS = {
-    "not what its header says": (to_bin(stream(3000))[:-2], "fineweb_train_000002.bin"),
-    "of another kind": (to_bin(stream(3000), magic=20240801), "fineweb_train_000002.bin"),
+    "not what its header says": (to_bin(draw_stream(3000))[:-2], "fineweb_train_000002.bin"),
+    "of another kind": (to_bin(draw_stream(3000), magic=20240801), "fineweb_train_000002.bin"),
     "outside the vocabulary": (to_bin(OUTSIDE), "token 50300 at offset 1234"),
 }
 
@@ -129,7 +128,7 @@ def test_a_shard_that_never_arrives_whole_is_refused(client, server, repo, tmp_p
 
 
 def make_shards(folder: Path, **options) -> Path:
-    """A data set of our own: a validation shard and a dozen of training, 512 tokens each."""
+    """Makes a data set of one validation shard and a dozen training shards, of 512 tokens each."""
     source = folder.parent / "source.jsonl"
     words = np.random.default_rng(1).choice(
         ["the", "cat", "saw", "a", "dog", "and", "ran", "home"], (150, 45)
@@ -255,9 +254,8 @@ def test_a_repository_that_does_not_match_its_manifest_is_refused(client, server
     files = read_files(ours)
     code = CACHE + "hub_shards.open_folder(where, cache_bytes)"
     names = dict(where=f"hf://datasets/{repo}", cache=tmp_path, cache_bytes=1e9)
-    flipped = bytearray(files["ours_train_000002.npy"])
-    flipped[-1] ^= 1
-    for data in (bytes(flipped), files["ours_train_000002.npy"][:-2]):
+    whole = files["ours_train_000002.npy"]
+    for data in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-2]):
         server.commit(f"datasets/{repo}", {**files, "ours_train_000002.npy": data})
         answer = client.refusal(code, "ValueError", **names)
         assert "ours_train_000002.npy does not have the size or SHA-256" in answer["message"]
@@ -327,15 +325,15 @@ def train(server: HubServer, folder: Path, data: str | Path, *flags: str) -> sub
     """train_gpt2.py, with folder/log and folder/cache instead of log/ and data/server/."""
     script = TRAIN.format(root=str(ROOT), script=str(ROOT / "train_gpt2.py"))
     places = [str(folder / "cache"), "--log-dir", str(folder / "log"), "--dataset-path", str(data)]
-    env = {**os.environ, **server.environment(folder / "home"), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **server.environment(folder / "home"), "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-c", script, *places, *flags], env={**env, "PYTHONPATH": str(ROOT)}, encoding="utf-8",
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", script, *places, *flags], env={**env, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
     )  # fmt: skip
 
 
-def facts(run: Path) -> list[str]:
-    """What the log says, but for the speed."""
+def read_log(run: Path) -> list[str]:
+    """Returns the log's lines except the speed."""
     return [line for line in (run / "log.txt").read_text().splitlines() if line.split()[1] != "toks"]
 
 
@@ -357,14 +355,14 @@ def test_training_outlives_a_cut_of_the_network(server, repo, ours, tmp_path):
     _, err = finish(there)
     assert at_the_cut < 60 * 4, "the run had ended before the network was cut"
     assert "refused" in err
-    assert facts(tmp_path / "log" / "hub") == facts(tmp_path / "log" / "local")
-    assert len(facts(tmp_path / "log" / "hub")) == 60 * 3 + 4
+    assert read_log(tmp_path / "log" / "hub") == read_log(tmp_path / "log" / "local")
+    assert len(read_log(tmp_path / "log" / "hub")) == 60 * 3 + 4
     assert len(list((tmp_path / "cache").rglob("*.npy"))) <= 4
     # The data are the same wherever they are: the run goes on from the folder.
     run = tmp_path / "log" / "hub"
     again = train(server, tmp_path, ours, "--resume", str(run / "step_000050"))
     finish(again)
-    assert facts(run) == facts(tmp_path / "log" / "local")
+    assert read_log(run) == read_log(tmp_path / "log" / "local")
 
 
 @pytest.mark.slow
@@ -373,4 +371,4 @@ def test_two_training_processes_share_a_cache(server, repo, ours, tmp_path):
     flags = [*TINY, "--num-gpus", "2", "--batch-size", "2", "--cache-gb", f"{3.2 * SHARD_BYTES / 1e9}"]
     finish(train(server, tmp_path, f"hf://datasets/{repo}", *flags, "--run-name", "hub"))
     finish(train(server, tmp_path, ours, *flags, "--run-name", "local"))
-    assert facts(tmp_path / "log" / "hub") == facts(tmp_path / "log" / "local")
+    assert read_log(tmp_path / "log" / "hub") == read_log(tmp_path / "log" / "local")

@@ -180,7 +180,7 @@ DOCUMENTS = [document(length, value) for value, length in enumerate(LENGTHS)]
 def write_documents(
     folder: Path, documents: list[np.ndarray], shard_tokens: int, val_tokens: int | None, close: bool = True
 ):
-    """Goes on with part 0 as fineweb.py does."""
+    """Writes part 0, or what is missing of it, as fineweb.py does."""
     with PartWriter(folder, 0, shard_tokens, val_tokens) as writer:
         skip = writer.tokens_done
         for ids in documents[writer.documents_done :]:
@@ -191,7 +191,7 @@ def write_documents(
 
 
 def keep(folder: Path, copy: Path, count: int) -> Path:
-    """A copy of the whole part, as it was when its first `count` shards had been written."""
+    """Copies the complete part as it was when only its first `count` shards were written."""
     part = shard_writer.locate_part(copy, 0)
     shutil.copytree(shard_writer.locate_part(folder, 0), part)
     state = json.loads((part / "part.json").read_text(encoding="utf-8"))
@@ -303,7 +303,7 @@ def test_an_error_of_the_writing_thread_is_raised_and_what_was_whole_stays(tmp_p
 
 
 def write_parts(folder: Path, parts: list[tuple[str, int]]) -> dict:
-    """Parts of so many tokens, which count up from part to part; the first has 3 tokens of validation."""
+    """Writes parts of so many tokens, which count up. The first part has 3 validation tokens."""
     manifest = shard_writer.begin(folder, {**ABOUT, "parts": len(parts)})
     first = 0
     for number, (split, size) in enumerate(parts):
@@ -347,8 +347,8 @@ def test_parts_are_joined_in_their_order(tmp_path, parts):
     assert shard_writer.merge(tmp_path) == manifest
 
 
-def at_call(number: int, function, do):
-    """The function, but at its call of that number `do` comes first."""
+def call_at(number: int, function, do):
+    """Wraps the function: its call of that number, counted from 0, calls `do` first."""
     calls = itertools.count()
 
     def wrapper(*args, **kwargs):
@@ -375,7 +375,7 @@ def test_joining_can_be_interrupted_at_any_rename_and_repeated(tmp_path, monkeyp
         shutil.copytree(tmp_path / "parts", folder)
         try:
             with monkeypatch.context() as patch:
-                patch.setattr(os, "replace", at_call(number, os.replace, kill))
+                patch.setattr(os, "replace", call_at(number, os.replace, kill))
                 shard_writer.merge(folder)
         except Killed:
             assert not shards.is_complete(folder)
@@ -383,7 +383,7 @@ def test_joining_can_be_interrupted_at_any_rename_and_repeated(tmp_path, monkeyp
         else:
             break
         assert read_files(folder) == expected
-    assert number == len(manifest["shards"]) + 1  # one rename a shard, and the manifest's
+    assert number == len(manifest["shards"]) + 1  # one rename per shard, and the manifest's
 
 
 def test_joining_that_was_killed_before_the_parts_are_removed_removes_them_the_next_time(
@@ -411,7 +411,7 @@ def test_another_process_may_join_the_parts_at_the_same_time(tmp_path, monkeypat
         shutil.copytree(tmp_path / "parts", folder)
         join = functools.partial(shard_writer.merge, folder)
         with monkeypatch.context() as patch:
-            wrapped = at_call(number, getattr(module, name), lambda: others.append(join()))  # noqa: B023
+            wrapped = call_at(number, getattr(module, name), lambda: others.append(join()))  # noqa: B023
             patch.setattr(module, name, wrapped)
             assert join() == manifest, f"the other came at call {number}"
         assert read_files(folder) == expected

@@ -22,7 +22,7 @@ from lib.shards import ShardReader
 
 
 def write_plain(folder: Path, sizes: list[int], split: str = "train", first: int = 0) -> Path:
-    """A folder without a manifest, whose tokens count up from `first`, so that a token tells its place."""
+    """Writes shards without a manifest, whose tokens count up from `first`."""
     folder.mkdir(exist_ok=True)
     for number, size in enumerate(sizes):
         np.save(folder / f"toy_{split}_{number:06d}.npy", count_up(size, first))
@@ -85,7 +85,7 @@ def test_epochs_and_seeds_differ_in_order_and_equal_seeds_do_not(tmp_path):
 
 
 def test_shards_are_shuffled_by_seed_and_epoch_and_windows_inside_each_shard(tmp_path):
-    folder = write_plain(tmp_path, [*[100] * 7, 101])  # ten windows a shard
+    folder = write_plain(tmp_path, [*[100] * 7, 101])  # ten windows per shard
     shard_orders = set()
     for seed, epoch in [(0, 0), (0, 1), (1, 0), (1, 1)]:
         order = list_positions(ShardReader(folder, "train", 10, seed), epoch)
@@ -320,6 +320,12 @@ def test_a_folder_without_shards_names_the_commands_that_make_them(tmp_path, mak
         ShardReader(tmp_path / "data", "train", 4)
 
 
+def test_a_location_on_the_hub_is_no_folder():
+    for location in ("hf://datasets/org/name", Path("hf://datasets/org/name")):
+        with pytest.raises(ValueError, match=r"org/name is on the Hugging Face Hub.*open_folder"):
+            ShardReader(location, "train", 4)
+
+
 def test_a_folder_with_both_kinds_of_shards_is_refused(tmp_path):
     write_plain(tmp_path, [100])
     (tmp_path / "toy_val_000000.bin").write_bytes(to_bin(count_up(50)))
@@ -369,8 +375,7 @@ BAD_SHARDS = [("npy", *bad) for bad in BAD_NPY.items()] + [("bin", *bad) for bad
 
 
 @pytest.mark.parametrize(
-    ("suffix", "data"),
-    [pytest.param(suffix, data, id=f"{suffix} {how}") for suffix, how, data in BAD_SHARDS],
+    ("suffix", "data"), [pytest.param(suffix, data, id=f"{suffix} {how}") for suffix, how, data in BAD_SHARDS]
 )
 @pytest.mark.fault(15)
 def test_what_is_no_shard_is_refused_by_name(tmp_path, suffix, data):

@@ -13,12 +13,11 @@ from lib import tokenizer
 
 END = tokenizer.END_OF_TEXT_STRING
 
-# What GPT-2's regular expression treats specially, drawn more often than chance would.
+# GPT-2's regular expression treats these specially; they are drawn often.
 PIECES = ["'s", "'ll", "'RE", "don't", " ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u2003", "\x1c", "\x85", "0"]
 PIECES += ["12345", "½", "٣", "the", " The", "naïve", "日本語", "🙂", "e\u0301", "!!!", " ...", "_", "\0"]
 PIECES += [END, " " + END]
-# Which characters are letters is for Unicode to say. Here Python knows fewer than both tokenizers, who do not
-# agree on those of Unicode 17.
+# Unassigned characters are left out: the tokenizers disagree about the letters of Unicode 17.
 assigned = st.characters(exclude_categories=["Cs", "Cn"])
 texts = st.one_of(
     st.text(assigned),
@@ -32,7 +31,7 @@ AWKWARD += [END, END * 2]
 
 @pytest.fixture(scope="module")
 def reference() -> tiktoken.Encoding:
-    """OpenAI's GPT-2 encoding from the ranks file and OpenAI's own pattern, without our module's help."""
+    """OpenAI's GPT-2 encoding, from the ranks file and OpenAI's own pattern, without our module."""
     lines = tokenizer.RANKS_FILE.read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     special = {"<|endoftext|>": 50256}
@@ -42,7 +41,7 @@ def reference() -> tiktoken.Encoding:
 
 
 def split_stream(stream: np.ndarray) -> list[list[int]]:
-    """The documents of an encode_corpus stream, without the 50256 before each."""
+    """Splits a stream of encode_corpus into documents, without the 50256 before each."""
     return [part[1:].tolist() for part in np.split(stream, np.flatnonzero(stream == 50256))[1:]]
 
 
