@@ -7,13 +7,12 @@
     python train_gpt2.py --resume            # the newest run goes on; or --resume log/<run>, hf://org/name
     python train_gpt2.py --dry-run           # memory, hours, money; --eval-only evaluates; --version
 
-On disk: log/<run>/log.txt, one line per fact: <step> <stream> <value> with streams train val hella lr norm
-toks, and skip and spike for such steps; config.json; step_000250/, a checkpoint that Hugging Face loads.
+On disk: log/<run>/log.txt, one line per fact: <step> <stream> <value>, with streams train val hella lr norm
+toks skip spike; config.json; step_000250/, a checkpoint that Hugging Face loads.
 
-The preset `gpt2` is the 124M recipe of build-nanogpt: 19,073 steps of 524,288 tokens are 10 billion tokens.
-Its author's run ended near a validation loss of 3.07 and 30.4% on HellaSwag. `gpt2-fast` is the same network
-with Muon, a higher learning rate and 4 billion tokens, chosen by small runs and not run at this size. Losses
-are in nats per token; an untrained model's is ln(50257) = 10.82.
+The preset `gpt2` is build-nanogpt's 124M recipe: 19,073 steps of 524,288 tokens, 10 billion in all. Its
+author reached a validation loss near 3.07 nats per token and 30.4% on HellaSwag. `gpt2-fast`, with Muon, a
+higher rate and 4 billion tokens, was chosen by small runs and not run at this size.
 """
 
 import contextlib
@@ -24,7 +23,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,13 +32,13 @@ from tqdm import tqdm
 import hellaswag
 from lib import checkpoint, cli, parallel, plan, processes, report, runs, shards, stops, tokenizer, trackers
 from lib.cli import format_path, knob
-from lib.device import peak_flops, pick_dtype, versions
-from lib.files import hash_json
-from lib.hub import PREFIXES
+from lib.device import autocast, pick_dtype, versions
+from lib.hub_runs import check_targets
 from lib.hub_shards import open_data
 from lib.optimizers import Optimizers
 from lib.processes import Process
-from model import GPT, GPTConfig
+from lib.run_folder import choose_folder
+from model import GPT
 
 # -----------------------------------------------------------------------------
 # the recipe: one line per setting. When a run is resumed, a `knob` must stay as it was (or --override), a
@@ -138,32 +136,17 @@ def check(cfg: Config, world_size: int, device_type: str = "cpu"):
     if not cfg.eval_only:
         trackers.check(cfg.tracker)
     if cfg.fsdp and cfg.optimizer == "muon":
-        raise ValueError(
-            "--optimizer is muon, for whole matrices; --fsdp shards them: takes --optimizer adamw"
-        )
+        raise ValueError("--optimizer muon takes whole matrices; --fsdp shards them: use --optimizer adamw")
     if cfg.eval_only and cfg.resume in ("", "newest") and not cfg.init_from:
-        raise ValueError(
-            "--eval-only needs a model: give --resume (a run, a checkpoint; if alone, the newest run) "
-            "or --init-from (a checkpoint, a size name or a Hub id)"
-        )
+        raise ValueError("--eval-only needs a model: give --resume or --init-from")
     if cfg.eval_only and not (cfg.val_every or cfg.hellaswag_every or cfg.sample_every):
-        raise ValueError(
-            "--eval-only has nothing to do: give --val-every, --hellaswag-every or --sample-every"
-        )
+        raise ValueError("--eval-only needs --val-every, --hellaswag-every or --sample-every above 0")
     if cfg.activation_checkpointing and cfg.dropout and device_type == "mps":
         raise ValueError(
             f"--dropout is {cfg.dropout}; on mps --activation-checkpointing cannot repeat it: leave one out"
         )
-    rows = 1 if cfg.batch_size == "auto" else cfg.batch_size
-    micro_step = rows * cfg.seq_len * world_size
-    if cfg.total_batch_tokens % micro_step and not cfg.eval_only:
-        below = cfg.total_batch_tokens // micro_step * micro_step
-        near = " or ".join(f"{n}" for n in (below, below + micro_step) if n)
-        raise ValueError(
-            f"--total-batch-tokens {cfg.total_batch_tokens} is no multiple of the {micro_step} tokens of a "
-            f"micro-step (--batch-size {rows} x --seq-len {cfg.seq_len} x {world_size} processes); "
-            f"the nearest that are: {near}; or change --batch-size"
-        )
+    if not cfg.eval_only:
+        plan.check_batch(cfg, world_size)
 
 
 # -----------------------------------------------------------------------------
@@ -214,12 +197,11 @@ def learning_rate(step: int, cfg: Config) -> float:
 def validation_loss(model: GPT, reader: shards.ShardReader, val_tokens: int, process: Process) -> float:
     """Mean loss in nats per token over the first val_tokens of the validation split. Processes share fixed
     batches, so the figure does not depend on their number."""
-    windows = min(reader.num_windows, max(1, val_tokens // reader.seq_len))
     seq_len = reader.seq_len
+    windows = min(reader.num_windows, max(1, val_tokens // seq_len))
     positions, rows = range(0, windows * seq_len, seq_len), max(1, VAL_BATCH_TOKENS // seq_len)
     mine, total = range(0, windows, rows)[process.rank :: process.world_size], 0.0
-    hidden = None if process.rank == 0 else True  # None: shown on a terminal only
-    for i in tqdm(mine, "validation", leave=False, disable=hidden):
+    for i in tqdm(mine, "validation", leave=False, disable=process.rank > 0 or None):  # None: in a terminal
         x, y = (t.to(process.device) for t in reader.read(positions[i : i + rows]))
         total += model(x, y).item() * x.size(0)  # float32 times a small number: exact, as is the sum
     return process.all_reduce(total)[0] / windows
@@ -242,8 +224,7 @@ def evaluate(setup: "Setup", model: GPT, step: int, due: set[str]) -> tuple[floa
     with setup.autocast:
         if "val" in due and setup.val_data:
             val_loss = validation_loss(whole, setup.val_data, cfg.val_tokens, process)
-            entropy = f"(unigram entropy {setup.entropy:.2f})"
-            process.print(f"step {step:>6} | validation loss {val_loss:.4f} {entropy}")
+            process.print(report.describe_validation(step, val_loss, setup.entropy))
         if "hellaswag" in due and setup.hellaswag_items:
             scores = hellaswag.evaluate(whole, setup.hellaswag_items, protocols=("completion",))
             acc_norm = scores["completion"]["acc_norm"]
@@ -267,96 +248,63 @@ class Setup:
     state: dict[str, Any]  # of the resumed checkpoint, else empty
     optimizer_tensors: dict[str, torch.Tensor]
     dtype: torch.dtype
-    changes: list[str]  # settings that differ from the checkpoint's
-    data: shards.Folder | None = None  # a dry run does without
-    train_data: shards.ShardReader | None = None
-    val_data: shards.ShardReader | None = None
+    folder: Path  # of the run; with --eval-only, the model's
+    data: shards.Folder | None  # None if a dry run finds none
+    train_data: shards.ShardReader | None
+    val_data: shards.ShardReader | None
     entropy: float = math.nan
     hellaswag_items: list[dict] = dataclasses.field(default_factory=list)
 
     @property
     def autocast(self) -> torch.autocast:
-        # Its cache would keep cast copies of all weights, which activation checkpointing is to spare.
-        enabled, cache = self.dtype != torch.float32, not self.cfg.activation_checkpointing
-        return torch.autocast(self.process.device.type, self.dtype, enabled, cache)
+        # A cache of cast weights would take the memory that activation checkpointing spares.
+        return autocast(self.process.device, self.dtype, cache=not self.cfg.activation_checkpointing)
 
 
 def prepare(cfg: Config, process: Process, found: runs.Found | None) -> Setup:
-    """Checks the settings, opens the data and builds or loads the model; writes only the demo's shards.
-
-    Raises ValueError or OSError for whatever would stop the run later.
-    """
+    """Checks the settings, opens the data, builds or loads the model and finds the run's folder; writes only
+    the demo's shards. Raises ValueError or OSError for whatever would stop the run later."""
     writes, device = not (cfg.dry_run or cfg.eval_only), process.device
     world_size = max(process.world_size, cfg.num_gpus) if cfg.dry_run else process.world_size
     check(cfg, world_size, device.type)
     if process.rank == 0 and not cfg.eval_only:
-        if cfg.hub_repo:
-            runs.check_repository(cfg.hub_repo, is_new=found is None)
-        if not found:
-            trackers.check_login(cfg.tracker)
+        check_targets(cfg, is_new=found is None)
     data = train_data = val_data = None
-    fingerprint = ""
     try:
         data = open_data(cfg.dataset_path, 1e9 * cfg.cache_gb, process, may_make=writes)
     except FileNotFoundError as error:
         if not cfg.dry_run:
             raise
         process.print(f"note   the data are not there: {error}")
-    else:
+    if data:
         train_data = shards.ShardReader(data, "train", cfg.seq_len, cfg.seed)
         val_data = shards.ShardReader(data, "val", cfg.seq_len, cfg.seed) if cfg.val_every else None
-        fingerprint = data.fingerprint()
     loaded = checkpoint.load(found[0], cfg.dropout, found[1]) if found else None
-    state = loaded.state if loaded else {}
-    if not process.agree(hash_json(state)):
-        place = found[0] if found else "a new run"
-        raise ValueError(
-            f"the processes do not begin alike: this one with {place}; all must see one --log-dir"
-        )
-    changes = runs.compare_settings(cfg, found, fingerprint or state["data"], world_size) if found else []
-    model = loaded.model if loaded else build_model(cfg)
+    state, tensors = (loaded.state, loaded.optimizer) if loaded else ({}, {})
+    changes = runs.compare_settings(cfg, found, data, process, world_size)
+    model = loaded.model if loaded else checkpoint.build_model(cfg)
+    if cfg.eval_only:
+        folder = found[0] if found else Path(cfg.init_from)
+    else:
+        folder = choose_folder(cfg, model.config, process)
     dtype, why = process.broadcast(pick_dtype(cfg.dtype, device, state.get("dtype")))
-    tensors = loaded.optimizer if loaded else {}
-    setup = Setup(cfg, process, model, state, tensors, dtype, changes, data, train_data, val_data)
+    setup = Setup(cfg, process, model, state, tensors, dtype, folder, data, train_data, val_data)
     process.print(f"model  {report.describe_model(model.config)}; {cfg.optimizer}")
-    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    process.print(f"device {device}{gpu}, {str(dtype).removeprefix('torch.')} ({why})")
-    if data and train_data:
-        epochs = cfg.max_steps * (cfg.total_batch_tokens // cfg.seq_len) / train_data.num_windows
-        tokens = f"{train_data.num_tokens:,} training tokens"
-        process.print(f"data   {format_path(data.folder)}: {tokens}, {epochs:.2f} epochs")
+    process.print(report.describe_device(device, dtype, why))
+    if train_data:
+        process.print(report.describe_data(cfg, train_data))
     if val_data and not cfg.dry_run:
         setup.entropy = val_data.unigram_entropy(cfg.val_tokens)
         process.print(report.describe_losses(model.config.vocab_size, setup.entropy))
     if cfg.hellaswag_every and not cfg.dry_run:
         setup.hellaswag_items, problem = hellaswag.load_or_explain(process, cfg.hellaswag_limit)
         if problem and cfg.eval_only and not (cfg.val_every or cfg.sample_every):
-            raise ValueError(f"--eval-only: HellaSwag cannot be had: {problem}")
+            raise ValueError(f"--eval-only has nothing to do without HellaSwag: {problem}")
         if problem:
             process.print(f"note   HellaSwag is left out: {problem}")
     for change in changes:
         process.print(f"note   {change}")
     return setup
-
-
-def build_model(cfg: Config) -> GPT:
-    """The network on the CPU, from --init-from or initialised from the seed; for a dry run without memory."""
-    shape = {k: v for k in ("n_layer", "n_head", "n_embd") if (v := getattr(cfg, k)) is not None}
-    if cfg.init_from:
-        if cfg.model_size != Config.model_size or shape:
-            raise ValueError(
-                "--init-from brings its own shape: leave out --model-size and --n-layer, -head, -embd"
-            )
-        model, source = checkpoint.load_model(cfg.init_from, "cpu", cfg.dropout, spare_memory=cfg.fsdp)
-        longest = model.config.block_size
-        if cfg.seq_len > longest:
-            raise ValueError(
-                f"--seq-len {cfg.seq_len} is longer than the {longest} of {source}: take {longest}"
-            )
-        return model
-    torch.manual_seed(cfg.seed)
-    with torch.device("meta" if cfg.dry_run else "cpu"):
-        return GPT(GPTConfig.named(cfg.model_size, block_size=cfg.seq_len, dropout=cfg.dropout, **shape))
 
 
 def find_due(step: int, cfg: Config) -> set[str]:
@@ -375,13 +323,13 @@ def find_due(step: int, cfg: Config) -> set[str]:
 def train(cfg: Config, process: Process, found: runs.Found | None, stack: contextlib.ExitStack) -> Path:
     """Trains to max_steps; returns the run's folder. A run that stops early exits with a code of stops.py."""
     setup = prepare(cfg, process, found)
-    state, data, train_data, model_config = setup.state, setup.data, setup.train_data, setup.model.config
+    state, folder, train_data, model_config = setup.state, setup.folder, setup.train_data, setup.model.config
     device, rank, world_size = process.device, process.rank, process.world_size
-    assert data and train_data
+    assert train_data
     raw_model = parallel.place(setup.model, process, cfg.fsdp, cfg.reduce_dtype)
     raw_model.recompute = cfg.activation_checkpointing
     batch_size, why = plan.choose_batch_size(cfg, raw_model, setup.dtype, process)
-    cfg = dataclasses.replace(cfg, batch_size=batch_size)  # as it is saved
+    cfg = dataclasses.replace(cfg, batch_size=batch_size, run_name=folder.name)  # as it is saved
     sequences = cfg.total_batch_tokens // cfg.seq_len  # per step
     accumulation = sequences // (batch_size * world_size)  # micro-steps per step
     optimizers = Optimizers(raw_model, make_optimizers(cfg, raw_model), setup.dtype)
@@ -390,35 +338,17 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
         optimizers.load_scaler(state["scaler"])
     setup.optimizer_tensors = {}  # they have been copied
 
-    folder = runs.find_folder(cfg, model_config, process)
-    settings = dataclasses.asdict(cfg) | {"run_name": folder.name, "resume": "", "override": False}
-    keep = (cfg.keep_last, cfg.keep_every, cfg.hub_repo)
-    run = stack.enter_context(runs.Run(folder, settings, process, state.get("step"), *keep))
+    about = runs.describe(cfg, model_config, train_data, setup.dtype, world_size)
+    run = stack.enter_context(runs.Run(folder, about, process, state.get("step")))
     progress = runs.Progress.from_state(state, folder.name)
-    process.print(report.describe_batch(cfg.total_batch_tokens, batch_size, cfg.seq_len, world_size, why))
-    if cfg.fsdp:
-        process.print(f"fsdp   {1 / world_size:.0%} of weights, gradients and optimizer state per process")
-    if cfg.warmup_steps > cfg.max_steps:
-        process.print(f"note   the run ends within its {cfg.warmup_steps} steps of warm-up (--warmup-steps)")
-    process.print(f"run    {format_path(folder)}" + (f", resumed at step {progress.step}" if state else ""))
-    if cfg.tracker != "none" and process.rank == 0:
-        run.track(trackers.Tracker(cfg.tracker, folder, progress.tracker_id, settings, state.get("step")))
-    first = train_data.batch(progress.step, 0, batch_size, sequences) if cfg.compile or world_size > 1 else ()
-    batch = tuple(t.to(device) for t in first)
+    process.print(report.describe_run(cfg, batch_size, why, world_size, folder, state.get("step")))
+    run.start_tracker(progress.tracker_id)
+    batch = tuple(t.to(device) for t in train_data.batch(progress.step, 0, batch_size, sequences))
     model = parallel.wrap(raw_model, batch, setup.autocast, process, cfg.compile, cfg.reduce_dtype)
-    peak = peak_flops(device, setup.dtype) * world_size
-    about = {
-        "model": report.describe_model(model_config),
-        "trained_on": f"{data.describe_source()} ({train_data.num_tokens:,} tokens)",
-        "config": settings, "world_size": world_size, "data": data.fingerprint(),
-        "dtype": str(setup.dtype).removeprefix("torch."),
-        "versions": {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")},
-    }  # fmt: skip
     watch = stops.Watch(process, cfg.max_hours, cfg.checkpoint_minutes, cfg.max_bad_steps)
     stack.callback(watch.signals.restore)
-    first_step, last_checkpoint, train_seconds = progress.step, found and found[0], 0.0
-    steps = range(first_step, cfg.max_steps)
-    pin = device.type == "cuda"
+    console = report.Console(cfg, model_config.flops_per_token(cfg.seq_len), device, setup.dtype, world_size)
+    first_step, steps, pin = progress.step, range(progress.step, cfg.max_steps), device.type == "cuda"
     batches = train_data.batches(steps, accumulation, batch_size, sequences, rank, world_size, pin_memory=pin)
 
     # ---- the loop: max_steps + 1 times; the last time only evaluates and saves
@@ -436,8 +366,7 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
             run.log(step, **progress.note_evaluation(val_loss, acc_norm))
         if "checkpoint" in due:
             progress.evaluated = not watch.exit_code
-            run.save(step, raw_model, optimizers, about | progress.to_state() | optimizers.to_state())
-            last_checkpoint = folder / f"step_{step:06d}"
+            run.save(step, raw_model, optimizers, progress)
             watch.note_checkpoint()
         if watch.exit_code or step == cfg.max_steps:
             break
@@ -479,10 +408,7 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
         if watch.exit_code:
             process.print(f"stopping: {watch.reason}")
         run.report(step)
-        train_seconds += seconds
-        left = train_seconds / (step - first_step + 1) * (cfg.max_steps - step - 1)
-        mfu = toks * model_config.flops_per_token(cfg.seq_len) / peak if peak else 0.0
-        process.print(report.describe_step(step, mean_loss, lr, norm.item(), seconds, toks, mfu, left))
+        process.print(console.describe_step(step, mean_loss, lr, norm.item(), seconds))
 
     run.report(step, wait=True)
     run.close_tracker(watch.exit_code)  # before the others may end: torchrun gives rank 0 no time after that
@@ -491,7 +417,7 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
     del model  # DDP, before its process group
     process.disconnect()
     if rank == 0:
-        run.finish(cfg, last_checkpoint, watch.exit_code)
+        run.finish(watch.exit_code)
     if watch.exit_code:
         process.print(f"Stopped at step {step}. To go on: --resume {format_path(folder)}")
         sys.exit(watch.exit_code)
@@ -506,12 +432,11 @@ def evaluate_only(cfg: Config, process: Process, found: runs.Found | None) -> Pa
     """Evaluates a checkpoint or --init-from's weights once; writes nothing."""
     setup = prepare(cfg, process, found)
     model = parallel.place(setup.model, process, cfg.fsdp, cfg.reduce_dtype)
-    source = format_path(found[0]) if found else cfg.init_from
-    process.print(f"only evaluating {source}; nothing is written")
+    process.print(f"only evaluating {format_path(setup.folder)}; nothing is written")
     due = {job for job in JOBS if getattr(cfg, f"{job}_every")}
     evaluate(setup, model, setup.state.get("step", 0), due)
     process.disconnect()
-    return found[0] if found else Path(cfg.init_from)
+    return setup.folder
 
 
 def dry_run(cfg: Config, process: Process, found: runs.Found | None) -> Path:
@@ -519,15 +444,12 @@ def dry_run(cfg: Config, process: Process, found: runs.Found | None) -> Path:
     if process.device.type == "cuda" and process.world_size == 1 and cfg.num_gpus > torch.cuda.device_count():
         raise ValueError(f"--num-gpus is {cfg.num_gpus}; this machine has {torch.cuda.device_count()}")
     setup = prepare(cfg, process, found)
-    folder = runs.find_folder(cfg, setup.model.config, process)
-    if folder.exists() and process.rank == 0:
-        runs.unlock(runs.lock(folder))  # raises if another process has it
-    tokens = (cfg.max_steps - setup.state.get("step", 0)) * cfg.total_batch_tokens
+    steps = cfg.max_steps - setup.state.get("step", 0)
     epoch = setup.train_data.num_windows * cfg.seq_len if setup.train_data else 0
-    process.print(plan.describe(cfg, setup.model.to("meta"), setup.dtype, process, tokens, epoch))
-    process.print(f"run    {format_path(folder)}; this was a dry run: nothing is written")
+    process.print(plan.describe(cfg, setup.model.to("meta"), setup.dtype, process, steps, epoch))
+    process.print(f"run    {format_path(setup.folder)}; this was a dry run: nothing is written")
     process.disconnect()
-    return folder
+    return setup.folder
 
 
 def read_flags(argv: list[str], base: Config | None = None) -> Config:
@@ -545,27 +467,15 @@ def parse_args(argv: list[str]) -> tuple[Config, runs.Found | None]:
     """The configuration of a command line, and the checkpoint it resumes. A resumed run starts from the saved
     settings."""
     cfg = read_flags(argv)
-    found = runs.find_checkpoint(cfg)
-    if found is None:
-        return cfg, None
-    saved = found[1].get("config", {})
-    if unknown := saved.keys() - {field.name for field in dataclasses.fields(Config)}:
-        raise ValueError(f"{found[0]} has settings that are not known here: {', '.join(sorted(unknown))}")
-    if cfg.resume.startswith(PREFIXES["model"]):  # may be somebody else's run: its targets are not ours
-        saved = saved | {"hub_repo": "", "tracker": "none"}
-    return locate(read_flags(argv, Config(**saved)), found), found
-
-
-def locate(cfg: Config, found: runs.Found) -> Config:
-    """The configuration that goes on in the checkpoint's own run folder."""
-    run = found[0].parent
-    return dataclasses.replace(cfg, resume=str(found[0]), run_name=run.name, log_dir=str(run.parent))
+    if found := runs.find_checkpoint(cfg):
+        cfg = runs.locate(read_flags(argv, runs.read_settings(cfg, found)), found)
+    return cfg, found
 
 
 def main(cfg: Config, found: runs.Found | None = None) -> Path:
     """Does what cfg says; returns the run's folder. found: cfg.resume's checkpoint, if verified already."""
     found = found or runs.find_checkpoint(cfg)
-    cfg = locate(cfg, found) if found else cfg
+    cfg = runs.locate(cfg, found)
     connection = processes.connect(cfg.device, cfg.timeout_seconds, cfg.fsdp)
     with connection as process, contextlib.ExitStack() as stack:
         if process.device.type == "cuda":

@@ -223,6 +223,26 @@ def newest_run(log_root: Path = files.LOGS) -> Path:
     return max(runs, key=lambda run: steps(run)[-1].stat().st_mtime)
 
 
+def build_model(cfg: Any) -> GPT:
+    """The network of a new run, on the CPU: --init-from's, or initialised from the seed; for a dry run
+    without memory. cfg: train_gpt2.py's settings."""
+    shape = {k: v for k in ("n_layer", "n_head", "n_embd") if (v := getattr(cfg, k)) is not None}
+    if cfg.init_from:
+        if cfg.model_size != type(cfg).model_size or shape:
+            raise ValueError(
+                "--init-from brings its own shape: leave out --model-size and --n-layer, -head, -embd"
+            )
+        model, source = load_model(cfg.init_from, "cpu", cfg.dropout, spare_memory=cfg.fsdp)
+        if cfg.seq_len > (longest := model.config.block_size):
+            raise ValueError(
+                f"--seq-len {cfg.seq_len} is longer than the {longest} of {source}: take {longest}"
+            )
+        return model
+    torch.manual_seed(cfg.seed)
+    with torch.device("meta" if cfg.dry_run else "cpu"):
+        return GPT(GPTConfig.named(cfg.model_size, block_size=cfg.seq_len, dropout=cfg.dropout, **shape))
+
+
 def load_model(
     name: str, device: str = "auto", dropout: float = 0.0, spare_memory: bool = False
 ) -> tuple[GPT, str]:

@@ -87,6 +87,12 @@ def pick_dtype(name: str, device: torch.device, before: str | None = None) -> tu
     return chosen, f"bfloat16 products run at {ratio:.1f} times float32's speed on this CPU"
 
 
+def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> torch.autocast:
+    """A context in which matrix products are in dtype; with float32 it changes nothing. cache: keep the cast
+    weights until the context ends."""
+    return torch.autocast(device.type, dtype, dtype != torch.float32, cache)
+
+
 def cast_linears(model: torch.nn.Module, dtype: torch.dtype):
     """Casts the linear layers to dtype once; autocast would do it in every forward pass."""
     for part in model.modules():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lib import report
-from lib.device import PEAK_FLOPS
+from lib.device import PEAK_FLOPS, autocast
 from lib.processes import Process
 from model import GPT, GPTConfig
 
@@ -166,8 +166,7 @@ def peak_of_step(
         for p in model.parameters() if has_gradients else ():
             p.grad = torch.zeros_like(p)
         idx = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)
-        cache_enabled = not model.recompute
-        with torch.autocast(device.type, dtype, dtype != torch.float32, cache_enabled):
+        with autocast(device, dtype, cache=not model.recompute):
             loss = model.train()(idx, idx)
         loss.backward()
         peak = torch.cuda.max_memory_reserved(device)
@@ -222,6 +221,20 @@ def cgroup_room(root: Path = Path("/")) -> float:
     return room
 
 
+def check_batch(cfg: Any, world_size: int):
+    """Raises ValueError if a step is no whole number of micro-steps. cfg: train_gpt2.py's settings."""
+    rows = 1 if cfg.batch_size == "auto" else cfg.batch_size
+    micro_step = rows * cfg.seq_len * world_size
+    if cfg.total_batch_tokens % micro_step:
+        below = cfg.total_batch_tokens // micro_step * micro_step
+        near = " or ".join(f"{n}" for n in (below, below + micro_step) if n)
+        raise ValueError(
+            f"--total-batch-tokens {cfg.total_batch_tokens} is no multiple of the {micro_step} tokens of a "
+            f"micro-step (--batch-size {rows} x --seq-len {cfg.seq_len} x {world_size} processes); "
+            f"the nearest that are: {near}; or change --batch-size"
+        )
+
+
 def choose_batch_size(cfg: Any, model: GPT, dtype: torch.dtype, process: Process) -> tuple[int, str]:
     """--batch-size as a number, the same on all processes, and the reason if it is auto. Raises ValueError if
     not even one sequence fits. cfg: train_gpt2.py's settings."""
@@ -239,8 +252,8 @@ def choose_batch_size(cfg: Any, model: GPT, dtype: torch.dtype, process: Process
     return chosen, f"auto, {why}"
 
 
-def describe(cfg: Any, model: GPT, dtype: torch.dtype, process: Process, tokens: int, epoch: int) -> str:
-    """The plan of a run over so many tokens: batch, memory by part beside the free memory, FLOPs, and per
+def describe(cfg: Any, model: GPT, dtype: torch.dtype, process: Process, steps: int, epoch: int) -> str:
+    """The plan of a run of so many steps: batch, memory by part beside the free memory, FLOPs, and per
     kind of GPU the hours and, given a price, the cost. cfg: train_gpt2.py's settings; epoch: its
     tokens, 0 if they are not known."""
     work = Workload.from_settings(cfg, model, dtype, process)
@@ -248,11 +261,10 @@ def describe(cfg: Any, model: GPT, dtype: torch.dtype, process: Process, tokens:
     parts, saving, gpus = work.step_bytes(batch_size), work.saving_bytes(), work.world_size
     need, (free, source) = sum(parts.values()), free_memory(process.device, gpus)
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    flops = work.model_config.flops_per_token(cfg.seq_len)
+    tokens, flops = steps * cfg.total_batch_tokens, work.model_config.flops_per_token(cfg.seq_len)
     lines = [
         report.describe_batch(cfg.total_batch_tokens, batch_size, cfg.seq_len, gpus, why),
-        f"steps  {tokens // cfg.total_batch_tokens:,}, {tokens:,} tokens"
-        + (f", {tokens / epoch:.2f} epochs" if epoch else ""),
+        f"steps  {steps:,}, {tokens:,} tokens" + (f", {tokens / epoch:.2f} epochs" if epoch else ""),
         f"memory {need / 1e9:.2f} GB per process at a step's peak, about: {listed}",
         f"       {free / 1e9:.2f} GB are {source}; while a checkpoint is written, its copies take "
         f"{saving / 1e9:.2f} GB of main memory",

@@ -4,8 +4,13 @@ import math
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from lib.cli import format_path
+from lib.device import peak_flops
+from lib.shards import ShardReader
 from model import GPTConfig
 
 
@@ -24,6 +29,30 @@ def describe_batch(total_tokens: int, batch_size: int, seq_len: int, world_size:
     )
 
 
+def describe_device(device: torch.device, dtype: torch.dtype, why: str) -> str:
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return f"device {device}{gpu}, {str(dtype).removeprefix('torch.')} ({why})"
+
+
+def describe_data(cfg: Any, reader: ShardReader) -> str:
+    epochs = cfg.max_steps * (cfg.total_batch_tokens // cfg.seq_len) / reader.num_windows
+    folder = format_path(reader.folder.folder)
+    return f"data   {folder}: {reader.num_tokens:,} training tokens, {epochs:.2f} epochs"
+
+
+def describe_run(
+    cfg: Any, batch_size: int, why: str, world_size: int, folder: Path, resumed_step: int | None
+) -> str:
+    """The lines before the first step. cfg: train_gpt2.py's settings; why: the batch size's reason."""
+    lines = [describe_batch(cfg.total_batch_tokens, batch_size, cfg.seq_len, world_size, why)]
+    if cfg.fsdp:
+        lines.append(f"fsdp   {1 / world_size:.0%} of weights, gradients and optimizer state per process")
+    if cfg.warmup_steps > cfg.max_steps:
+        lines.append(f"note   the run ends within its {cfg.warmup_steps} steps of warm-up (--warmup-steps)")
+    resumed = "" if resumed_step is None else f", resumed at step {resumed_step}"
+    return "\n".join([*lines, f"run    {format_path(folder)}{resumed}"])
+
+
 def describe_losses(vocab_size: int, entropy: float) -> str:
     return (
         f"loss   {math.log(vocab_size):.2f} if all tokens were alike, {entropy:.2f} if a model knows only "
@@ -31,21 +60,34 @@ def describe_losses(vocab_size: int, entropy: float) -> str:
     )
 
 
+def describe_validation(step: int, loss: float, entropy: float) -> str:
+    return f"step {step:>6} | validation loss {loss:.4f} (unigram entropy {entropy:.2f})"
+
+
 def format_seconds(seconds: float) -> str:
     minutes, hours = int(seconds // 60), int(seconds // 3600)
     return f"{hours}h{minutes % 60:02d}m" if hours else f"{minutes}m{int(seconds % 60):02d}s"
 
 
-def describe_step(
-    step: int, loss: float, lr: float, norm: float, seconds: float, toks: float, mfu: float, left: float
-) -> str:
-    """seconds: of this step; toks: tokens per second; mfu: share of the device's peak, 0 if that is unknown;
-    left: seconds to the end of the run."""
-    share = f" | mfu {mfu:5.1%}" if mfu else ""
-    return (
-        f"step {step:>6} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:7.3f} | {1000 * seconds:8.1f} ms | "
-        f"{toks:9,.0f} tok/s{share} | {format_seconds(left)} left"
-    )
+class Console:
+    """Makes the line of each step. Knows the time to the end and, if the device's peak is known, MFU: model
+    FLOP/s as a share of the peak (Chowdhery et al., 2022, arXiv:2204.02311, appendix B)."""
+
+    def __init__(
+        self, cfg: Any, flops_per_token: float, device: torch.device, dtype: torch.dtype, world_size: int
+    ):
+        self.max_steps, self.batch_tokens = cfg.max_steps, cfg.total_batch_tokens
+        self.flops, self.peak = flops_per_token, peak_flops(device, dtype) * world_size
+        self.seconds = self.steps = 0.0
+
+    def describe_step(self, step: int, loss: float, lr: float, norm: float, seconds: float) -> str:
+        self.seconds, self.steps = self.seconds + seconds, self.steps + 1
+        toks, left = self.batch_tokens / seconds, self.seconds / self.steps * (self.max_steps - step - 1)
+        mfu = f" | mfu {toks * self.flops / self.peak:5.1%}" if self.peak else ""
+        return (
+            f"step {step:>6} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:7.3f} | "
+            f"{1000 * seconds:8.1f} ms | {toks:9,.0f} tok/s{mfu} | {format_seconds(left)} left"
+        )
 
 
 def summarize(log: Path, max_steps: int, total_batch_tokens: int) -> str:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 import hellaswag
-from lib import checkpoint, files, runs, shards
+from lib import checkpoint, files, run_folder, shards
 from model import GPT, Block
 from train_gpt2 import Config
 
@@ -272,9 +272,9 @@ def draw(number: int) -> random.Random:
 
 
 def prune(run: Path, keep_last: int, keep_every: int, patch: Callable[[], None]):
-    """runs.prune in a process of its own."""
+    """run_folder.prune in a process of its own."""
     patch()
-    runs.prune(run, keep_last, keep_every)
+    run_folder.prune(run, keep_last, keep_every)
 
 
 def hide_compiler(*on_ranks: int):

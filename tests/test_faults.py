@@ -22,7 +22,7 @@ import torch
 from helpers import ROOT, end_of, flags, forkserver, lines_of, random_model, save_checkpoint, values
 
 import train_gpt2
-from lib import checkpoint, runs, stops
+from lib import checkpoint, run_folder, stops
 from train_gpt2 import Config
 
 
@@ -128,7 +128,7 @@ def test_pruning_that_is_killed_leaves_what_is_to_stay_and_the_run_goes_on(
             and found[0] == run / "step_000048"
             and "step_000049/model.safetensors is missing" in passed_over[0]
         )
-        runs.clean(run)  # puts back what was set aside, but nothing that is no longer whole
+        run_folder.clean(run)  # puts back what was set aside, but nothing that is no longer whole
         for folder in checkpoint.steps(run)[:-1]:
             checkpoint.verify(folder)
         assert (run / "step_000020").is_dir() and left_by_saving(run) == []
@@ -145,11 +145,11 @@ def test_old_checkpoints_are_removed_but_for_the_best_and_the_marked(tmp_path):
     model = random_model()
     for step, loss in enumerate([5.0, 3.0, 4.0, None, 3.5, 3.2, None, 3.1]):
         save_checkpoint(tmp_path, model, step=step, val_loss=loss)
-    runs.prune(tmp_path, 0, 3)
+    run_folder.prune(tmp_path, 0, 3)
     assert len(checkpoint.steps(tmp_path)) == 8
-    runs.prune(tmp_path, 2, 3)
+    run_folder.prune(tmp_path, 2, 3)
     assert [int(p.name[5:]) for p in checkpoint.steps(tmp_path)] == [0, 1, 3, 6, 7]
-    runs.prune(tmp_path, 1, 0)
+    run_folder.prune(tmp_path, 1, 0)
     assert [int(p.name[5:]) for p in checkpoint.steps(tmp_path)] == [1, 7]
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -162,7 +162,7 @@ def test_what_a_killed_process_left_is_cleaned_and_nothing_whole_is_lost(tmp_pat
     (tmp_path / "step_000003").rename(tmp_path / ".old_step_000003")  # killed before its successor's rename
     (tmp_path / "step_000001").rename(tmp_path / ".tmp_step_000001")  # killed while it was pruned
     (tmp_path / ".tmp_step_000004").mkdir()
-    runs.clean(tmp_path)
+    run_folder.clean(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000003"]
     checkpoint.verify(tmp_path / "step_000003")
 
@@ -202,7 +202,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_reason_to_stop(config, t
     def fail(*args):
         raise OSError("Device or resource busy")
 
-    monkeypatch.setattr(runs, "prune", fail)
+    monkeypatch.setattr(run_folder, "prune", fail)
     run = train_gpt2.main(dataclasses.replace(config, keep_last=1))
     assert steps_of(run) == [4, 8, 12]
     assert "an old checkpoint could not be removed: Device or resource busy" in capsys.readouterr().out

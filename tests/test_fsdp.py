@@ -212,7 +212,7 @@ def test_an_overflow_in_one_shard_halves_the_scale_of_all(launch, config, rank):
 
 def test_muon_is_refused(config):
     cfg = dataclasses.replace(config, fsdp=True, optimizer="muon")
-    with pytest.raises(ValueError, match=r"--optimizer is muon.*--fsdp .* takes --optimizer adamw"):
+    with pytest.raises(ValueError, match=r"--optimizer muon .*--fsdp .* --optimizer adamw"):
         train_gpt2.main(cfg)
 
 

@@ -22,7 +22,7 @@ from helpers import Training, end_of, lines_of, resealed, values
 from hub_server import COMMIT, TOKEN, HubServer
 from test_hub import Client, wait_until
 
-from lib import checkpoint, hub, runs
+from lib import checkpoint, hub, run_folder, runs
 from lib import files as lib_files
 from train_gpt2 import Config
 
@@ -85,7 +85,7 @@ def client(shared_hub, tmp_path_factory) -> Iterator[Client]:
     client.close()
 
 
-PULL = "from lib import runs; result = str(runs.pull(location, Path(log), name))"
+PULL = "from lib import hub_runs; result = str(hub_runs.pull(location, Path(log), name))"
 
 
 @pytest.fixture
@@ -478,13 +478,13 @@ def test_a_folder_in_use_is_not_touched(client, shared_hub, repo, whole, tmp_pat
     shared_hub.commit(repo, on_the_hub(whole(), 8))
     shutil.copytree(whole(), tmp_path / "whole")
     shutil.rmtree(tmp_path / "whole" / "step_000008")
-    lock = runs.lock(tmp_path / "whole")
+    lock = run_folder.lock(tmp_path / "whole")
     before = listing(tmp_path / "whole")
     where = dict(location=f"hf://{repo}", log=tmp_path, name="")
     answer = client.refusal(PULL, "ValueError", **where)
     assert f"{tmp_path / 'whole'} is in use by another process" in answer["message"]
     assert listing(tmp_path / "whole") == before
-    runs.unlock(lock)
+    run_folder.unlock(lock)
     assert client(PULL, **where) == str(tmp_path / "whole" / "step_000008")
 
 

@@ -16,7 +16,7 @@ import torch
 from helpers import ROOT, end_of, flags, values
 
 import train_gpt2
-from lib import checkpoint, plan, runs
+from lib import checkpoint, plan, run_folder, runs
 from lib.device import PEAK_FLOPS
 from lib.processes import Process
 from model import GPT, GPTConfig
@@ -332,10 +332,10 @@ def test_a_dry_run_refuses_what_a_run_refuses(launch, config, data, whole, tmp_p
     for words, training in wrong.items():
         assert training.wait() == [2], training.printed()
         assert words in training.printed() and "Traceback" not in training.printed()
-    taken = runs.lock(run)
+    taken = run_folder.lock(run)
     training = launch(None, "--resume", str(run), "--dry-run")
     assert training.wait() == [2] and f"{run} is in use by another process" in training.printed()
-    runs.unlock(taken)
+    run_folder.unlock(taken)
     assert not (tmp_path / "log" / "new").exists()
 
 

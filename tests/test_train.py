@@ -230,7 +230,7 @@ def test_two_processes_equal_one(config, tmp_path):
 def test_processes_that_share_a_validation_find_exactly_what_one_finds(config, monkeypatch):
     monkeypatch.setattr(train_gpt2, "VAL_BATCH_TOKENS", 4 * config.seq_len)
     reader = shards.ShardReader(shards.Folder(Path(config.dataset_path)), "val", config.seq_len)
-    model = train_gpt2.build_model(config).eval()
+    model = checkpoint.build_model(config).eval()
     assert (
         24 < reader.num_windows < 32 and reader.num_windows % 4
     )  # batches for seven, the last a smaller one

@@ -1,0 +1,142 @@
+"""A run's folder: its name, its lock, its log and its checkpoints.
+
+log/<run>/config.json          # the settings
+log/<run>/log.txt              # one line per fact: `<step> <stream> <value>`
+log/<run>/step_000100/         # checkpoints, see checkpoint.py
+log/<run>/abandoned/           # checkpoints newer than the step from which the run was resumed
+log/<run>/loss.png
+log/.<run>.lock                # while a process uses the folder
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lib import checkpoint, files
+from lib.checkpoint import STATE
+from lib.processes import Process
+from model import GPTConfig
+
+EVALUATIONS = ("val", "hella")  # streams that a step writes before its checkpoint; the others come after it
+
+
+def resolve(log_root: Path, name: str) -> Path:
+    """log_root/name. Raises ValueError for a name that could lead out of log_root, or has links in it."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"--run-name is {name!r}; use letters, digits, '.', '_' and '-', beginning with a letter"
+        )
+    run = log_root / name
+    if run.is_symlink():
+        raise ValueError(f"{run} is a link to another place; choose that with --log-dir")
+    return run
+
+
+def choose_folder(cfg: Any, model_config: GPTConfig, process: Process) -> Path:
+    """The run's folder, the same on all processes. Raises ValueError if a new run's exists already, or if a
+    link in it leads elsewhere."""
+    size, now = f"{model_config.num_params / 1e6:.0f}M", time.strftime("%Y-%m-%d_%H-%M-%S")
+    name = process.broadcast(cfg.run_name or f"gpt2-{size}_{now}")
+    run = resolve(Path(cfg.log_dir) if cfg.log_dir else files.LOGS, name)
+    is_new = process.rank == 0 and not cfg.resume
+    if is_new and run.exists() and any(run.iterdir()):
+        raise ValueError(
+            f"{run} exists: go on with it (--run-name {run.name} --resume) or choose another --run-name"
+        )
+    if cfg.dry_run and run.exists() and process.rank == 0:
+        unlock(lock(run))  # raises if another process has it
+    if links := [path for path in run.iterdir() if path.is_symlink()] if run.is_dir() else []:
+        raise ValueError(f"{links[0]} is a link; a run writes only into its own folder: remove the link")
+    return run
+
+
+def lock(run: Path) -> FileLock:
+    """Takes the lock on a run's folder. Raises ValueError if another process has it."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    taken = FileLock(run.with_name(f".{run.name}.lock"))
+    try:
+        taken.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"{run} is in use by another process; choose another --run-name") from error
+    return taken
+
+
+def unlock(taken: FileLock):
+    """Releases a lock and removes its file."""
+    with contextlib.suppress(OSError):  # Windows keeps a file that is open
+        Path(taken.lock_file).unlink()
+    taken.release()
+
+
+def clean(run: Path):
+    """Removes what a killed process left. A checkpoint that was set aside for a successor comes back if the
+    successor is missing."""
+    for left in [*run.glob(".tmp_step_*"), *run.glob(".old_step_*")]:
+        final = run / left.name.removeprefix(".old_")
+        if left.name.startswith(".old_") and not final.exists():
+            left.rename(final)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+    for left in run.glob(".log.txt.*.tmp"):
+        left.unlink()
+
+
+def move_newer(run: Path, step: int) -> list[Path]:
+    """Moves checkpoints newer than the resumed step into run/abandoned; returns their new places. They are
+    damaged, or of a history that will not happen."""
+    moved = []
+    for folder in checkpoint.steps(run):
+        if int(folder.name.removeprefix("step_")) > step:
+            (run / "abandoned").mkdir(exist_ok=True)
+            moved.append(run / "abandoned" / folder.name)
+            shutil.rmtree(moved[-1], ignore_errors=True)
+            folder.rename(moved[-1])
+    return moved
+
+
+def prune(run: Path, keep_last: int, keep_every: int, in_use: Path | None = None):
+    """Removes checkpoints. The newest `keep_last` (0: all) stay, those whose step `keep_every` divides (0:
+    none), the one with the lowest validation loss, and the one in use."""
+    found = checkpoint.steps(run)
+    losses = {}
+    for folder in found:
+        with contextlib.suppress(OSError, ValueError):
+            losses[folder] = json.loads((folder / STATE).read_text(encoding="utf-8")).get("val_loss")
+    losses = {folder: loss for folder, loss in losses.items() if loss is not None}
+    best = min(losses, key=lambda folder: losses[folder]) if losses else None
+    for folder in found[:-keep_last] if keep_last else []:
+        step = int(folder.name.removeprefix("step_"))
+        if folder not in (best, in_use) and not (keep_every and step % keep_every == 0):
+            doomed = run / f".tmp_{folder.name}"  # `clean` never puts this name back, however much is left
+            shutil.rmtree(doomed, ignore_errors=True)
+            shutil.rmtree(folder.rename(doomed))
+
+
+def open_log(path: Path, resumed_step: int | None) -> Any:
+    """Opens a log to append to: empty for a new run, cut back to the resumed checkpoint for an old one."""
+    if resumed_step is None:
+        return open(path, "w", encoding="utf-8")
+
+    def is_before(line: str) -> bool:
+        step, stream, _ = line.split()
+        return int(step) < resumed_step or (int(step) == resumed_step and stream in EVALUATIONS)
+
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if len(line.split()) == 3]
+        kept = "".join(f"{line}\n" for line in lines if is_before(line))
+        files.write_atomically(path, lambda f: f.write(kept.encode("utf-8")))
+    return open(path, "a", encoding="utf-8")
+
+
+def draw_curves(run: Path, out: Path) -> bool:
+    """Draws a run's curves with plot.py; whether that succeeded."""
+    command = [sys.executable, str(files.ROOT / "plot.py"), str(run), "--out", str(out)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
