@@ -283,10 +283,7 @@ def prepare(cfg: Config, process: Process, found: runs.Found | None) -> Setup:
     state, tensors = (loaded.state, loaded.optimizer) if loaded else ({}, {})
     changes = runs.compare_settings(cfg, found, data, process, world_size)
     model = loaded.model if loaded else checkpoint.build_model(cfg)
-    if cfg.eval_only:
-        folder = found[0] if found else Path(cfg.init_from)
-    else:
-        folder = choose_folder(cfg, model.config, process)
+    folder = choose_folder(cfg, model.config, process)
     dtype, why = process.broadcast(pick_dtype(cfg.dtype, device, state.get("dtype")))
     setup = Setup(cfg, process, model, state, tensors, dtype, folder, data, train_data, val_data)
     process.print(f"model  {report.describe_model(model.config)}; {cfg.optimizer}")
@@ -435,7 +432,6 @@ def evaluate_only(cfg: Config, process: Process, found: runs.Found | None) -> Pa
     process.print(f"only evaluating {format_path(setup.folder)}; nothing is written")
     due = {job for job in JOBS if getattr(cfg, f"{job}_every")}
     evaluate(setup, model, setup.state.get("step", 0), due)
-    process.disconnect()
     return setup.folder
 
 
@@ -448,7 +444,6 @@ def dry_run(cfg: Config, process: Process, found: runs.Found | None) -> Path:
     epoch = setup.train_data.num_windows * cfg.seq_len if setup.train_data else 0
     process.print(plan.describe(cfg, setup.model.to("meta"), setup.dtype, process, steps, epoch))
     process.print(f"run    {format_path(setup.folder)}; this was a dry run: nothing is written")
-    process.disconnect()
     return setup.folder
 
 

@@ -70,7 +70,7 @@ class Process:
     def disconnect(self):
         """Leaves the process group. No DistributedDataParallel may exist any more: its destructor would join
         gloo's threads while it holds the interpreter's lock, for which one of them may wait (torch 2.13)."""
-        if self.world_size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     def send_heartbeats(self):
@@ -116,6 +116,7 @@ def connect(device: str, timeout_seconds: float, spare_memory: bool = False) -> 
         heart.start()
     try:
         yield process
+        process.disconnect()
     except RuntimeError:  # if one process is lost, the others fail in their next collective operation
         if process.world_size > 1:
             print(f"rank {process.rank} failed; {process.find_silent()}", file=sys.stderr, flush=True)
