@@ -45,7 +45,6 @@ from lib import cli, documents, files, hub, hub_shards, shard_writer, shards, so
 from lib.documents import Batch, Unit
 from lib.sources import Input
 
-PACKED = (".parquet", *documents.COMPRESSED)
 PART_BYTES = 2**30  # of input files per part
 
 
@@ -135,16 +134,14 @@ def read_share() -> tuple[int, int]:
     env = os.environ
     if "SLURM_ARRAY_TASK_ID" in env and "RANK" not in env:
         first, step = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
-        rank, world_size = (
-            (int(env["SLURM_ARRAY_TASK_ID"]) - first) // step,
-            int(env["SLURM_ARRAY_TASK_COUNT"]),
-        )
+        rank = (int(env["SLURM_ARRAY_TASK_ID"]) - first) // step
+        world_size = int(env["SLURM_ARRAY_TASK_COUNT"])
     else:
         rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     if not 0 <= rank < world_size:
         raise ValueError(
-            f"this is process {rank} of {world_size}, which cannot be: give the array all its tasks, "
-            "0 to n - 1, or set RANK and WORLD_SIZE"
+            f"the rank is {rank}; it must be from 0 to {world_size - 1}: give the SLURM array the tasks 0 to "
+            "n - 1, or set RANK and WORLD_SIZE"
         )
     return rank, world_size
 
@@ -171,15 +168,11 @@ class Progress:
         self.bar.set_postfix_str(
             f"{self.documents:,} documents, {self.tokens:,} tokens, {rate:.0f} MB of text/s", refresh=False
         )
-        self.move(batch.position)
-
-    def move(self, position: int):
-        """Moves the bar to a position in the current file."""
-        self.bar.update(self.finished + position - self.bar.n)
+        self.bar.update(self.finished + batch.position - self.bar.n)
 
     def finish_file(self, size: int):
         self.finished += size
-        self.move(0)
+        self.bar.update(self.finished - self.bar.n)
 
 
 def write_part(located: Iterable[tuple[Input, Path]], writer: shard_writer.PartWriter, progress: Progress):
@@ -221,7 +214,7 @@ def check(cfg: Config):
         if not does and getattr(cfg, name) != getattr(Config, name):
             raise ValueError(f"{cli.flag(name)} does not apply to --source {cfg.source}; leave it out")
     if cfg.verify + cfg.inspect + cfg.merge > 1:
-        raise ValueError("--verify, --inspect and --merge are different jobs; give one of them")
+        raise ValueError("--verify, --inspect and --merge are different jobs; give only one of them")
 
 
 def prepare(cfg: Config) -> Path:
@@ -259,8 +252,8 @@ def tokenize(cfg: Config, manifest: dict | None):
     if changed := [key for key in plan if manifest.get(key) != plan[key]]:
         if world_size > 1 or has_shards(cfg.folder):
             raise ValueError(
-                f"{cfg.folder} was begun with another {', '.join(changed)}: {cfg.source} has changed since, "
-                "or another process has other flags. Remove the folder to start again"
+                f"{cfg.folder} was begun with another {', '.join(changed)}: {cfg.source} has changed, or "
+                "another process has other flags. Remove the folder to start again"
             )
         shard_writer.clear(cfg.folder)
         manifest = shard_writer.begin(cfg.folder, plan)
@@ -272,12 +265,10 @@ def tokenize(cfg: Config, manifest: dict | None):
     for n in mine:
         split = parts[n][0].split
         val_tokens = cfg.val_tokens if n == 0 and not split else 0
-        begun = shard_writer.hash_plan(manifest)
-        with shard_writer.PartWriter(
-            cfg.folder, n, cfg.shard_tokens, val_tokens, split or "train", begun
-        ) as writer:
+        facts = (cfg.shard_tokens, val_tokens, split or "train", shard_writer.hash_plan(manifest))
+        with shard_writer.PartWriter(cfg.folder, n, *facts) as writer:
             if writer.shards:
-                print(f"part {n}: going on after {len(writer.shards)} whole shards", flush=True)
+                print(f"part {n}: resuming after {len(writer.shards)} complete shards", flush=True)
             write_part(islice(located, len(parts[n])), writer, progress)
             writer.close(read_back=cfg.clear_cache)
         for file in parts[n]:
@@ -286,12 +277,11 @@ def tokenize(cfg: Config, manifest: dict | None):
     progress.bar.close()
     missing = shard_writer.find_missing_parts(cfg.folder, manifest)
     if missing and not shards.is_complete(cfg.folder):
-        print(
+        return print(
             f"process {rank} of {world_size} is done; {len(missing)} of {len(parts)} parts are still missing "
-            f"in {cfg.folder}. The last process to finish joins them; if folders share no disk, copy parts/ "
-            "into one and use --merge"
+            f"in {cfg.folder}. The last process to finish joins them. Without a shared disk, copy all parts/ "
+            "into one folder and run --merge"
         )
-        return
     summarize(shard_writer.merge(cfg.folder), cfg.folder)
     if cfg.clear_cache:
         shutil.rmtree(cfg.downloads, ignore_errors=True)
@@ -346,8 +336,8 @@ def is_whole(cfg: Config, manifest: dict) -> bool:
         local = sources.is_local(cfg.source)
         if local and sources.describe_inputs(cfg.find_inputs()[0]) != manifest["inputs"]:
             raise ValueError(
-                f"{cfg.source} has changed since {cfg.folder} was made from it; remove the folder to make it "
-                "again, or give another --name or --out-dir"
+                f"{cfg.source} has changed since {cfg.folder} was written; remove the folder or give "
+                "another --name or --out-dir"
             )
     return True
 
@@ -355,12 +345,9 @@ def is_whole(cfg: Config, manifest: dict) -> bool:
 def check_disk(cfg: Config, parts: list[list[Input]]):
     """Raises OSError if the disk has no room for the shards and the downloads."""
     # English has 4.4 bytes per token, a shard has 2, and FineWeb-Edu's parquet files have 2.9.
-    sizes = [
-        file.size * (0.7 if Path(file.name).suffix in PACKED else 0.45) for part in parts for file in part
-    ]
-    downloads = [
-        sum(file.size for file in part if file.download and not file.download.exists()) for part in parts
-    ]
+    packed = (".parquet", *documents.COMPRESSED)
+    sizes = [f.size * (0.7 if Path(f.name).suffix in packed else 0.45) for part in parts for f in part]
+    downloads = [sum(f.size for f in part if f.download and not f.download.exists()) for part in parts]
     kept = sum(sorted(downloads)[-3:] if cfg.clear_cache else downloads)
     check_room(cfg.folder, sum(sizes) + kept, "use --clear-cache, which keeps few downloads at a time")
 
@@ -370,8 +357,8 @@ def check_room(folder: Path, need: float, advice: str):
     free = shutil.disk_usage(folder).free
     if need > free:
         raise OSError(
-            f"{folder} needs about {need / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: make room, "
-            f"give another --out-dir, or {advice}"
+            f"{folder} needs about {need / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: free some "
+            f"space, give another --out-dir, or {advice}"
         )
 
 
@@ -395,9 +382,8 @@ def pull(cfg: Config, manifest: dict | None) -> dict:
     location = cfg.tokenized.partition("@")[0] + f"@{manifest['revision']}" if manifest else cfg.tokenized
     source = hub_shards.HubFolder(location, cache_bytes=math.inf)
     train = [entry for entry in source.entries if entry["split"] == "train"]
-    wanted = [entry for entry in source.entries if entry["split"] != "train"] + train[
-        : cfg.max_shards or None
-    ]
+    wanted = [entry for entry in source.entries if entry["split"] != "train"]
+    wanted += train[: cfg.max_shards or None]
     about = {"name": cfg.dataset_name, "source": source.name, "request": cfg.request, "parts": 0}
     about |= {"revision": source.commit, "available": len(train)}
     manifest = shard_writer.begin(cfg.folder, about) | {"complete": True, "shards": []}
@@ -447,7 +433,8 @@ def inspect(folder: Path, most_shards: int = 20):
         for start in draw.sample(starts.tolist(), min(2, len(starts))):
             document = ids[start + 1 : start + 61].tolist()
             texts.append(f"  {shard['file']} at {start:,}: {tokenizer.decode_until_end(document)!r}")
-    print_histogram(np.concatenate(lengths))
+    if len(whole := np.concatenate(lengths)):
+        print_histogram(whole)
     counts[tokenizer.END_OF_TEXT] = 0
     text_bytes = sum(len(token) * int(counts[rank]) for token, rank in tokenizer.load_ranks().items())
     print(f"\n{text_bytes / max(1, counts.sum()):.2f} bytes per token (from {len(entries)} shards)\n")
@@ -456,22 +443,18 @@ def inspect(folder: Path, most_shards: int = 20):
 
 def print_histogram(lengths: np.ndarray):
     """Prints a histogram of tokens per document; each bin is twice as wide as the one before."""
-    if not len(lengths):
-        return
     print(f"\ntokens per document: median {np.median(lengths):,.0f}, longest {lengths.max():,}")
     bins = np.bincount(np.ceil(np.log2(lengths + 1)).astype(int))
-    for power, count in enumerate(bins):
-        if count or power >= int(np.flatnonzero(bins)[0]):
-            low, high = (2 ** (power - 1) if power else 0), 2**power - 1
-            print(f"  {low:>9,} to {high:>9,}  {'#' * round(50 * count / bins.max()):50} {count:,}")
+    for power in range(np.flatnonzero(bins)[0], len(bins)):
+        low, high, bar = 2**power // 2, 2**power - 1, "#" * round(50 * bins[power] / bins.max())
+        print(f"  {low:>9,} to {high:>9,}  {bar:50} {bins[power]:,}")
 
 
 def main(cfg: Config):
     check(cfg)
     if cfg.verify:
         manifest = shards.verify(cfg.folder)
-        print(f"{cfg.folder}: all {len(manifest['shards'])} shards are as written")
-        return
+        return print(f"{cfg.folder}: all {len(manifest['shards'])} shards are as written")
     if cfg.inspect:
         return inspect(cfg.folder)
     if cfg.push_to:

@@ -42,16 +42,15 @@ def knob(
 
 
 def flag(name: str) -> str:
-    """The flag that sets a field."""
+    """Returns the flag that sets a field."""
     return "--" + name.replace("_", "-")
 
 
 def parse(
     config: type[C], description: str | None, argv: Sequence[str] | None = None, default: C | None = None
 ) -> C:
-    """The command line argv (by default this process's) as a `config`; what it does not say is as in
-    `default`. Exits with code 2 for a flag that does not exist or a value of the wrong type, and with code 0
-    for --help."""
+    """Parses argv (by default this process's) into a `config`; a missing flag has `default`'s value. Exits
+    with code 2 for an unknown flag or a value of the wrong type, and with code 0 for --help."""
     hints, fields = typing.get_type_hints(config, include_extras=True), []
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         kind = Annotated[hints[field.name], tyro.conf.arg(help=field.metadata["help"])]
@@ -66,7 +65,7 @@ def check_bounds(cfg: Any):
     for field in dataclasses.fields(cfg):
         value, bounds = getattr(cfg, field.name), field.metadata["bounds"]
         above, least, most = bounds["above"], bounds["at_least"], bounds["at_most"]
-        if isinstance(value, str) or value is None or bounds == dict.fromkeys(bounds):
+        if isinstance(value, str) or value is None:
             continue
         wanted = ""
         if above is not None and not above < value < math.inf:
@@ -80,7 +79,7 @@ def check_bounds(cfg: Any):
 
 
 def format_path(path: str | Path) -> str:
-    """The path as one would type it here."""
+    """Returns the path as one would type it here."""
     path = Path(path).absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 

@@ -125,20 +125,15 @@ def batch_parquet(stream: BinaryIO, size: int, text_field: str) -> Iterator[Batc
     if text_field not in columns:
         raise ValueError(f"no column {text_field!r}; it has {', '.join(columns)} (choose with --text-field)")
     kind = file.schema_arrow.field(text_field).type
-    if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in (
-        pa.string(),
-        pa.large_string(),
-        pa.string_view(),
-    ):
+    text_types = (pa.string(), pa.large_string(), pa.string_view())
+    if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in text_types:
         raise ValueError(f"column {text_field!r} is {kind}, not text (choose with --text-field)")
     leaf = columns.index(text_field) if file.metadata.num_columns == len(columns) else None
     groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-    text_bytes = sum(
-        g.total_byte_size if leaf is None else g.column(leaf).total_uncompressed_size for g in groups
-    )
+    sizes = [g.total_byte_size if leaf is None else g.column(leaf).total_uncompressed_size for g in groups]
     rows = file.metadata.num_rows
     # At most 2,000 rows, because a file with repeated texts unpacks to more than it says.
-    at_once, done = max(1, min(2000, BATCH_BYTES * rows // max(1, text_bytes))), 0
+    at_once, done = max(1, min(2000, BATCH_BYTES * rows // max(1, sum(sizes)))), 0
     for batch in file.iter_batches(batch_size=at_once, columns=[text_field]):
         texts = batch.column(0)
         texts.validate(full=True)  # UTF-8
@@ -167,12 +162,8 @@ def batch_articles(lines: Iterable[str], raw: BinaryIO | None = None) -> Iterato
     def articles() -> Iterator[str]:
         article: list[str] = []
         for line in lines:
-            if (
-                not line.strip()
-                and len(article) > 2
-                and not article[-2].strip()
-                and title.fullmatch(article[-1])
-            ):
+            between_blanks = len(article) > 2 and not article[-2].strip() and not line.strip()
+            if between_blanks and title.fullmatch(article[-1]):
                 yield "".join(article[:-2])
                 article = article[-2:]
             article.append(line)

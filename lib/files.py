@@ -8,7 +8,6 @@
 On disk: the named files; while they are written, also <name>.<pid>.tmp beside them.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -61,7 +60,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, f"{path} could not be written: {error}") from error
+        raise OSError(f"{path} could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)
@@ -78,70 +77,63 @@ def write_json(path: Path, value: Any):
 def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
     """Yields the items; a thread makes them at most `depth` ahead. Raises the thread's errors here. The
     thread stops when the consumer stops."""
-    ready: queue.Queue = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(value: tuple) -> bool:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(value, timeout=0.1)
-                return True
-        return False
+    ready: queue.SimpleQueue = queue.SimpleQueue()  # of (item,); at the end an error or None
+    places, stopped = threading.Semaphore(depth), threading.Event()
 
     def make():
         try:
             for item in items:
-                if not put((item, None)):
+                ready.put((item,))
+                places.acquire()
+                if stopped.is_set():
                     return
-            put((None, StopIteration()))
+            ready.put(None)
         except BaseException as error:  # raised where the items are used
-            put((None, error))
+            ready.put(error)
 
     threading.Thread(target=make, daemon=True).start()
     try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
+        while (made := ready.get()) is not None:
+            if isinstance(made, BaseException):
+                raise made
+            places.release()
+            yield made[0]
     finally:
         stopped.set()
+        places.release()
 
 
 def download(url: str, path: Path, sha256: str, tries: int = 4) -> Path:
-    """Downloads a file of known content to a temporary name, checks it and renames it to path. Resumes after
-    a broken connection. Keeps a file that exists. Raises OSError with the URL if all tries fail."""
+    """Downloads a file of known content to path, unless it exists. Resumes after a broken connection. Raises
+    OSError with the URL if all tries fail."""
     import requests
     from tqdm import tqdm
 
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial, failure = path.with_name(f"{path.name}.{os.getpid()}.tmp"), ""
-    try:
+    def fill(f: BinaryIO):
+        failure = ""
         for attempt in range(tries):
             time.sleep(2**attempt / 2 if attempt else 0)
-            have = partial.stat().st_size if partial.exists() else 0
-            headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+            headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={f.tell()}-"} if f.tell() else {})}
             try:
                 with requests.get(url, headers=headers, stream=True, timeout=10) as response:
                     response.raise_for_status()
-                    size = int(response.headers.get("Content-Length", 0)) or None
-                    bar = tqdm(desc=path.name, total=size, unit="B", unit_scale=True, disable=None)
-                    with bar, open(partial, "ab" if response.status_code == 206 else "wb") as f:
+                    if response.status_code != 206:  # the server sends the whole file
+                        f.truncate(f.seek(0))
+                    size = float(response.headers.get("Content-Length", "inf"))
+                    with tqdm(desc=path.name, total=size, unit="B", unit_scale=True, disable=None) as bar:
                         for block in response.iter_content(1 << 16):
                             bar.update(f.write(block))
             except requests.RequestException as error:
                 failure = f"{type(error).__name__}: {error}"
                 continue
-            if (found := hash_file(partial)) == sha256:
-                flush(partial)
-                os.replace(partial, path)
-                return path
-            failure = f"{partial.stat().st_size:,} bytes with SHA-256 {found}, not {sha256}"
-            partial.unlink()
-    finally:
-        partial.unlink(missing_ok=True)
-    raise OSError(f"{url} could not be had in {tries} tries: {failure}")
+            f.flush()
+            if (found := hash_file(Path(f.name))) == sha256:
+                return
+            failure = f"{f.tell():,} bytes with SHA-256 {found}, not {sha256}"
+            f.seek(0)
+        raise OSError(f"{url} failed in all {tries} tries; the last error is {failure}")
+
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, fill)
+    return path

@@ -66,30 +66,24 @@ def parse_hub(location: str, repo_type: str = "dataset") -> tuple[str, str | Non
     prefix = PREFIXES[repo_type]
     found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", location.removeprefix(prefix).strip("/"))
     if not found:
-        raise ValueError(
-            f"{location!r} does not name a {repo_type}: {prefix}org/name or .../org/name@revision"
-        )
+        raise ValueError(f"{location!r} does not name a {repo_type}; give {prefix}org/name[@revision]")
     return found[1], found[2]
 
 
 def is_final(error: BaseException) -> bool:
     """Tells whether a retry is useless: the file does not exist, access is denied, the request is invalid, or
-    the disk is full."""
+    the disk is full. The error's cause counts, too."""
     from huggingface_hub import errors
 
-    if isinstance(error, json.JSONDecodeError):  # a page of HTML, say, where the Hub should have answered
-        return False
-    if isinstance(error, errors.LocalEntryNotFoundError):  # not in its cache; why not fetched is the cause
-        return error.__cause__ is not None and is_final(error.__cause__)
     not_there = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
-    if isinstance(error, (ValueError, TypeError, errors.OfflineModeIsEnabled, *not_there)):
-        return True
-    if isinstance(error, FileNotFoundError) and type(error) is not FileNotFoundError:  # kinds of `datasets`
-        return True
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return True
     status = getattr(getattr(error, "response", None), "status_code", 0)
-    if 400 <= status < 500 and status not in (408, 409, 412, 429):  # too late, another commit, too often
+    # JSONDecodeError: a proxy's page of HTML, say. LocalEntryNotFoundError: the cause is the reason.
+    if not isinstance(error, (json.JSONDecodeError, errors.LocalEntryNotFoundError)) and (
+        isinstance(error, (ValueError, TypeError, errors.OfflineModeIsEnabled, *not_there))
+        or (isinstance(error, FileNotFoundError) and type(error) is not FileNotFoundError)  # of `datasets`
+        or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
+        or (400 <= status < 500 and status not in (408, 409, 412, 429))  # timeout, conflict, rate limit
+    ):
         return True
     return error.__cause__ is not None and is_final(error.__cause__)
 
@@ -103,7 +97,7 @@ def format_reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def retry(what: str, attempt: Callable[[], Any], failed: str = "could not be had from") -> Any:
+def retry(what: str, attempt: Callable[[], Any], failed: str = "could not be read from") -> Any:
     """Calls attempt() until it succeeds, with growing pauses. Raises Unavailable (an OSError) with `what` and
     the reason if a retry is useless or PATIENCE is over."""
     waited, pause = 0.0, 1.0
@@ -131,24 +125,18 @@ def list_hub(
     def ask() -> tuple[str, dict[str, HubFile]]:
         api = HfApi()
         commit = api.repo_info(repo, revision=revision, repo_type=repo_type).sha or ""
+        where: Any = dict(revision=commit, repo_type=repo_type)
         if paths is None:
-            entries: Iterable = api.list_repo_tree(repo, recursive=True, revision=commit, repo_type=repo_type)
+            entries: Iterable = api.list_repo_tree(repo, recursive=True, **where)
         else:
             groups = [paths[i : i + 500] for i in range(0, len(paths), 500)]
-            entries = [
-                entry
-                for group in groups
-                for entry in api.get_paths_info(repo, group, revision=commit, repo_type=repo_type)
-            ]
+            entries = [entry for group in groups for entry in api.get_paths_info(repo, group, **where)]
         files = {}
-        for entry in entries:
-            if not isinstance(entry, RepoFile):
-                continue
+        for entry in (entry for entry in entries if isinstance(entry, RepoFile)):
             if entry.path.startswith("/") or "\\" in entry.path or ".." in PurePosixPath(entry.path).parts:
                 raise ValueError(f"the repository lists {entry.path!r}, which leads out of its folder")
-            sha256 = entry.lfs.sha256 if entry.lfs else ""
-            facts = (entry.path, entry.size, sha256, entry.blob_id, repo_type)
-            files[entry.path] = HubFile(repo, commit, *facts)
+            facts = (entry.size, entry.lfs.sha256 if entry.lfs else "", entry.blob_id, repo_type)
+            files[entry.path] = HubFile(repo, commit, entry.path, *facts)
         return commit, files
 
     return retry(f"{PREFIXES[repo_type]}{repo}", ask)
@@ -160,8 +148,7 @@ def fetch(file: HubFile, folder: Path) -> Path:
     from filelock import FileLock
     from huggingface_hub import hf_hub_download
 
-    path = folder / file.path
-    incoming = folder / ".incoming"
+    path, incoming = folder / file.path, folder / ".incoming"
     incoming.mkdir(parents=True, exist_ok=True)
 
     def attempt() -> Path:
@@ -170,20 +157,19 @@ def fetch(file: HubFile, folder: Path) -> Path:
         if not file.is_whole(arrived):
             size = arrived.stat().st_size
             arrived.unlink()
-            raise OSError(f"{size:,} bytes arrived that are not the {file.size:,} that were listed")
+            raise OSError(f"{size:,} bytes arrived; they do not have the listed hash or size, {file.size:,}")
         path.parent.mkdir(parents=True, exist_ok=True)
         files.flush(arrived)
         os.replace(arrived, path)
         files.flush(path.parent)
         return path
 
-    def fetched() -> Path:
+    with FileLock(incoming / (hashlib.sha256(file.path.encode()).hexdigest()[:16] + ".lock")):
+        if path.is_file():
+            return path
         for partial in incoming.rglob(f"*.{file.sha256 or file.blob_id}.*incomplete"):  # of killed processes
             partial.unlink(missing_ok=True)
         return retry(file.url, attempt)
-
-    with FileLock(incoming / (hashlib.sha256(file.path.encode()).hexdigest()[:16] + ".lock")):
-        return path if path.is_file() else fetched()
 
 
 def read_start(file: HubFile, count: int) -> bytes:
@@ -201,8 +187,8 @@ def check_push(repo: str, repo_type: str = "dataset"):
     from huggingface_hub import HfApi
 
     if parse_hub(repo, repo_type) != (repo, None):
-        raise ValueError(f"{repo!r} is no repository to write to; give org/name")
-    with name_repository(f"{repo} (it takes `hf auth login`, or HF_TOKEN, with a right to write)"):
+        raise ValueError(f"{repo!r} is not the name of a repository; give org/name")
+    with name_repository(f"{repo} (run `hf auth login`, or set HF_TOKEN, with write access)"):
         HfApi().whoami()
         HfApi().create_repo(repo, repo_type=repo_type, exist_ok=True)  # silent if it is another's
         HfApi().auth_check(repo, repo_type=repo_type, write=True)
@@ -228,7 +214,7 @@ def send(repo: str, repo_type: str, files: dict[str, Path | bytes], message: str
             HfApi().preupload_lfs_files(repo, [addition], repo_type=repo_type)
         HfApi().create_commit(repo, additions, commit_message=message, repo_type=repo_type)
 
-    retry(f"{PREFIXES[repo_type]}{repo}", attempt, "could not be sent to")
+    retry(f"{PREFIXES[repo_type]}{repo}", attempt, "could not be uploaded to")
 
 
 @contextlib.contextmanager
@@ -240,4 +226,4 @@ def name_repository(repo: str) -> Iterator[None]:
         if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):  # a page of HTML
             raise
         reason = format_reason(error)
-        raise OSError(f"{repo}: the Hugging Face Hub did not do what was asked ({reason})") from error
+        raise OSError(f"{repo}: the request to the Hugging Face Hub failed ({reason})") from error

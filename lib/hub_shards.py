@@ -1,6 +1,6 @@
 """Token shards on the Hugging Face Hub; a shard is downloaded when training needs it.
 
-    folder = hub_shards.open_folder("hf://datasets/org/name")        # or a folder on this machine
+    folder = hub_shards.HubFolder("hf://datasets/org/name")
     reader = shards.ShardReader(folder, "train", seq_len=1024)
 
 On disk: data/hub/, a cache of bounded size.
@@ -19,15 +19,7 @@ import numpy as np
 
 from lib import files, hub, shards
 from lib.processes import Process
-from lib.shards import (
-    BIN_HEADER_BYTES,
-    HEAD_TOKENS,
-    MANIFEST,
-    NPY_HEADER_BYTES,
-    Folder,
-    find_shards,
-    list_shards,
-)  # fmt: skip
+from lib.shards import BIN_HEADER_BYTES, HEAD_TOKENS, MANIFEST, NPY_HEADER_BYTES, Folder
 
 HUB_CACHE = files.DATA / "hub"
 
@@ -48,23 +40,21 @@ class HubFolder(Folder):
         self.folder = HUB_CACHE / repo.replace("/", "--") / commit[:12]
         if MANIFEST in self.files:
             hub.fetch(self.files[MANIFEST], self.folder)
-            self.entries = list_shards(self.folder)
+            self.entries = shards.list_shards(self.folder)
         else:
-            self.entries = find_shards((path for path in self.files if "/" not in path), location)
+            self.entries = shards.find_shards((path for path in self.files if "/" not in path), location)
         for entry in self.entries:
             self._compare(entry)
         largest = max(self.files[entry["file"]].size for entry in self.entries)
         if cache_bytes < 3 * largest:
-            raise ValueError(
-                f"--cache-gb is {cache_bytes / 1e9:g}; {location} needs room for three shards of "
-                f"{largest / 1e9:.2g} GB: at least {math.ceil(3 * largest / 1e8) / 10}"
-            )
+            least = f"at least {math.ceil(3 * largest / 1e8) / 10}, three shards of {location}"
+            raise ValueError(f"--cache-gb is {cache_bytes / 1e9:g}; it must be {least}")
         here = [path for entry in self.entries if (path := self.folder / entry["file"]).is_file()]
         here.sort(key=lambda path: path.stat().st_mtime)
         self.recent = dict.fromkeys(path.name for path in here)  # the last is the most recently used
         self.heads: dict[str, np.ndarray] = {}
         self.lock = threading.Lock()
-        self.announced: queue.Queue[dict] = queue.Queue()
+        self.announced: queue.SimpleQueue[dict] = queue.SimpleQueue()
         # The thread is a daemon: unlike an executor's threads, it does not delay the end of the run.
         threading.Thread(target=self._fetch_announced, daemon=True).start()
 
@@ -74,7 +64,7 @@ class HubFolder(Folder):
         file = self.files.get(entry["file"])
         header = BIN_HEADER_BYTES if entry["file"].endswith(".bin") else NPY_HEADER_BYTES
         if file is None:
-            raise ValueError(f"{self.name} has a {MANIFEST} that lists {entry['file']}, but not the file")
+            raise ValueError(f"{self.name} lacks {entry['file']}, which its {MANIFEST} lists")
         entry.setdefault("tokens", (file.size - header) // 2)
         entry.setdefault("sha256", file.sha256)
         if file.size != header + 2 * entry["tokens"] or (file.sha256 and file.sha256 != entry["sha256"]):
@@ -117,16 +107,9 @@ class HubFolder(Folder):
         """Does nothing: a shard is checked when it is downloaded."""
 
 
-def open_folder(location: str | Path, cache_bytes: float = 20e9) -> Folder:
-    """Opens the shards in a folder, or in a repository hf://datasets/org/name of the Hub."""
-    if str(location).startswith(hub.HUB_PREFIX):
-        return HubFolder(str(location), cache_bytes)
-    return Folder(Path(location))
-
-
 def open_data(path: str, cache_bytes: float, process: Process, may_make: bool) -> Folder:
-    """The shards of --dataset-path: on the Hub, or in a folder relative to here or to the project. All
-    processes get the same commit. With may_make, the demo's shards (pydocs) are made if they are missing."""
+    """Opens the shards of --dataset-path: on the Hub (all processes get one commit), or in a folder relative
+    to here or to the project. With may_make, writes the demo's shards (pydocs) if they are missing."""
     if path.startswith(hub.HUB_PREFIX):
         first = HubFolder(path, cache_bytes) if process.rank == 0 else None
         location = process.broadcast(first and first.name)
@@ -138,6 +121,6 @@ def open_data(path: str, cache_bytes: float, process: Process, may_make: bool) -
         script = str(files.ROOT / "fineweb.py")
         command = [sys.executable, script, "--source", "pydocs", "--out-dir", str(data)]
         if subprocess.run(command, check=False).returncode:
-            raise ValueError(f"{data} could not be made")
+            raise ValueError(f"fineweb.py failed to write {data}; its message is above")
     process.barrier()
     return Folder(data)

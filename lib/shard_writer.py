@@ -23,19 +23,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from lib import files
-from lib.shards import (
-    DEFAULT_VAL_TOKENS,
-    END_OF_TEXT,
-    FORMAT_VERSION,
-    HEAD_TOKENS,
-    MANIFEST,
-    SHARD_NAME,
-    SPLITS,
-    is_complete,
-    load_manifest,
-    open_shard,
-)  # fmt: skip
+from lib import files, shards
+from lib.shards import DEFAULT_VAL_TOKENS, END_OF_TEXT, HEAD_TOKENS, MANIFEST, load_manifest, open_shard
 
 PARTS = "parts"
 
@@ -50,14 +39,9 @@ class PartWriter:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        part: int,
-        shard_tokens: int,
-        val_tokens: int | None = None,
-        split: str = "train",
-        plan: str = "",
-    ):
+        self, folder: Path, part: int, shard_tokens: int,
+        val_tokens: int | None = None, split: str = "train", plan: str = "",
+    ):  # fmt: skip
         """`plan` is the data set's `hash_plan`. Raises OSError if another process is writing the part, and
         ValueError if the existing part has another plan."""
         from filelock import FileLock, Timeout
@@ -74,9 +58,7 @@ class PartWriter:
         begun = {"plan": plan, "complete": False, "val_tokens": val_tokens, "shards": []}
         self.state = read_part(folder, part) or begun
         if self.state["plan"] != plan:
-            raise ValueError(
-                f"{self.folder} belongs to another source, or was begun with other flags; remove it"
-            )
+            raise ValueError(f"{self.folder} is of another source or other flags; remove it")
         self.shards: list[dict] = self.state["shards"]
         self._remove_damaged()
         if not self.shards:
@@ -105,7 +87,7 @@ class PartWriter:
         self.pieces.append(ids)
         self.held += len(ids)
         if self.val_left is None and self.held >= 10 * DEFAULT_VAL_TOKENS:
-            self._set_val_tokens(DEFAULT_VAL_TOKENS)
+            self.state["val_tokens"] = self.val_left = DEFAULT_VAL_TOKENS
         while self.val_left is not None and self.held >= self._next_size():
             self._write_shard(self._next_size())
 
@@ -113,25 +95,20 @@ class PartWriter:
         """Writes the remaining tokens and marks the part as complete. read_back: first compares the shards'
         bytes on disk with their hashes. Raises ValueError if validation would take all tokens."""
         if self.val_left is None:
-            self._set_val_tokens(self.held // 10)
+            self.state["val_tokens"] = self.val_left = self.held // 10
         if self.val_left and self.val_left >= self.held:
             raise ValueError(
-                f"the text, or the first part of it, has {self.tokens:,} tokens, of which --val-tokens takes "
-                f"{self.state['val_tokens']:,}: none is left for training; give a smaller --val-tokens"
+                f"--val-tokens is {self.state['val_tokens']:,}, but the text or its first part has "
+                f"{self.tokens:,} tokens, so none is left for training; give a smaller --val-tokens"
             )
         while self.held:
             self._write_shard(min(self.held, self._next_size()))
         self._wait()
         for shard in self.shards if read_back else []:
             if files.hash_file(self.folder / shard["file"]) != shard["sha256"]:
-                raise OSError(
-                    f"{self.folder / shard['file']} does not hold what was written: is the disk sound?"
-                )
+                raise OSError(f"{self.folder / shard['file']} differs from the bytes written; check the disk")
         self.state["complete"] = True
         files.write_json(self.folder / "part.json", self.state)
-
-    def _set_val_tokens(self, val_tokens: int):
-        self.state["val_tokens"] = self.val_left = val_tokens
 
     def _next_size(self) -> int:
         return min(self.shard_tokens, self.val_left) if self.val_left else self.shard_tokens
@@ -170,16 +147,10 @@ class PartWriter:
                 digest.update(block)
 
         files.write_atomically(path, fill)
-        self.shards.append(
-            dict(
-                file=path.name,
-                split=split,
-                tokens=tokens,
-                documents=sum(int(np.count_nonzero(piece == END_OF_TEXT)) for piece in pieces),
-                sha256=digest.hexdigest(),
-                head_sha256=hashlib.sha256(open_shard(path)[:HEAD_TOKENS].tobytes()).hexdigest(),
-            )
-        )
+        documents = sum(int(np.count_nonzero(piece == END_OF_TEXT)) for piece in pieces)
+        head = hashlib.sha256(open_shard(path)[:HEAD_TOKENS].tobytes()).hexdigest()
+        facts = dict(documents=documents, sha256=digest.hexdigest(), head_sha256=head)
+        self.shards.append(dict(file=path.name, split=split, tokens=tokens, **facts))
         files.write_json(self.folder / "part.json", self.state)
 
     def _remove_damaged(self):
@@ -232,13 +203,11 @@ def begin(folder: Path, about: dict) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MANIFEST
     if not path.is_file():
-        if strangers := [p.name for p in folder.iterdir() if SHARD_NAME.fullmatch(p.name)]:
-            raise ValueError(
-                f"{folder} holds shards without a {MANIFEST}, such as {strangers[0]}; "
-                "choose another --name or --out-dir"
-            )
+        if strangers := [p.name for p in folder.iterdir() if shards.SHARD_NAME.fullmatch(p.name)]:
+            found = f"{folder} holds shards without a {MANIFEST}, such as {strangers[0]}"
+            raise ValueError(f"{found}; choose another --name or --out-dir")
         first = folder / f".{MANIFEST}.{os.getpid()}.{threading.get_ident()}.begin"
-        files.write_json(first, {"format": FORMAT_VERSION, **about, "complete": False, "shards": []})
+        files.write_json(first, {"format": shards.FORMAT_VERSION, **about, "complete": False, "shards": []})
         try:
             os.link(first, path)  # fails if another process has written the manifest
         except FileExistsError:
@@ -260,14 +229,14 @@ def merge(folder: Path) -> dict:
     try:
         return _merge(folder)
     except (ValueError, OSError):
-        if is_complete(folder):  # another process was faster
+        if shards.is_complete(folder):  # another process was faster
             return load_manifest(folder / MANIFEST)
         raise
 
 
 def _merge(folder: Path) -> dict:
     if not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} has no {MANIFEST}; fineweb.py makes it when it begins a data set")
+        raise ValueError(f"{folder} has no {MANIFEST}; give the folder of a data set that fineweb.py began")
     manifest = load_manifest(folder / MANIFEST)
     if manifest["complete"]:
         shutil.rmtree(folder / PARTS, ignore_errors=True)
@@ -279,17 +248,13 @@ def _merge(folder: Path) -> dict:
     if len(parts) < manifest["parts"]:
         raise ValueError(f"{folder / PARTS} was removed while its parts were joined")
     if strangers := [n for n, part in enumerate(parts) if part["plan"] != hash_plan(manifest)]:
-        raise ValueError(
-            f"{folder}: parts {strangers} are of another source, revision or flags than {MANIFEST}"
-        )
+        raise ValueError(f"{folder}: parts {strangers} are of another source or other flags than {MANIFEST}")
     if not any(shard["split"] == "train" for part in parts for shard in part["shards"]):
         clear(folder)
         raise ValueError(f"{manifest.get('source')} has no text for training")
     entries = []
-    for split in SPLITS:
-        found = [
-            (n, shard) for n, part in enumerate(parts) for shard in part["shards"] if shard["split"] == split
-        ]
+    for split in shards.SPLITS:
+        found = [(n, s) for n, part in enumerate(parts) for s in part["shards"] if s["split"] == split]
         for number, (part, shard) in enumerate(found):
             path = folder / f"{manifest['name']}_{split}_{number:06d}.npy"
             with contextlib.suppress(FileNotFoundError):  # moved by an earlier try, or by another process

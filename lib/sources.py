@@ -112,14 +112,14 @@ def find_local_files(source: str) -> list[Path]:
     found = found or [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
     if not found:
         raise FileNotFoundError(
-            f"--source {source!r} is no file, folder or glob here, nor one of "
+            f"--source is {source!r}; it must be a file, folder or glob that exists, or one of "
             f"{', '.join([*HUB_SOURCES, *TOKENIZED_SOURCES])}, tiny-shakespeare, pydocs, hf:org/name"
         )
     readable = [p for p in found if p.is_file() and documents.is_readable(p.name)]
     if not readable:
         raise ValueError(
-            f"--source {source!r} has no file that ends in {', '.join(documents.SUFFIXES)}, nor in one of "
-            f"these and {' or '.join(documents.COMPRESSED)}"
+            f"--source is {source!r}; it must have files in {', '.join(documents.SUFFIXES)}, or these with "
+            f"{' or '.join(documents.COMPRESSED)} appended"
         )
     return readable
 
@@ -140,16 +140,14 @@ def find_hub_inputs(source: Source, revision: str | None) -> tuple[list[Input], 
         try:
             return commit, datasets.load_dataset_builder(repo, config or None, revision=commit)
         except RuntimeError as error:  # `datasets` refuses a repository that has a script
-            raise ValueError(
-                f"{error}; a copy in parquet may be at hf:{repo}@refs/convert/parquet"
-            ) from error
+            raise ValueError(f"{error}; try its parquet copy, hf:{repo}@refs/convert/parquet") from error
 
     commit, builder = hub.retry(repo, ask)
     about = {"source": f"hf:{repo}", "config": config, "revision": commit}
     found: dict[str, list[str]] = builder.config.data_files or {}
     if missing := [name for name in splits if name not in found]:
         raise ValueError(
-            f"{repo} has no split {missing[0]!r}; it has {', '.join(found)} (choose with --split)"
+            f"--split is {missing[0]}, but {repo} has only {', '.join(found)}; choose one of them"
         )
     paths = {name: [url.partition(f"@{commit}/")[2] for url in found[name]] for name in splits}
     wanted = [path for name in splits for path in paths[name]]

@@ -49,20 +49,17 @@ def load_ranks() -> dict[bytes, int]:
         raise ValueError(
             f"{RANKS_FILE} has SHA-256 {found}, not {RANKS_SHA256}: restore it with git checkout"
         )
-    return {
-        base64.b64decode(token): int(rank) for token, rank in (line.split() for line in data.splitlines())
-    }
+    return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, data.splitlines())}
 
 
-def merge_bytes(word: bytes, max_rank: int | None = None) -> list[bytes]:
+def merge_bytes(word: bytes, max_rank: int = VOCAB_SIZE) -> list[bytes]:
     """Encodes one word: merges the adjacent pair of lowest rank until no pair is in the vocabulary. With
     max_rank, merges only pairs of a lower rank."""
     parts = [bytes([b]) for b in word]
-    limit = VOCAB_SIZE if max_rank is None else max_rank
     while True:
         pairs = [(load_ranks().get(a + b, VOCAB_SIZE), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
         rank, i = min(pairs, default=(VOCAB_SIZE, 0))
-        if rank >= limit:
+        if rank >= max_rank:
             return parts
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
@@ -79,10 +76,8 @@ def encode_from_scratch(text: str) -> list[int]:
 def load_tiktoken():
     import tiktoken
 
-    special = {END_OF_TEXT_STRING: END_OF_TEXT}
-    return tiktoken.Encoding(
-        "gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=load_ranks(), special_tokens=special
-    )
+    ranks, special = load_ranks(), {END_OF_TEXT_STRING: END_OF_TEXT}
+    return tiktoken.Encoding("gpt2", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 @functools.lru_cache(maxsize=1)
@@ -143,39 +138,19 @@ def encode_corpus(documents: "list[str] | pa.Array", continues: bool = False) ->
     equal those of `encode`, except near the 4,657 letters that Unicode 17 (2025) added: tiktoken 0.14 does
     not know them.
     """
+    import awkward as ak
     import pyarrow as pa
 
     if not len(documents):
         return np.empty(0, dtype=np.uint16)
+    texts: Any = documents
     if isinstance(documents, list):
-        documents = pa.array([replace_surrogates(document) for document in documents], pa.large_string())
-    layout: Any = load_gigatoken().encode_batch(convert_to_awkward(documents)).layout
+        texts = pa.array(map(replace_surrogates, documents), pa.large_string())
+    texts = ak.from_arrow(texts.cast(pa.large_string()).fill_null(""))  # without a copy of the text
+    layout: Any = load_gigatoken().encode_batch(texts).layout
     offsets = np.asarray(layout.offsets.data, dtype=np.int64)
-    ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
-    starts = offsets[1 if continues else 0 : -1] - offsets[0]
-    stream = np.empty(len(ids) + len(starts), dtype=np.uint16)
-    is_text = np.ones(len(stream), dtype=bool)
-    is_text[starts + np.arange(len(starts))] = False
-    stream[is_text], stream[~is_text] = ids, END_OF_TEXT
-    return stream
-
-
-def convert_to_awkward(strings: "pa.Array") -> Any:
-    """Converts an Arrow array of strings to gigatoken's input format without copying the text."""
-    import awkward as ak
-    import pyarrow as pa
-
-    strings = strings.cast(pa.large_string())
-    _, offsets, data = strings.buffers()
-    ends: Any = np.frombuffer(offsets, dtype=np.int64)[strings.offset : strings.offset + len(strings) + 1]
-    text: Any = np.frombuffer(data, dtype=np.uint8) if data else np.empty(0, dtype=np.uint8)
-    return ak.Array(
-        ak.contents.ListOffsetArray(
-            ak.index.Index64(ends),
-            ak.contents.NumpyArray(text, parameters={"__array__": "char"}),
-            parameters={"__array__": "string"},
-        )
-    )
+    ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(np.uint16)
+    return np.insert(ids, offsets[1 if continues else 0 : -1] - offsets[0], END_OF_TEXT)
 
 
 @functools.lru_cache(maxsize=1)
@@ -215,9 +190,7 @@ def build_hf_files(positions: int) -> dict[str, str]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": positions,
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
-        "bos_token": END_OF_TEXT_STRING,
-        "eos_token": END_OF_TEXT_STRING,
-        "unk_token": END_OF_TEXT_STRING,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT_STRING),
         "clean_up_tokenization_spaces": False,
     }
     return {"tokenizer.json": build_tokenizer_json(), "tokenizer_config.json": json.dumps(config, indent=2)}

@@ -180,7 +180,7 @@ def test_patience_has_an_end_and_the_pauses_grow(monkeypatch, capsys):
     def attempt():
         raise ConnectionError("the line is dead")
 
-    with pytest.raises(OSError, match=r"^it could not be had .*the line is dead"):
+    with pytest.raises(OSError, match=r"^it could not be read .*the line is dead"):
         hub.retry("more than it", lambda: hub.retry("it", attempt))
     assert sum(slept) <= hub.PATIENCE
     assert sum(slept) > 0.9 * hub.PATIENCE
@@ -197,7 +197,7 @@ def test_no_patience_helps_a_full_disk(monkeypatch, error):
     def attempt():
         raise error
 
-    with pytest.raises(OSError, match="could not be had"):
+    with pytest.raises(OSError, match="could not be read"):
         hub.retry("outer", lambda: hub.retry("inner", attempt))
 
 
@@ -230,7 +230,7 @@ def test_an_upload_that_keeps_failing_is_said_with_the_name(client, server, repo
     code = "hub.check_push(repo); hub.push(repo, Path(folder), ['x.npy', 'manifest.json'])"
     server.fault(500, "/commit/", times=1000, method="POST")
     answer = client.refusal(code, repo=repo, folder=tmp_path)
-    assert f"{repo} could not be sent" in answer["message"]
+    assert f"{repo} could not be uploaded" in answer["message"]
     assert "trying again" in answer["printed"]
     assert TOKEN not in json.dumps(answer)
     server.faults.clear()

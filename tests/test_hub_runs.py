@@ -252,7 +252,7 @@ def test_what_never_arrived_is_named_at_the_end_and_sent_by_a_resume(
                 server.fault(kind, "/commit/", times=1000, method="POST")
             (place / "go").touch()
             printed = training.finish()
-        assert re.search(r"step_000012 is not on the Hub yet: .*could not be sent to", printed), printed
+        assert re.search(r"step_000012 is not on the Hub yet: .*could not be uploaded to", printed), printed
         assert re.search(rf"step_000012 is not on the Hub; to send it: --resume {run}\n", printed), printed
         assert ("trying again" in printed) == (kind != 403)
         assert end_of(run) == end_of(whole())
@@ -466,7 +466,7 @@ def test_wrong_bytes_on_the_way_are_fetched_again_or_refused(
             if kinds[attempt.number] != "stall":  # which would take a minute
                 shared_hub.fault(kinds[attempt.number], name, times=1000)
                 answer = client.refusal(PULL, **where)
-                assert f"{repo}@{COMMIT}/{name} could not be had" in answer["message"], answer
+                assert f"{repo}@{COMMIT}/{name} could not be read" in answer["message"], answer
                 assert not (log / "whole").exists()
                 shared_hub.faults.clear()
             shared_hub.fault(kinds[attempt.number], name)

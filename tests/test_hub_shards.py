@@ -72,7 +72,7 @@ def test_others_shards_are_only_fetched(client, server, repo, tmp_path, cfg, max
     for name in wanted:
         assert (tmp_path / name).read_bytes() == BINS[name]
     if not max_shards:  # the same data, in a folder and on the Hub, in a run's checkpoint
-        same = "one, two = map(hub_shards.open_folder, (one, two))\n"
+        same = "one, two = hub_shards.HubFolder(one), shards.Folder(Path(two))\n"
         same += "result = one.fingerprint() == two.fingerprint()"
         assert client(CACHE + same, one=f"hf://datasets/{repo}", two=tmp_path, cache=tmp_path / "cache")
 
@@ -196,7 +196,7 @@ def test_a_push_that_is_not_allowed_is_refused_before_any_work(server, repo, tmp
 CACHE = "hub_shards.HUB_CACHE = Path(cache)\n"
 COMPARE = """
 hub_shards.HEAD_TOKENS = head_tokens
-folders = [hub_shards.open_folder(where, cache_bytes) for where in (one, two)]
+folders = shards.Folder(Path(one)), hub_shards.HubFolder(two, cache_bytes)
 local, server = [shards.ShardReader(folder, "train", seq_len, seed=7) for folder in folders]
 assert isinstance(server.folder, hub_shards.HubFolder) and not isinstance(local.folder, hub_shards.HubFolder)
 steps, most = int(2.5 * local.num_windows / 4) + 1, 0
@@ -226,7 +226,7 @@ def test_batches_from_the_hub_are_those_of_the_folder(
 
 CROSSING = """
 hub_shards.HEAD_TOKENS = 64
-reader = shards.ShardReader(hub_shards.open_folder(where), "train", 30)
+reader = shards.ShardReader(hub_shards.HubFolder(where), "train", 30)
 begin = reader.sizes[0] - 20  # a window from the first shard into the second
 result = begin, reader.read([begin])[1][0].tolist()
 """
@@ -252,7 +252,7 @@ def test_a_window_that_reaches_into_a_shard_fetches_its_start_only(
 
 def test_a_repository_that_does_not_match_its_manifest_is_refused(client, server, repo, ours, tmp_path):
     files = read_files(ours)
-    code = CACHE + "hub_shards.open_folder(where, cache_bytes)"
+    code = CACHE + "hub_shards.HubFolder(where, cache_bytes)"
     names = dict(where=f"hf://datasets/{repo}", cache=tmp_path, cache_bytes=1e9)
     whole = files["ours_train_000002.npy"]
     for data in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-2]):
@@ -260,13 +260,15 @@ def test_a_repository_that_does_not_match_its_manifest_is_refused(client, server
         answer = client.refusal(code, "ValueError", **names)
         assert "ours_train_000002.npy does not have the size or SHA-256" in answer["message"]
     server.commit(f"datasets/{repo}", {name: data for name, data in files.items() if "000002" not in name})
-    assert "ours_train_000002.npy, but not the file" in client.refusal(code, "ValueError", **names)["message"]
+    assert "lacks ours_train_000002.npy, which" in client.refusal(code, "ValueError", **names)["message"]
     manifest = files["manifest.json"].replace(b"ours_train_000002", b"../ours_train_000002")
     server.commit(f"datasets/{repo}", {**files, "manifest.json": manifest})
     assert "not the name of a shard" in client.refusal(code, "ValueError", **names)["message"]
     server.commit(f"datasets/{repo}", files)
     names["cache_bytes"] = 2000
-    assert "room for three shards" in client.refusal(code, "ValueError", **names)["message"]
+    assert (
+        "--cache-gb is 2e-06; it must be at least" in client.refusal(code, "ValueError", **names)["message"]
+    )
 
 
 @pytest.mark.slow
@@ -288,7 +290,7 @@ def test_two_processes_share_a_cache_that_is_too_small(client, server, repo, our
 def test_a_run_that_is_over_does_not_wait_for_the_next_shard(server, repo, ours, tmp_path):
     server.commit(f"datasets/{repo}", read_files(ours))
     server.fault("stall", "ours_train_000003", times=100)
-    code = CACHE + "folder = hub_shards.open_folder(where); folder.announce(folder.entries[4]); time.sleep(1)"
+    code = CACHE + "folder = hub_shards.HubFolder(where); folder.announce(folder.entries[4]); time.sleep(1)"
     names = f"cache, where = {str(tmp_path / 'cache')!r}, 'hf://datasets/{repo}'\n"
     env = {**os.environ, **server.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
     imports = "import time\nfrom pathlib import Path\nfrom lib import hub_shards\n"

@@ -60,7 +60,7 @@ def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
 @pytest.mark.parametrize("name", ["missing.txt", "missing/", "*.nothing"])
 def test_a_source_that_is_not_there_is_refused_with_the_names_that_exist(tmp_path, name):
     with pytest.raises(
-        FileNotFoundError, match=r"is no file, folder or glob.*fineweb-edu-10BT.*pydocs, hf:org/name"
+        FileNotFoundError, match=r"must be a file, folder or glob.*fineweb-edu-10BT.*pydocs, hf:org/name"
     ):
         read_documents(f"{tmp_path}/{name}")
 
@@ -171,7 +171,7 @@ def test_configuration_and_split_can_be_chosen(client, server, tmp_path):
     [
         (dict(source="hf:nobody/nothing"), "nobody/nothing"),
         (dict(source="hf:nobody"), "does not name a dataset"),
-        (dict(split="validation"), "no split 'validation'.*train.*--split"),
+        (dict(split="validation"), "--split is validation.*train"),
         (dict(config="none"), "'none'.*sample-10BT"),
         (dict(text_field="body"), "no column 'body'.*--text-field"),
         (dict(source="hf:org/without-data"), "org/without-data"),
@@ -265,7 +265,7 @@ def test_a_killed_run_goes_on_at_the_revision_it_began_with(server, repo, tmp_pa
     moved = {"data/train-00000-of-00001.parquet": to_parquet(["Another text altogether."] * 9)}
     newer = server.commit(f"datasets/{repo}", moved)
     out, _ = finish(start_fineweb(server, tmp_path / "home", *flags, "--out-dir", tmp_path / "killed"))
-    assert "going on after" in out
+    assert "resuming after" in out
     assert list_files(tmp_path / "killed") == list_files(tmp_path / "whole")
     for path in list_files(tmp_path / "whole"):
         assert (tmp_path / "killed" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
