@@ -1,8 +1,7 @@
 """Measures this machine's speed, and a baseline's in the same run: compare ratios between machines.
 
-    python bench.py                                   # everything, GPT-2 124M, on the device that is there
-    python bench.py --jobs train --batch-size 64      # one job
-    python bench.py --model-size 124M --seq-len 1024 --compile --json bench.json
+    python bench.py                                            # everything, GPT-2 124M
+    python bench.py --jobs train --batch-size 64 --compile --json bench.json
 
     train      tokens/s of forward, backward and AdamW      beside transformers' GPT-2
     memory     GB at the peak of that step                  the same, each in a process of its own
@@ -47,12 +46,11 @@ from lib.files import write_json
 from model import GPT, GPTConfig, config_to_hf, to_hf
 
 Job = Literal["train", "memory", "hellaswag", "generate", "load", "read", "tokenize"]
-Jobs = tuple[Job, ...]
 
 
 @dataclass(frozen=True)
 class Config:
-    jobs: Jobs = cli.knob(typing.get_args(Job), "The jobs to measure.")
+    jobs: tuple[Job, ...] = cli.knob(typing.get_args(Job), "The jobs to measure.")
     model_size: str = cli.knob("124M", "124M, 350M, 774M or 1558M.")
     seq_len: int = cli.knob(1024, "Tokens of context in `train` and `memory`.", at_least=1)
     batch_size: int = cli.knob(4, "Sequences per step in `train` and `memory`.", at_least=1)
@@ -90,12 +88,13 @@ class Bench:
         self.device = pick_device(cfg.device)
         self.dtype, self.why = pick_dtype(cfg.dtype, self.device)
         self.model_config = GPTConfig.named(cfg.model_size, block_size=max(1024, cfg.seq_len))
+        self.shape = f"B={cfg.batch_size} T={cfg.seq_len}"
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def make_models(self) -> tuple[GPT, Any]:
-        """The same random network twice: ours, and transformers' GPT2LMHeadModel."""
+        """The same random network twice, without dropout: ours, and transformers' GPT2LMHeadModel."""
         from transformers import GPT2Config, GPT2LMHeadModel
 
         torch.manual_seed(0)
@@ -107,35 +106,26 @@ class Bench:
         return ours.to(self.device), theirs.to(self.device)  # type: ignore[arg-type]
 
     def time_sides(self, *sides: Callable[[], Any]) -> list[float]:
-        """The median seconds of each side. They take turns; the first round does not count."""
+        """The median seconds of each side, ours first. They take turns; the first round does not count.
+        The others have torch's own float32 products, without the setting of pick_device."""
+        matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        precisions = [matmul.fp32_precision, *["ieee"] * (len(sides) - 1)]
         times: list[list[float]] = [[] for _ in sides]
-        for round in range(self.cfg.repeats + 1):
-            for side, measured in zip(sides, times):
+        for _ in range(self.cfg.repeats + 1):
+            for side, precision, measured in zip(sides, precisions, times):
                 gc.collect()
+                matmul.fp32_precision = precision
                 self.wait()
                 begin = time.perf_counter()
                 side()
                 self.wait()
-                if round:
-                    measured.append(time.perf_counter() - begin)
-        return [statistics.median(measured) for measured in times]
-
-    def restore_defaults(self, side: Callable[[], Any]) -> Callable[[], Any]:
-        """Wraps a baseline: torch's own float32 products, without the setting of pick_device."""
-
-        def run():
-            matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-            ours, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-            side()
-            matmul.fp32_precision = ours
-
-        return run
+                measured.append(time.perf_counter() - begin)
+        matmul.fp32_precision = precisions[0]
+        return [statistics.median(measured[1:]) for measured in times]
 
     def wait(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     def measure_flops(self) -> float:
         """FLOP/s of a large matrix product: 4,096 tokens through a layer of 768 by 3,072; larger on a GPU."""
@@ -173,21 +163,20 @@ class Bench:
 
         return step
 
-    def train(self) -> Result:
+    def train(self) -> Iterator[Result]:
         cfg = self.cfg
         ours, theirs = self.make_models()
-        times = self.time_sides(self.make_step(ours), self.restore_defaults(self.make_step(theirs)))
+        times = self.time_sides(self.make_step(ours), self.make_step(theirs))
         tokens = cfg.batch_size * cfg.seq_len
         speed = tokens / times[0]
         share = speed * self.model_config.flops_per_token(cfg.seq_len) / self.measure_flops()
-        name = f"train B={cfg.batch_size} T={cfg.seq_len}"
-        return Result(name, "tok/s", speed, tokens / times[1], share=share)
+        yield Result(f"train {self.shape}", "tok/s", speed, tokens / times[1], share=share)
 
-    def memory(self) -> list[Result]:
+    def memory(self) -> Iterator[Result]:
         """The peak of two steps: from its beginning the second has the optimizer's state."""
         if self.device.type != "cuda" and not Path("/proc/self/status").exists():
             print("memory is left out: it can be read on CUDA and on Linux only")
-            return []
+            return
         sides = []
         for is_ours in (True, False):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
@@ -195,12 +184,10 @@ class Bench:
                     sides.append(fresh.submit(measure_peak, self.cfg, is_ours).result())
                 except BrokenProcessPool as error:
                     raise ValueError("memory: a process was killed; try a smaller --batch-size") from error
-        name = f"memory B={self.cfg.batch_size} T={self.cfg.seq_len}"
-        return [Result(name, "GB", *sides, higher_is_better=False)]
+        yield Result(f"memory {self.shape}", "GB", *sides, higher_is_better=False)
 
-    def hellaswag(self) -> Result:
+    def hellaswag(self) -> Iterator[Result]:
         ours, theirs = self.make_models()
-        ours.eval()
         theirs.eval()
         cast_linears(ours, self.dtype)
         # Lengths like HellaSwag's: endings of 5 to 45 tokens, contexts of 20 to 110. Only three lengths of
@@ -222,28 +209,21 @@ class Bench:
 
         rows = [row for item in items for row in item]
         with self.autocast():
-            baseline = self.restore_defaults(score_item_by_item)
-            times = self.time_sides(lambda: hellaswag.score(ours, rows, 64), baseline)
-        speed = len(items) / times[0]
-        flops = 0.0
-        C, head = self.model_config.n_embd, self.model_config.vocab_size * self.model_config.n_embd
-        for item in items:
-            logits = sum(len(ending) for _, ending in item)
-            tokens = len(item[0][0]) + logits - len(item)  # an ending's last token is not read
-            flops += 2 * (12 * self.model_config.n_layer * C * C * tokens + head * logits)
-        share = speed * flops / len(items) / self.measure_flops()
-        return Result(f"hellaswag {len(items)} items", "items/s", speed, len(items) / times[1], share=share)
+            times = self.time_sides(lambda: hellaswag.score(ours, rows, 64), score_item_by_item)
+        C, scored = self.model_config.n_embd, sum(len(ending) for _, ending in rows)
+        # A context is read once per item; an ending's last token is not read.
+        read = scored - len(rows) + sum(len(item[0][0]) for item in items)
+        flops = 2 * C * (12 * self.model_config.n_layer * C * read + self.model_config.vocab_size * scored)
+        share = flops / times[0] / self.measure_flops()
+        speed, baseline = (len(items) / seconds for seconds in times)
+        yield Result(f"hellaswag {len(items)} items", "items/s", speed, baseline, share=share)
 
-    def generate(self) -> list[Result]:
-        return [
-            self.generate_rows(rows, dtype)
-            for dtype in dict.fromkeys([torch.float32, self.dtype])
-            for rows in (1, 64)
-        ]
+    def generate(self) -> Iterator[Result]:
+        for dtype in dict.fromkeys([torch.float32, self.dtype]):
+            yield from (self.generate_rows(rows, dtype) for rows in (1, 64))
 
     def generate_rows(self, rows: int, dtype: torch.dtype) -> Result:
         ours, theirs = self.make_models()
-        ours.eval()
         theirs.eval().to(dtype)
         cast_linears(ours, dtype)
         if self.cfg.compile:
@@ -260,7 +240,7 @@ class Bench:
         def their_side():
             theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
-        times = self.time_sides(our_side, self.restore_defaults(their_side))
+        times = self.time_sides(our_side, their_side)
         share = None
         if rows == 1:
             linear = [part for part in ours.modules() if isinstance(part, torch.nn.Linear)]
@@ -271,7 +251,7 @@ class Bench:
         name = f"generate {rows} x {count}, {str(dtype)[6:]}{', compiled' if self.cfg.compile else ''}"
         return Result(name, "tok/s", speed, baseline, share=share)
 
-    def load(self) -> Result:
+    def load(self) -> Iterator[Result]:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -283,9 +263,9 @@ class Bench:
                 lambda: GPT.from_pretrained(path).to(self.device),
                 lambda: AutoModelForCausalLM.from_pretrained(path).to(self.device),  # type: ignore[arg-type]
             )
-        return Result("load a checkpoint", "s", times[0], times[1], higher_is_better=False)
+        yield Result("load a checkpoint", "s", times[0], times[1], higher_is_better=False)
 
-    def read(self) -> Result:
+    def read(self) -> Iterator[Result]:
         """The time for which a training step would wait if no thread prepared its batch."""
         rows, seq_len, count = 64, 1024, 50
         ids = np.random.default_rng(0).integers(50257, size=10_000_000, dtype=np.uint16)
@@ -297,67 +277,63 @@ class Bench:
             def get_batch():  # nanoGPT maps the file anew each time, and draws windows with replacement
                 data = np.memmap(Path(folder, "train.bin"), dtype=np.uint16, mode="r")
                 starts = torch.randint(len(data) - seq_len, (rows,))
-
-                def stack(shift: int) -> torch.Tensor:
-                    windows = [data[i + shift : i + shift + seq_len].astype(np.int64) for i in starts]
-                    return torch.stack([torch.from_numpy(window) for window in windows])
-
-                return stack(0), stack(1)
+                for first in (starts, starts + 1):
+                    windows = [data[i : i + seq_len].astype(np.int64) for i in first]
+                    torch.stack([torch.from_numpy(window) for window in windows])
 
             times = self.time_sides(
                 lambda: [reader.batch(step, 0, rows, rows) for step in range(count)],
                 lambda: [get_batch() for _ in range(count)],
             )
-        return Result(f"read {rows} x {seq_len}", "batches/s", count / times[0], count / times[1])
+        yield Result(f"read {rows} x {seq_len}", "batches/s", count / times[0], count / times[1])
 
-    def tokenize(self) -> list[Result]:
+    def tokenize(self) -> Iterator[Result]:
         """All sides read the same parquet files on all cores. Only ours also writes shards."""
         import gigatoken
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         with tempfile.TemporaryDirectory() as folder:
-            text = Path(self.cfg.text or folder)
+            source = self.cfg.text or folder
             if not self.cfg.text:
-                pq.write_table(
-                    pa.table({"text": list(documents.read_pydocs()) * 10}), text / "pydocs.parquet"
-                )
-            files = sources.find_local_files(str(text))
+                table = pa.table({"text": list(documents.read_pydocs()) * 10})
+                pq.write_table(table, Path(folder, "pydocs.parquet"))
+            files = sources.find_local_files(source)
             if others := [path.name for path in files if path.suffix != ".parquet"]:
-                raise ValueError(f"--text {text} holds {others[0]}; this compares readers of parquet only")
+                raise ValueError(f"--text {source} holds {others[0]}; this compares readers of parquet only")
 
-            def batches() -> Iterator[documents.Batch]:
-                return (batch for path in files for batch in documents.read_file(path))
-
-            def rows() -> Iterator[str]:
-                return (text for batch in batches() for text in batch.texts.to_pylist())
+            def batches() -> Iterator[Any]:
+                return (batch.texts for path in files for batch in documents.read_file(path))
 
             def ours():
                 with tempfile.TemporaryDirectory() as out:
-                    fineweb.main(fineweb.Config(source=str(text), out_dir=out))
+                    fineweb.main(fineweb.Config(source=source, out_dir=out))
 
             encoding = tokenizer.load_tiktoken()
             cores = os.cpu_count() or 1
             parquet = gigatoken.ParquetFileSource([str(path) for path in files])
             with multiprocessing.get_context("spawn").Pool(cores) as pool:
                 pool.map(tokenize_document, ["warm up"] * 100)
+
+                def run_pool():
+                    rows = (text for texts in batches() for text in texts.to_pylist())
+                    sum(map(len, pool.imap(tokenize_document, rows, 16)))
+
                 sides = {
-                    "build-nanogpt's pool": lambda: sum(map(len, pool.imap(tokenize_document, rows(), 16))),
+                    "build-nanogpt's pool": run_pool,
                     "tiktoken, batches": lambda: [
-                        encoding.encode_ordinary_batch(batch.texts.to_pylist(), num_threads=cores)
-                        for batch in batches()
+                        encoding.encode_ordinary_batch(texts.to_pylist(), num_threads=cores)
+                        for texts in batches()
                     ],
                     "gigatoken alone": lambda: tokenizer.load_gigatoken().encode_files(parquet),
-                    "reading alone": lambda: sum(len(batch.texts) for batch in batches()),
+                    "reading alone": lambda: sum(map(len, batches())),
                 }
                 times = self.time_sides(ours, *sides.values())
-            megabytes = sum(batch.texts.nbytes for batch in batches()) / 1e6
-            tokens = sum(len(tokenizer.encode_corpus(batch.texts)) for batch in batches())
+            megabytes = sum(texts.nbytes for texts in batches()) / 1e6
+            tokens = sum(len(tokenizer.encode_corpus(texts)) for texts in batches())
         print(f"{megabytes:,.0f} MB of text, {tokens:,} tokens: a MB is {tokens / megabytes:,.0f} tokens")
-        return [
-            Result(f"tokenize: {side}", "MB/s", megabytes / times[0], megabytes / seconds)
-            for side, seconds in zip(sides, times[1:])
-        ]
+        for side, seconds in zip(sides, times[1:]):
+            yield Result(f"tokenize: {side}", "MB/s", megabytes / times[0], megabytes / seconds)
 
 
 def measure_peak(cfg: Config, is_ours: bool) -> float:
@@ -365,9 +341,9 @@ def measure_peak(cfg: Config, is_ours: bool) -> float:
     bench = Bench(cfg)
     model = bench.make_models()[0 if is_ours else 1]
     gc.collect()
-    if bench.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    step = bench.make_step(model) if is_ours else bench.restore_defaults(bench.make_step(model))
+    if not is_ours:
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    step = bench.make_step(model)
     step()
     step()
     if bench.device.type == "cuda":
@@ -395,18 +371,14 @@ def main(cfg: Config) -> list[Result]:
     print(f"{'work':30} {'ours':>12} {'baseline':>12}  {'':9} {'ratio':>7}  of the limit")
     results = []
     for job in cfg.jobs:
-        found = getattr(bench, job)()
-        gc.collect()
-        torch.cuda.empty_cache()  # the next job may be another process
-        for result in found if isinstance(found, list) else [found]:
+        for result in getattr(bench, job)():
             results.append(result)
             digits = 2 if result.unit in ("s", "GB") else 1
             share = "" if result.share is None else f"{result.share:6.0%}"
-            print(
-                f"{result.job:30} {result.ours:12,.{digits}f} {result.baseline:12,.{digits}f}  "
-                f"{result.unit:9} {result.ratio:5.2f} x  {share}",
-                flush=True,
-            )
+            figures = f"{result.job:30} {result.ours:12,.{digits}f} {result.baseline:12,.{digits}f}"
+            print(figures, f" {result.unit:9} {result.ratio:5.2f} x  {share}", flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()  # the next job may be another process
     if cfg.json:
         rows = [{**vars(result), "ratio": result.ratio} for result in results]
         report = {"machine": machine, "dtype": str(bench.dtype), "compile": cfg.compile, "results": rows}

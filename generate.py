@@ -2,9 +2,7 @@
 
     python generate.py --prompt "The sun is"            # the newest checkpoint under log/
     python generate.py --model gpt2 --prompt "The sun is" --temperature 0 --max-tokens 50
-    python generate.py --prompt-file story.txt --stop "The end"
-    cat story.txt | python generate.py --prompt-file -
-    python generate.py --num-samples 3 --show-probs
+    cat story.txt | python generate.py --prompt-file - --stop "The end" --num-samples 3
     python generate.py --interactive                    # you and the model take turns at one text
 
 Standard output is the prompt and its continuation, nothing else. A single sample is printed while it is
@@ -37,6 +35,7 @@ SETTINGS = (
     "show_probs",
 )  # fmt: skip
 
+WELCOME = "Type a beginning and press Enter; Ctrl-C stops a text, Ctrl-D ends, /help lists commands."
 COMMANDS = """\
 /set NAME VALUE   change a setting, as its flag does: /set temperature 0.7, /set stop "\\n", /set show-probs
                   (and back: /set stop "", /set no-show-probs)
@@ -114,17 +113,14 @@ def encode_prompt(prompt: str, cfg: Config) -> list[int]:
 class Piece(NamedTuple):
     """The text that a token adds: none as long as its character is incomplete."""
 
+    id: int | None  # None for the replacement character of an incomplete last character
     text: str
-    token: int | None  # None for the replacement character of an incomplete last character
-    probability: float  # 0 without --show-probs
+    probability: float
 
 
 class Sample:
-    """A continuation while it is generated: takes tokens, returns pieces of text.
-
-    It ends at <|endoftext|>, or before the first stop string to be complete. Tokens that may be the beginning
-    of a stop string are held back.
-    """
+    """A continuation while it is generated: takes tokens, returns pieces of text. It ends at <|endoftext|>
+    or before the first complete stop string. Tokens that may begin a stop string are held back."""
 
     def __init__(self, stops: Sequence[str] = ()):
         self.stops = [stop.replace("\\n", "\n") for stop in stops if stop]
@@ -138,7 +134,7 @@ class Sample:
             return []
         if token == tokenizer.END_OF_TEXT:
             return self.end()
-        self.held.append(Piece(self.utf8.decode(tokenizer.decode_bytes([token])), token, probability))
+        self.held.append(Piece(token, self.utf8.decode(tokenizer.decode_bytes([token])), probability))
         text = "".join(piece.text for piece in self.held)
         ends = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stops if stop in text]
         if ends:
@@ -162,7 +158,7 @@ class Sample:
         if self.done:
             return []
         self.done, rest = True, self.utf8.decode(b"", final=True)
-        return self.held + ([Piece(rest, None, 0.0)] if rest else [])
+        return self.held + ([Piece(None, rest, 0.0)] if rest else [])
 
 
 def stream_pieces(model: GPT, ids: list[int], cfg: Config) -> Iterator[list[list[Piece]]]:
@@ -172,11 +168,8 @@ def stream_pieces(model: GPT, ids: list[int], cfg: Config) -> Iterator[list[list
     idx = torch.tensor([ids] * cfg.num_samples, device=device)
     generator = torch.Generator(device=device).manual_seed(cfg.seed)
     choice = (cfg.temperature, cfg.top_k or None, cfg.top_p, cfg.repetition_penalty)
-    steps = model.stream_with_logits(idx, cfg.max_tokens, *choice, generator=generator)
-    for tokens, logits in steps:
-        probabilities = torch.zeros(len(samples))
-        if cfg.show_probs:
-            probabilities = logits.softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+    for tokens, logits in model.stream_with_logits(idx, cfg.max_tokens, *choice, generator=generator):
+        probabilities = logits.softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
         new = zip(samples, tokens.tolist(), probabilities.tolist())
         yield [sample.add(token, probability) for sample, token, probability in new]
         if all(sample.done for sample in samples):
@@ -199,9 +192,9 @@ def print_probabilities(samples: list[list[Piece]]):
     for number, pieces in enumerate(samples, 1):
         print(f"sample {number}: probability in the model, id, token", file=sys.stderr)
         for piece in pieces:
-            if piece.token is not None:
-                token = tokenizer.decode([piece.token])
-                print(f"{piece.probability:9.3g}  {piece.token:5}  {token!r}", file=sys.stderr)
+            if piece.id is not None:
+                token = tokenizer.decode([piece.id])
+                print(f"{piece.probability:9.3g}  {piece.id:5}  {token!r}", file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------
@@ -226,20 +219,13 @@ def complete(model: GPT, source: str, cfg: Config):
         texts = [cfg.prompt + "".join(piece.text for piece in sample) for sample in samples]
         result = {**dataclasses.asdict(cfg), "model": source, "texts": texts}
         if cfg.show_probs:
-            result["tokens"] = [
-                [dict(id=p.token, text=p.text, probability=p.probability) for p in s if p.token is not None]
-                for s in samples
-            ]
+            result["tokens"] = [[p._asdict() for p in sample if p.id is not None] for sample in samples]
         files.write_json(Path(cfg.json), result)
 
 
 def converse(model: GPT, source: str, cfg: Config):
-    """Reads lines until they end, and continues the text that they and the model make together. A line that
-    begins with / is a command."""
-    print(
-        "Type a beginning and press Enter; Ctrl-C stops a text, Ctrl-D ends, /help lists commands.",
-        file=sys.stderr,
-    )
+    """Reads lines until they end, obeys commands, and continues the text of the user and the model."""
+    print(WELCOME, file=sys.stderr)
     text, turns = "", itertools.count(1)
     for line in terminal.read_lines():
         if line.startswith("/"):
@@ -276,8 +262,7 @@ def take_turn(model: GPT, text: str, cfg: Config) -> str:
 
 
 def change_setting(cfg: Config, words: str) -> Config:
-    """cfg after /set: `temperature 0.7` has the effect of the flag. A value that the flag refuses is refused
-    with the flag's message, and cfg stays as it is."""
+    """cfg after `/set words`. Prints the flag's message for a value that the flag refuses."""
     try:
         name, *values = shlex.split(words)
         flag, setting = f"--{name.lstrip('-')}", re.sub("^-*(no-)?|=.*", "", name).replace("-", "_")

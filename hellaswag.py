@@ -1,8 +1,7 @@
 """Stage 3: HellaSwag, the multiple-choice test by which models of GPT-2's size are compared.
 
-    python hellaswag.py --model gpt2 --device cuda
     python hellaswag.py                                   # the newest checkpoint under log/
-    python hellaswag.py --model log/<run>/step_019073 --limit 1000 --json scores.json
+    python hellaswag.py --model gpt2 --limit 1000 --json scores.json
 
 Each of the 10,042 validation items is a context with four endings, one of them true (Zellers et al., 2019).
 The model chooses the ending of the highest probability (acc), or of the highest for its length (acc_norm).
@@ -23,7 +22,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -137,30 +136,20 @@ def score(model: GPT, rows: list[Row], batch_size: int, progress: tqdm | None = 
         start = max(1, len(ids) - len(ending))  # nothing precedes the very first token: it is not scored
         cut.append((tuple(ids[:start]), ids[start:]))
     scores = torch.zeros(len(rows), dtype=torch.float64)
-    waiting: list[tuple[torch.Tensor, ...]] = []  # for logits, which are computed for 1,000 tokens or more
-    for batch, *ending_tokens in read_endings(model, cut, batch_size):
-        waiting.append(tuple(ending_tokens))
-        if sum(len(targets) for _, targets, _ in waiting) >= 1000:
-            add_losses(model, waiting, scores)
+    endings = read_endings(model, cut, batch_size)
+    while batches := list(itertools.islice(endings, 8)):  # small batches together, for large logit products
+        x, targets, which = (torch.cat(parts) for parts in zip(*batches))
+        scores.index_add_(0, which, -model.token_losses(x, targets))
         if progress is not None:
-            progress.update(len(batch))
-    if waiting:
-        add_losses(model, waiting, scores)
+            progress.update(len(which.unique()))
     return scores.tolist()
-
-
-def add_losses(model: GPT, waiting: list[tuple[torch.Tensor, ...]], scores: torch.Tensor):
-    """Subtracts the waiting tokens' losses from their rows' scores, and clears the list."""
-    x, targets, rows = (torch.cat(parts) for parts in zip(*waiting))
-    scores.index_add_(0, rows, -model.token_losses(x, targets))
-    waiting.clear()
 
 
 def read_endings(
     model: GPT, rows: list[tuple[tuple[int, ...], list[int]]], batch_size: int
-) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Runs the network over the rows. Yields a batch of rows, and for the N tokens of its endings the vectors
-    (N, C) that predict them, the tokens (N,), and the row of each (N,), on the CPU.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Runs the network over the rows. Yields, for the N tokens of a batch of endings, the vectors (N, C) that
+    predict them, the tokens (N,), and the row of each (N,), on the CPU.
 
     A context is read once, however many endings it has: contexts of equal length are read as one batch, then
     endings of similar length as batches that continue the contexts' key-value cache.
@@ -185,7 +174,7 @@ def read_endings(
                     x = torch.cat([x, model.hidden(unread, longer)], dim=1)  # (B, width, C)
                 row, place = (tokens >= 0).nonzero(as_tuple=True)
                 targets = tokens[row, place].to(device)
-                yield batch, x[row.to(device), place.to(device)], targets, torch.tensor(batch)[row]
+                yield x[row.to(device), place.to(device)], targets, torch.tensor(batch)[row]
 
 
 def batch_by_length(lengths: dict[int, int], batch_size: int, least: int) -> Iterator[list[int]]:
@@ -207,7 +196,7 @@ def evaluate(
     model: GPT,
     items: list[dict],
     batch_size: int = 64,
-    protocols: tuple[str, ...] = PROTOCOLS,
+    protocols: Sequence[str] = PROTOCOLS,
     show: bool = True,
 ) -> dict:
     """{"n": ..., protocol: {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr"}, ...}, accuracies in 0 to 1.
@@ -222,24 +211,20 @@ def evaluate(
         hide = None if show and rank == 0 else True  # None: show the bar on a terminal only
         with tqdm(total=len(rows), desc=f"HellaSwag, {protocol}", unit="row", disable=hide) as progress:
             scores = score(model, rows, batch_size, progress)
-        right = [0, 0]
+        right = torch.zeros(2, dtype=torch.int64)
         for n, ((_, lengths), label) in enumerate(mine):
             four = np.array(scores[4 * n : 4 * n + 4])
-            right[0] += int(four.argmax() == label)
-            right[1] += int((four / lengths).argmax() == label)
+            right += torch.tensor([four.argmax() == label, (four / lengths).argmax() == label])
         if world_size > 1:
-            total = torch.tensor(right, device=model.wte.weight.device)
-            dist.all_reduce(total)
-            right = total.tolist()
-        accuracies = dict(zip(("acc", "acc_norm"), (count / len(items) for count in right)))
-        errors = {f"{key}_stderr": standard_error(acc, len(items)) for key, acc in accuracies.items()}
-        result[protocol] = {**accuracies, **errors}
+            right = right.to(model.wte.weight.device)
+            dist.all_reduce(right)
+        accuracies = [count / len(items) for count in right.tolist()]
+        # With n - 1, as in lm_eval.
+        errors = [math.sqrt(share * (1 - share) / max(1, len(items) - 1)) for share in accuracies]
+        result[protocol] = dict(
+            zip(("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"), accuracies + errors)
+        )
     return result
-
-
-def standard_error(accuracy: float, n: int) -> float:
-    """The standard error of the mean of n yes-or-no outcomes, with n - 1 as in lm_eval."""
-    return math.sqrt(accuracy * (1 - accuracy) / max(1, n - 1))
 
 
 def main(cfg: Config) -> dict:
@@ -258,11 +243,9 @@ def main(cfg: Config) -> dict:
     seconds = time.perf_counter() - begin
     print(f"HellaSwag, {result['n']:,} items, {source}, {str(dtype)[6:]}, {seconds:.0f} s")
     for protocol in PROTOCOLS:
-        s = {key: 100 * value for key, value in result[protocol].items()}
-        print(
-            f"{protocol:10}  acc {s['acc']:.2f} ± {s['acc_stderr']:.2f}   "
-            f"acc_norm {s['acc_norm']:.2f} ± {s['acc_norm_stderr']:.2f}"
-        )
+        s = {key: f"{100 * value:.2f}" for key, value in result[protocol].items()}
+        figures = [f"{key} {s[key]} ± {s[f'{key}_stderr']}" for key in ("acc", "acc_norm")]
+        print(f"{protocol:10}  {'   '.join(figures)}")
     if cfg.json:
         files.write_json(Path(cfg.json), result)
     return result

@@ -1,8 +1,7 @@
 """Stage 3: perplexity of a model on a text or on a split of token shards.
 
-    python perplexity.py --model gpt2 --data wiki.test.raw
     python perplexity.py --data data/pydocs             # the validation split, the newest checkpoint
-    python perplexity.py --data book.txt --stride 512 --json book.json
+    python perplexity.py --model gpt2 --data book.txt --stride 512 --json book.json
     python perplexity.py --model gpt2 --data data/wikitext-103 --split test --protocol wikitext
     (its shards: python fineweb.py --source wikitext-103)
 
@@ -14,13 +13,11 @@ Prints three figures of the same total, the sum of -log p(token | earlier tokens
 
 The protocol defines the earlier tokens. Name it with the figure:
 
-    stride     The text is one stream of tokens. Each window reads a full context and scores the tokens that
-               the window before did not contain. With the default stride of half a context, a scored token
-               has at least half a context before it. Hugging Face's guide "Perplexity of fixed-length models"
-               does the same, but weighs an overlapping window by one token too few: it differs slightly
-    rolling    lm_eval's loglikelihood_rolling: each document by itself, after <|endoftext|>, with all its
-               tokens scored. A window begins with the last token of the window before. The last window of a
-               long document reaches back to a full context. Words are counted as in lm_eval
+    stride     The text is one stream of tokens. Each window is a context long, begins --stride tokens after
+               the one before, and scores the tokens that are new. Hugging Face's guide "Perplexity of
+               fixed-length models" weighs an overlapping window by one token too few: it differs slightly
+    rolling    lm_eval's loglikelihood_rolling: each document by itself, after <|endoftext|>. All its tokens
+               are scored, each once. The last window of a long document reaches back to a full context
     wikitext   lm_eval's task of that name: rolling over WikiText's pages, which lm_eval splits and
                detokenizes. Words and bytes are those of the original pages
 
@@ -58,8 +55,7 @@ class Config:
 
 
 def load_ids(cfg: Config) -> np.ndarray:
-    """The tokens to score, (N,). Raises FileNotFoundError for a missing path, ValueError for a path without
-    text."""
+    """The tokens to score, (N,). Raises FileNotFoundError for a missing path, ValueError without text."""
     path = Path(cfg.data)
     if path.is_dir():
         parts = [s for s in shards.list_shards(path) if s["split"] == cfg.split]
@@ -71,7 +67,7 @@ def load_ids(cfg: Config) -> np.ndarray:
         ids = np.array(tokenizer.encode(path.read_text(encoding="utf-8")), dtype=np.uint16)
     else:
         raise FileNotFoundError(f"--data {cfg.data!r} is neither a text file nor a folder of shards")
-    ids = ids[: cfg.limit] if cfg.limit else ids
+    ids = ids[: cfg.limit or None]
     if len(ids) < 2:
         raise ValueError(f"{path} has {len(ids)} tokens; at least 2 are needed")
     return ids
@@ -93,13 +89,11 @@ def make_strided_windows(ids: np.ndarray, context: int, stride: int) -> list[Win
     if not 1 <= stride <= context:
         raise ValueError(f"--stride is {stride}; it must be between 1 and the model's context of {context}")
     windows, reached = [], 0
-    for begin in range(0, len(ids), stride):
+    for begin in range(0, max(1, len(ids) - context + stride), stride):
         tokens = ids[begin : begin + context]
         if len(tokens) > 1:
             windows.append(Window(tokens, min(begin + len(tokens) - reached, len(tokens) - 1)))
         reached = begin + len(tokens)
-        if reached == len(ids):
-            break
     return windows
 
 
@@ -151,8 +145,7 @@ def detokenize(page: str) -> str:
 
 @torch.inference_mode()
 def sum_losses(model: GPT, windows: list[Window], batch_size: int = 8) -> tuple[float, int]:
-    """The sum of -log p(token | earlier tokens of its window) over the scored tokens, in nats, and their
-    number."""
+    """The sum of -log p(token | its window's earlier tokens) in nats over the scored tokens; their number."""
     device = model.wte.weight.device
     windows = sorted(windows, key=lambda window: len(window.tokens))  # for little padding
     total, count = 0.0, 0
@@ -173,13 +166,6 @@ def sum_losses(model: GPT, windows: list[Window], batch_size: int = 8) -> tuple[
 # -----------------------------------------------------------------------------
 
 
-def count_words(text: bytes, cfg: Config) -> int:
-    """Words between white space. As in lm_eval, all protocols but `stride` also count an empty word before
-    white space at the beginning of a text, and after it at the end."""
-    words = text.decode("utf-8", errors="replace")
-    return len(words.split() if cfg.protocol == "stride" else re.split(r"\s+", words))
-
-
 def measure(model: GPT, ids: np.ndarray, cfg: Config) -> dict:
     """The figures of a stream of tokens (N,), by cfg's protocol."""
     context = model.config.block_size
@@ -193,13 +179,16 @@ def measure(model: GPT, ids: np.ndarray, cfg: Config) -> dict:
         texts = [page.encode() for page in pages]
         parts = [np.array(tokenizer.encode(detokenize(page))) for page in pages]
     if cfg.protocol == "stride":
-        total, count = sum_losses(model, make_strided_windows(ids, context, stride), cfg.batch_size)
-        whole = total / count * (len(ids) - 1)  # a window's unscored first token counts as the average
+        windows = make_strided_windows(ids, context, stride)
     else:
         windows = [window for part in parts for window in make_rolling_windows(part, context)]
-        total, count = sum_losses(model, windows, cfg.batch_size)
-        whole = total
-    size, words = sum(map(len, texts)), sum(count_words(text, cfg) for text in texts)
+    total, count = sum_losses(model, windows, cfg.batch_size)
+    # With `stride`, a window's unscored first token counts as the average.
+    whole = total / count * (len(ids) - 1) if cfg.protocol == "stride" else total
+    size = sum(map(len, texts))
+    # Like lm_eval, the other protocols count an empty word beside white space at either end of a text.
+    split = str.split if cfg.protocol == "stride" else re.compile(r"\s+").split
+    words = sum(len(split(text.decode("utf-8", errors="replace"))) for text in texts)
     return {
         "protocol": cfg.protocol,
         "context": context,

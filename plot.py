@@ -2,7 +2,7 @@
 
     python plot.py                                   # the newest run, into log/<run>/loss.png
     python plot.py log/a log/b --x tokens --log --theme dark --out compare.pdf
-    python plot.py --text                            # as characters, in the terminal: over ssh, too
+    python plot.py --text                            # as characters, in the terminal
 
 The training loss is drawn twice: faint, as it was logged, and as a centred mean of --smooth steps. Grey lines
 are the published figures for the run's size, or for 124M if its shape is not a published one. GPT-2's loss,
@@ -23,8 +23,6 @@ import tyro
 
 from lib import cli, files
 
-SUFFIXES = (".png", ".svg", ".pdf")
-X_LABELS = {"step": "step", "tokens": "tokens of training", "hours": "hours of training (no evaluation)"}
 Runs = Annotated[tuple[str, ...], tyro.conf.Positional]
 
 # On build-nanogpt's validation shard (play.ipynb there).
@@ -83,8 +81,7 @@ class Run:
         return self.x(steps[finite], unit), smooth(values[finite], window)
 
     def x(self, steps: np.ndarray, unit: str) -> np.ndarray:
-        """The steps, tokens or hours of training before these steps began. Raises ValueError if the run's
-        files do not say."""
+        """The steps, tokens or hours of training before these steps. Raises ValueError if unknown."""
         if unit == "step":
             return steps
         batch_tokens = self.settings.get("total_batch_tokens")
@@ -100,8 +97,7 @@ class Run:
 
     def window(self, cfg: Config) -> int:
         """The number of steps in a mean: --smooth, made odd."""
-        default = len(self.log.get("train", ())) // 50
-        return (default if cfg.smooth is None else cfg.smooth) // 2 * 2 + 1
+        return (cfg.smooth or len(self.log.get("train", ())) // 50) // 2 * 2 + 1
 
     def best(self, stream: str) -> float:
         """A stream's lowest value, HellaSwag's highest; nan without values."""
@@ -134,9 +130,8 @@ def read_log(run: Path) -> dict[str, np.ndarray]:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred means of `window` (odd) values, (n,) to (n,). At the beginning, where losses fall steeply, the
-    mean around value i reaches back at most i // 4 values, and as far ahead. At the end it reaches ahead only
-    to the last value."""
+    """Centred means of `window` (odd) values, (n,) to (n,). Near the beginning, where losses fall steeply,
+    the mean around value i reaches only i // 4 values back and ahead; at the end, ahead only to the last."""
     place = np.arange(len(values))
     before = np.minimum(window // 2, place // 4)
     after = np.minimum(before, place[::-1])
@@ -148,13 +143,6 @@ def name_runs(runs: list[Run]) -> list[str]:
     """The folders' names, or their paths if two have the same name."""
     names = [run.folder.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
-
-
-def format_label(run: Run, name: str) -> str:
-    """The name and the best values of the run."""
-    forms = {"val": "{:.3f}".format, "hella": format_percent}
-    bests = [form(run.best(stream)) for stream, form in forms.items() if stream in run.log]
-    return f"{name}: {', '.join(bests)}" if bests else name
 
 
 def format_short(number: float, _: int | None = None) -> str:
@@ -219,7 +207,10 @@ def draw(runs: list[Run], cfg: Config) -> Any:
         loss, hella = panels[0], panels[-1]
         for run, name, look in zip(runs, names, itertools.cycle(matplotlib.rcParams["axes.prop_cycle"])):
             points = {"marker": "o", "markersize": 4}
-            loss.plot([], [], **look, **points, label=format_label(run, name))
+            forms = {"val": "{:.3f}".format, "hella": format_percent}
+            bests = [form(run.best(stream)) for stream, form in forms.items() if stream in run.log]
+            label = f"{name}: {', '.join(bests)}" if bests else name
+            loss.plot([], [], **look, **points, label=label)
             if "train" in run.log:
                 raw = {"color": look["color"], "linestyle": "-", "linewidth": 0.7, "alpha": 0.3}
                 loss.plot(*run.curve("train", cfg.x), **raw)
@@ -240,7 +231,10 @@ def draw(runs: list[Run], cfg: Config) -> Any:
         loss.set_title(f"lines: training loss{mean}; points: validation loss", fontsize=9, loc="left")
         loss.set_ylabel("loss (nats per token)")
         if cfg.max_loss is not None:
-            limit_height(loss, cfg.max_loss)
+            lowest, top = loss.dataLim.y0, cfg.max_loss
+            if not top > lowest:
+                raise ValueError(f"--max-loss is {top}; it must be above the lowest loss, {lowest:.3f}")
+            loss.set_ylim(lowest - 0.05 * (top - lowest), top)
         finish_axes(figure, panels, cfg, are_many=len(runs) > 1)
     return figure
 
@@ -252,35 +246,27 @@ def draw_references(axes: Any, table: dict, runs: list[Run], form: Callable, low
     dashes = itertools.cycle([(0, (6, 3)), (0, (1.5, 2)), (0, (6, 2, 1.5, 2))])
     for (name, value), dash in zip(lines, dashes):
         if value >= lowest:
-            label = f"{name}: {form(value)}"
-            axes.axhline(value, color=GREY, linestyle=dash, linewidth=1.2, label=label)
-
-
-def limit_height(axes: Any, top: float):
-    """Lets the vertical axis end at `top`. Raises ValueError if no loss is below it."""
-    lowest = axes.dataLim.y0
-    if not top > lowest:
-        raise ValueError(f"--max-loss is {top}; it must be above the lowest loss, {lowest:.3f}")
-    axes.set_ylim(lowest - 0.05 * (top - lowest), top)
+            axes.axhline(value, color=GREY, ls=dash, lw=1.2, label=f"{name}: {form(value)}")
 
 
 def finish_axes(figure: Any, panels: list, cfg: Config, are_many: bool):
     """Sets up the horizontal axes and the legends. The legend of several runs stands beside the panels, and
     the figure grows by its width."""
+    labels = {"step": "step", "tokens": "tokens of training", "hours": "hours of training (no evaluation)"}
     for axes in panels:
         if cfg.log:
             axes.set_xscale("log", nonpositive="mask")
-        axes.set_xlabel(X_LABELS[cfg.x])
+        axes.set_xlabel(labels[cfg.x])
         axes.xaxis.set_major_formatter(format_short)
     title = "best validation loss" + (", HellaSwag" if len(panels) > 1 else "")
     for axes in panels[are_many:]:
         axes.legend(title=title if axes is panels[0] else None, alignment="left")
     if are_many:
-        handles, labels = panels[0].get_legend_handles_labels()
+        handles, names = panels[0].get_legend_handles_labels()
         width, height = figure.get_size_inches()
-        width += 0.6 + 0.07 * max(map(len, labels))
-        figure.set_size_inches(width, max(height, 0.6 + 0.21 * len(labels)))
-        figure.legend(handles, labels, title=title, alignment="left", loc="outside right upper")
+        width += 0.6 + 0.07 * max(map(len, names))
+        figure.set_size_inches(width, max(height, 0.6 + 0.21 * len(names)))
+        figure.legend(handles, names, title=title, alignment="left", loc="outside right upper")
 
 
 def main(cfg: Config) -> Path | None:
@@ -288,14 +274,14 @@ def main(cfg: Config) -> Path | None:
     cli.check_bounds(cfg)
     folders = [Path(run) for run in cfg.runs]
     if not folders:
-        found = [path.parent for path in files.LOGS.glob("*/log.txt")]
-        if not found:
+        newest = max(files.LOGS.glob("*/log.txt"), key=lambda log: log.stat().st_mtime, default=None)
+        if not newest:
             raise FileNotFoundError(f"{files.LOGS} holds no run; train one: `python train_gpt2.py demo`")
-        folders = [max(found, key=lambda run: (run / "log.txt").stat().st_mtime)]
+        folders = [newest.parent]
     out = Path(cfg.out) if cfg.out else folders[0] / "loss.png"
     out = out if out.suffix else out.with_suffix(".png")
-    if out.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"--out {out} ends in {out.suffix}; it must be one of {', '.join(SUFFIXES)}")
+    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--out {out} ends in {out.suffix}; it must be one of .png, .svg, .pdf")
     runs = [Run(folder) for folder in folders]
     if cfg.text:
         width = max(10, shutil.get_terminal_size().columns - 40)

@@ -5,8 +5,6 @@ optimizers.set_lr(3e-4)
 optimizers.backward(loss)
 norm = optimizers.clip(1.0)
 optimizers.step()
-optimizers.update_loss_scale()
-optimizers.zero_grad()
 """
 
 import math

@@ -135,9 +135,7 @@ def join_group(device_name: str, timeout_seconds: float, spare_memory: bool) -> 
         device_name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(device_name, spare_memory)
     if device.type == "mps":
-        raise ValueError(
-            "--device mps has one GPU and takes one process; several processes need --device cpu"
-        )
+        raise ValueError("--device mps has one GPU and takes one process; several need --device cpu")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else rank 0 holds the store
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -149,9 +147,8 @@ def join_group(device_name: str, timeout_seconds: float, spare_memory: bool) -> 
     options: dict[str, Any] = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, **options)
-    else:
-        dist.init_process_group("gloo", **options)
+        options["device_id"] = device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
     return Process(rank, world_size, device, store)
 
 
@@ -174,10 +171,8 @@ def rendezvous(store: Store, rank: int, world_size: int, timeout_seconds: float)
         if name and store.add(name, 0) == world_size:
             return name
         time.sleep(max(0.02, world_size / 1000))
-    raise RuntimeError(
-        f"rank {rank}: not all of the {world_size} processes came within {timeout_seconds:g} s "
-        "(--timeout-seconds)"
-    )
+    late = f"not all of the {world_size} processes came within {timeout_seconds:g} s (--timeout-seconds)"
+    raise RuntimeError(f"rank {rank}: {late}")
 
 
 def launch(script: str, count: int, argv: list[str]):

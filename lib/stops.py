@@ -59,28 +59,23 @@ class Watch:
         if late:
             self.exit_code, self.reason = OUT_OF_TIME, f"it has run for --max-hours {self.max_hours:g}"
         if bad_steps >= self.max_bad_steps:
-            self.exit_code = NOT_FINITE
-            self.reason = f"{bad_steps} steps in a row were not finite; try a lower --learning-rate, or " + (
-                "--dtype float32"
-            )
+            advice = "try a lower --learning-rate, or --dtype float32"
+            self.exit_code, self.reason = NOT_FINITE, f"{bad_steps} steps in a row were not finite; {advice}"
         if orphans:
             self.exit_code, self.reason = 128 + signal.SIGTERM, "torchrun is gone"
         for number, count in zip(STOP_SIGNALS, signaled):
             if count:
-                self.exit_code = 128 + number
-                self.reason = f"{signal.Signals(number).name} was received"
+                self.exit_code, self.reason = 128 + number, f"{signal.Signals(number).name} was received"
 
 
 class Signals:
-    """Remembers the first SIGTERM, SIGINT or SIGUSR1: the run then saves at the end of the step and stops. A
-    second one ends the process at once. A signal within a second of the first is its echo: torchrun passes on
-    what the terminal has sent to all."""
+    """Remembers the first SIGTERM, SIGINT or SIGUSR1. A second one ends the process at once, unless it comes
+    within a second: torchrun passes on the signal that the terminal has sent to all processes."""
 
     def __init__(self):
         self.caught, self.when = 0, 0.0
-        self.before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.remember) for number in STOP_SIGNALS}
+        handled = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        self.before = {number: signal.signal(number, self.remember) for number in handled}
 
     def restore(self):
         """Puts the earlier handlers back: a notebook goes on after its run."""
@@ -119,11 +114,10 @@ class Verdict:
 
     def explain(self) -> list[str]:
         """Lines for the console."""
-        lines = []
-        if not self.is_finite:
-            lines.append("loss or gradient is not finite: the weights are left as they are")
+        left = "the weights are left as they are"
+        lines = [] if self.is_finite else [f"loss or gradient is not finite: {left}"]
         if self.is_spike:
-            skipped = "" if self.is_healthy else "; the weights are left as they are"
+            skipped = "" if self.is_healthy else f"; {left}"
             lines.append(f"a spike, {self.z_score:.1f} standard deviations above the mean{skipped}")
         return lines
 

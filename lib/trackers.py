@@ -40,7 +40,7 @@ FINISH_SECONDS = 20  # a run that must stop has little time to wait for a networ
 
 def check(name: Name):
     """Raises ValueError if the tracker's package is missing."""
-    spec = None if name == "none" else importlib.util.find_spec(name)
+    spec = importlib.util.find_spec(name) if name != "none" else None
     if name != "none" and (spec is None or spec.origin is None):  # no origin: only a folder of that name
         raise ValueError(f"--tracker {name} needs a package that is not installed: pip install {name}")
 
@@ -54,9 +54,8 @@ def check_login(name: Name):
             if wandb.setup().settings.mode == "online":
                 wandb.login()
         except wandb.Error as error:
-            raise ValueError(
-                f"--tracker wandb: {error} (`wandb login`, or WANDB_MODE=offline and later `wandb sync`)"
-            ) from error
+            advice = "`wandb login`, or WANDB_MODE=offline and later `wandb sync`"
+            raise ValueError(f"--tracker wandb: {error} ({advice})") from error
 
 
 class TensorBoard:
@@ -151,10 +150,8 @@ def hide_secrets(error: Exception) -> str:
 class Tracker(contextlib.AbstractContextManager):
     """One of these tools. Its failures do not stop training.
 
-    run           the run's folder; its log.txt is already cut back to resumed_step
-    run_id        stays the same when the run resumes
-    settings      the run's, sent as hyperparameters
-    resumed_step  of the checkpoint from which the run resumes; None for a new run
+    run: the folder, whose log.txt is cut back to resumed_step, the step of the checkpoint from which the run
+    resumes (None: a new run). run_id stays the same when it resumes. settings are sent as hyperparameters.
 
     Raises ValueError if a new run cannot be tracked. A resumed run prints the reason and continues without.
     """
@@ -166,29 +163,25 @@ class Tracker(contextlib.AbstractContextManager):
         self.tool: TensorBoard | Wandb | Trackio | None = None
         tools = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
         try:
-            self.tool = tools[name](run, run_id, settings, resumed_step or 0, resumed_step is None)
+            tool = self.tool = tools[name](run, run_id, settings, resumed_step or 0, resumed_step is None)
         except Exception as error:  # whatever a network or a library raises
             if resumed_step is None:
                 raise ValueError(f"--tracker {name}: {hide_secrets(error)}") from error
             self.give_up(error)
-        if self.tool:
-            self.send_log(run / "log.txt", self.tool.first_missing)
-
-    def send_log(self, log: Path, first_step: int):
-        """Sends the log from first_step on."""
-        lines = [line.split() for line in log.read_text(encoding="utf-8").splitlines()]
+            return
+        lines = [line.split() for line in (run / "log.txt").read_text(encoding="utf-8").splitlines()]
         for step, facts in itertools.groupby(lines, key=lambda words: int(words[0])):
-            if step >= first_step:
+            if step >= tool.first_missing:
                 self.write(step, {stream: float(value) for _, stream, value in facts})
 
     def write(self, step: int, values: dict[str, float]):
         """Sends the values of a step, by the streams of log.txt."""
-        if self.tool:
-            try:
+        try:
+            if self.tool:
                 named = {CURVES.get(stream, stream): value for stream, value in values.items()}
                 self.tool.write(step, step * self.tokens_per_step, named)
-            except Exception as error:
-                self.give_up(error)
+        except Exception as error:
+            self.give_up(error)
 
     def give_up(self, error: Exception):
         self.tool = None
@@ -198,11 +191,11 @@ class Tracker(contextlib.AbstractContextManager):
     def close(self, exit_code: int):
         """Sends what is left, the first time that it is called."""
         tool, self.tool = self.tool, None
-        if tool:
-            try:
+        try:
+            if tool:
                 tool.close(exit_code)
-            except Exception as error:
-                self.give_up(error)
+        except Exception as error:
+            self.give_up(error)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any):
         self.close(0 if error is None else 1)

@@ -64,10 +64,10 @@ def test_both_models_of_the_bench_are_the_same_network(small):
 
 def test_nothing_of_a_baseline_is_left_with_our_setting_of_float32_products():
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    runner = bench.Bench(bench.Config(device="cpu", dtype="float32"))
+    runner = bench.Bench(bench.Config(device="cpu", dtype="float32", repeats=1))
     before, seen = matmul.fp32_precision, []
-    runner.restore_defaults(lambda: seen.append(matmul.fp32_precision))()
-    assert seen == ["ieee"] and matmul.fp32_precision == before
+    runner.time_sides(*[lambda side=side: seen.append((side, matmul.fp32_precision)) for side in range(3)])
+    assert seen == [(0, before), (1, "ieee"), (2, "ieee")] * 2 and matmul.fp32_precision == before != "ieee"
 
 
 @pytest.mark.parametrize("name", ["repeats", "items", "batch_size", "seq_len", "max_tokens"])

@@ -134,7 +134,7 @@ def test_text_streams_in_whole_characters_token_by_token(scripted):
     model, _ = generate.load_model(str(scripted), "cpu")
     pieces = pieces_of(model, PROMPT, Config(temperature=0))
     assert "".join(piece.text for piece in pieces) == MIXED
-    assert [piece.token for piece in pieces] == tokenizer.encode(MIXED)  # some with no text yet
+    assert [piece.id for piece in pieces] == tokenizer.encode(MIXED)  # some with no text yet
     assert "" in [piece.text for piece in pieces] and "�" not in "".join(piece.text for piece in pieces)
 
 
