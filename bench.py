@@ -41,7 +41,7 @@ import torch.nn.functional as F
 import fineweb
 import hellaswag
 from lib import checkpoint, cli, documents, shards, sources, tokenizer
-from lib.device import cast_linears, pick_device, pick_dtype
+from lib.device import autocast, cast_linears, pick_device, pick_dtype
 from lib.files import write_json
 from model import GPT, GPTConfig, config_to_hf, to_hf
 
@@ -89,9 +89,6 @@ class Bench:
         self.dtype, self.why = pick_dtype(cfg.dtype, self.device)
         self.model_config = GPTConfig.named(cfg.model_size, block_size=max(1024, cfg.seq_len))
         self.shape = f"B={cfg.batch_size} T={cfg.seq_len}"
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def make_models(self) -> tuple[GPT, Any]:
         """The same random network twice, without dropout: ours, and transformers' GPT2LMHeadModel."""
@@ -152,7 +149,7 @@ class Bench:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
         def step():
-            with self.autocast():
+            with autocast(self.device, self.dtype):
                 if isinstance(model, GPT):
                     loss = fast(idx, idx)
                 else:
@@ -208,7 +205,7 @@ class Bench:
                 losses.view(4, -1).sum(dim=1).argmin().item()
 
         rows = [row for item in items for row in item]
-        with self.autocast():
+        with autocast(self.device, self.dtype):
             times = self.time_sides(lambda: hellaswag.score(ours, rows, 64), score_item_by_item)
         C, scored = self.model_config.n_embd, sum(len(ending) for _, ending in rows)
         # A context is read once per item; an ending's last token is not read.
@@ -234,7 +231,7 @@ class Bench:
         options = dict(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=50256)
 
         def our_side():
-            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(self.device, dtype):
                 ours.generate(prompt, count, temperature=0.0, stop_token=None)
 
         def their_side():

@@ -26,7 +26,7 @@ import tyro
 
 from lib import cli, files, terminal, tokenizer
 from lib.checkpoint import load_model
-from lib.device import cast_linears, pick_dtype
+from lib.device import autocast, cast_linears, pick_dtype
 from model import GPT
 
 # The settings that /set changes in a conversation.
@@ -291,7 +291,7 @@ def main(cfg: Config):
     if cfg.compile:
         model.hidden = torch.compile(model.hidden)
     answer = converse if cfg.interactive else complete
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(device, dtype):
         answer(model, source, cfg)
 
 

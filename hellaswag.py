@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from lib import cli, files, tokenizer
 from lib.checkpoint import load_model
-from lib.device import cast_linears, pick_dtype
+from lib.device import autocast, cast_linears, pick_dtype
+from lib.processes import Process
 from model import GPT
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -88,17 +89,21 @@ def load_items(path: str | Path = "", limit: int = 0) -> list[dict]:
     return items[:limit] if limit else items
 
 
-def load_or_explain(process: Any, limit: int) -> tuple[list[dict], str]:
-    """For training on several processes: the items and "", or no items and the reason why the download
-    failed. Rank 0 downloads; process.broadcast(value) returns rank 0's value on every process."""
+def load_for_training(process: Process, limit: int, is_needed: bool) -> list[dict]:
+    """The items, which rank 0 downloads. If that fails, raises ValueError if they are needed, else prints a
+    note and returns none."""
     problem = ""
     if process.rank == 0:
         try:
             download()
         except OSError as error:
             problem = str(error)
-    problem = process.broadcast(problem)
-    return ([], problem) if problem else (load_items(limit=limit), "")
+    if not (problem := process.broadcast(problem)):
+        return load_items(limit=limit)
+    if is_needed:
+        raise ValueError(f"--eval-only has nothing to do without HellaSwag: {problem}")
+    process.print(f"note   HellaSwag is left out: {problem}")
+    return []
 
 
 def render(item: dict, protocol: str) -> tuple[list[Row], list[int]]:
@@ -238,7 +243,7 @@ def main(cfg: Config) -> dict:
     cast_linears(model, dtype)
     items = load_items(cfg.data, cfg.limit)
     begin = time.perf_counter()
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(device, dtype):
         result = {"model": source, **evaluate(model, items, cfg.batch_size)}
     seconds = time.perf_counter() - begin
     print(f"HellaSwag, {result['n']:,} items, {source}, {str(dtype)[6:]}, {seconds:.0f} s")

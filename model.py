@@ -129,7 +129,7 @@ class CausalSelfAttention(nn.Module):
         mask, is_causal, S = None, False, k.size(2)
         if 1 < T < S:  # several new tokens after cached ones
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        elif T > 1:  # not `is_causal = T > 1`: torch.compile has no value for that once T may vary
+        elif T > 1:  # an if, because T may be symbolic under torch.compile, and is_causal must be a bool
             is_causal = True
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)  # (B, nh, T, hs)
@@ -193,7 +193,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Matrices from N(0, 0.02), positions from N(0, 0.01), biases 0, LayerNorm gains 1 (openai/gpt-2,
-        src/model.py). Projections into the residual stream, to which 2 * n_layer of them add, are scaled by
+        src/model.py). The 2 * n_layer projections into the residual stream are scaled by
         1/sqrt(2 * n_layer) (paper, section 2.3)."""
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -250,7 +250,7 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache)
         if targets is None:
             return self.lm_head(x)
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type):  # it does not reach into LinearCrossEntropy
             x = x.to(torch.get_autocast_dtype(x.device.type))
         args = (x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
         return LinearCrossEntropy.apply(*args, torch.is_grad_enabled())  # type: ignore[return-value]
@@ -371,7 +371,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             del logits  # this is the peak of a step's memory: free each large tensor at once
             nll -= logp.gather(1, targets_c[:, None]).sum()
             if dw is not None:
-                # The backward pass divides by N: divided here, float16 would underflow.
+                # The backward pass divides by N. Dividing here would underflow in float16.
                 dlogits = logp.exp_().scatter_add_(1, targets_c[:, None], -torch.ones_like(logp[:, :1]))
                 dlogits = dlogits.to(x.dtype)
                 dx.append(dlogits @ w)

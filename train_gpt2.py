@@ -41,8 +41,8 @@ from lib.run_folder import choose_folder
 from model import GPT
 
 # -----------------------------------------------------------------------------
-# the recipe: one line per setting. When a run is resumed, a `knob` must stay as it was (or --override), a
-# `free` setting may change, a `shape` cannot, and a `start` setting belongs to one start of the run.
+# The recipe: one line per setting. A resumed run may change a `free` setting. It may change a `knob` with
+# --override, and a `shape` never. A `start` setting belongs to one start of the run and is not compared.
 
 free, shape = functools.partial(knob, resume="free"), functools.partial(knob, resume="shape")
 start = functools.partial(knob, resume="start")
@@ -195,15 +195,15 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 @torch.no_grad()
 def validation_loss(model: GPT, reader: shards.ShardReader, val_tokens: int, process: Process) -> float:
-    """Mean loss in nats per token over the first val_tokens of the validation split. Processes share fixed
-    batches, so the figure does not depend on their number."""
+    """Mean loss in nats per token over the first val_tokens of the validation split. The processes divide
+    fixed batches among them, so the figure does not depend on their number."""
     seq_len = reader.seq_len
     windows = min(reader.num_windows, max(1, val_tokens // seq_len))
     positions, rows = range(0, windows * seq_len, seq_len), max(1, VAL_BATCH_TOKENS // seq_len)
     mine, total = range(0, windows, rows)[process.rank :: process.world_size], 0.0
-    for i in tqdm(mine, "validation", leave=False, disable=process.rank > 0 or None):  # None: in a terminal
+    for i in tqdm(mine, "validation", leave=False, disable=process.rank > 0 or None):
         x, y = (t.to(process.device) for t in reader.read(positions[i : i + rows]))
-        total += model(x, y).item() * x.size(0)  # float32 times a small number: exact, as is the sum
+        total += model(x, y).item() * x.size(0)  # exact: float32 values in a float64 sum
     return process.all_reduce(total)[0] / windows
 
 
@@ -240,7 +240,7 @@ def evaluate(setup: "Setup", model: GPT, step: int, due: set[str]) -> tuple[floa
 
 @dataclass
 class Setup:
-    """What training, --eval-only and --dry-run have in common."""
+    """Settings, model and data, as training, --eval-only and --dry-run share them."""
 
     cfg: Config
     process: Process
@@ -261,9 +261,9 @@ class Setup:
         return autocast(self.process.device, self.dtype, cache=not self.cfg.activation_checkpointing)
 
 
-def prepare(cfg: Config, process: Process, found: runs.Found | None) -> Setup:
-    """Checks the settings, opens the data, builds or loads the model and finds the run's folder; writes only
-    the demo's shards. Raises ValueError or OSError for whatever would stop the run later."""
+def prepare(cfg: Config, process: Process, found: checkpoint.Found | None) -> Setup:
+    """Checks the settings, opens the data, loads or builds the model and chooses the run's folder. It writes
+    nothing there. Raises ValueError or OSError for whatever would stop the run later."""
     writes, device = not (cfg.dry_run or cfg.eval_only), process.device
     world_size = max(process.world_size, cfg.num_gpus) if cfg.dry_run else process.world_size
     check(cfg, world_size, device.type)
@@ -279,7 +279,7 @@ def prepare(cfg: Config, process: Process, found: runs.Found | None) -> Setup:
     if data:
         train_data = shards.ShardReader(data, "train", cfg.seq_len, cfg.seed)
         val_data = shards.ShardReader(data, "val", cfg.seq_len, cfg.seed) if cfg.val_every else None
-    loaded = checkpoint.load(found[0], cfg.dropout, found[1]) if found else None
+    loaded = checkpoint.load(found.folder, cfg.dropout, found.state) if found else None
     state, tensors = (loaded.state, loaded.optimizer) if loaded else ({}, {})
     changes = runs.compare_settings(cfg, found, data, process, world_size)
     model = loaded.model if loaded else checkpoint.build_model(cfg)
@@ -294,11 +294,8 @@ def prepare(cfg: Config, process: Process, found: runs.Found | None) -> Setup:
         setup.entropy = val_data.unigram_entropy(cfg.val_tokens)
         process.print(report.describe_losses(model.config.vocab_size, setup.entropy))
     if cfg.hellaswag_every and not cfg.dry_run:
-        setup.hellaswag_items, problem = hellaswag.load_or_explain(process, cfg.hellaswag_limit)
-        if problem and cfg.eval_only and not (cfg.val_every or cfg.sample_every):
-            raise ValueError(f"--eval-only has nothing to do without HellaSwag: {problem}")
-        if problem:
-            process.print(f"note   HellaSwag is left out: {problem}")
+        is_needed = cfg.eval_only and not (cfg.val_every or cfg.sample_every)
+        setup.hellaswag_items = hellaswag.load_for_training(process, cfg.hellaswag_limit, is_needed)
     for change in changes:
         process.print(f"note   {change}")
     return setup
@@ -317,7 +314,7 @@ def find_due(step: int, cfg: Config) -> set[str]:
 # training
 
 
-def train(cfg: Config, process: Process, found: runs.Found | None, stack: contextlib.ExitStack) -> Path:
+def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: contextlib.ExitStack) -> Path:
     """Trains to max_steps; returns the run's folder. A run that stops early exits with a code of stops.py."""
     setup = prepare(cfg, process, found)
     state, folder, train_data, model_config = setup.state, setup.folder, setup.train_data, setup.model.config
@@ -340,8 +337,8 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
     progress = runs.Progress.from_state(state, folder.name)
     process.print(report.describe_run(cfg, batch_size, why, world_size, folder, state.get("step")))
     run.start_tracker(progress.tracker_id)
-    batch = tuple(t.to(device) for t in train_data.batch(progress.step, 0, batch_size, sequences))
-    model = parallel.wrap(raw_model, batch, setup.autocast, process, cfg.compile, cfg.reduce_dtype)
+    trial = tuple(t.to(device) for t in train_data.batch(progress.step, 0, batch_size, sequences))
+    model = parallel.wrap(raw_model, trial, setup.autocast, process, cfg.compile, cfg.reduce_dtype)
     watch = stops.Watch(process, cfg.max_hours, cfg.checkpoint_minutes, cfg.max_bad_steps)
     stack.callback(watch.signals.restore)
     console = report.Console(cfg, model_config.flops_per_token(cfg.seq_len), device, setup.dtype, world_size)
@@ -351,7 +348,7 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
     # ---- the loop: max_steps + 1 times; the last time only evaluates and saves
     for step in range(first_step, cfg.max_steps + 1):
         due = find_due(step, cfg)
-        if state and step == first_step:  # its evaluations may have been made before it was saved
+        if state and step == first_step:  # a stopped run saved this step without its evaluations
             due = set() if progress.evaluated else due - {"checkpoint"}
         if watch.exit_code:
             due = {"checkpoint"}
@@ -377,6 +374,7 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
         train_loss = torch.zeros((), device=device)
         for micro_step in range(accumulation):
             x, y = (t.to(device, non_blocking=True) for t in next(batches))
+            # DDP and FSDP average the gradients over the processes in the last micro-step's backward pass.
             parallel.set_gradient_sync(model, is_last=micro_step == accumulation - 1)
             with setup.autocast:
                 loss = model(x, y)
@@ -385,13 +383,13 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
             train_loss += loss.detach()
             optimizers.backward(loss)
         norm = optimizers.clip(cfg.grad_clip)
-        # One all-reduce per step shares the loss and the votes to stop. item() waits for the device.
+        # Beside the gradients', one all-reduce shares the loss and the votes to stop; item() waits for a GPU.
         loss_sum, *votes = process.all_reduce(train_loss.item(), *watch.votes())
         mean_loss = loss_sum / world_size
         verdict = stops.judge(mean_loss, norm, progress.recent_losses, cfg.spike_zscore, cfg.skip_spikes)
         if verdict.is_healthy:
             optimizers.step()
-        optimizers.update_loss_scale()
+        optimizers.update_loss_scale()  # after a skipped step, too: an overflow lowers it
         optimizers.zero_grad()
         seconds = time.perf_counter() - begin
 
@@ -409,9 +407,9 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
 
     run.report(step, wait=True)
     run.close_tracker(watch.exit_code)  # before the others may end: torchrun gives rank 0 no time after that
-    process.barrier()  # if rank 0 could not write its last checkpoint, the others fail here
+    process.barrier()  # if rank 0 failed to write its last checkpoint, it is gone, and the others fail here
     watch.signals.restore()
-    del model  # DDP, before its process group
+    del model  # before the process group: see disconnect
     process.disconnect()
     if rank == 0:
         run.finish(watch.exit_code)
@@ -425,7 +423,7 @@ def train(cfg: Config, process: Process, found: runs.Found | None, stack: contex
 # evaluating alone, planning, main
 
 
-def evaluate_only(cfg: Config, process: Process, found: runs.Found | None) -> Path:
+def evaluate_only(cfg: Config, process: Process, found: checkpoint.Found | None) -> Path:
     """Evaluates a checkpoint or --init-from's weights once; writes nothing."""
     setup = prepare(cfg, process, found)
     model = parallel.place(setup.model, process, cfg.fsdp, cfg.reduce_dtype)
@@ -435,7 +433,7 @@ def evaluate_only(cfg: Config, process: Process, found: runs.Found | None) -> Pa
     return setup.folder
 
 
-def dry_run(cfg: Config, process: Process, found: runs.Found | None) -> Path:
+def dry_run(cfg: Config, process: Process, found: checkpoint.Found | None) -> Path:
     """Checks what a run would check and prints what it would take; returns the folder that it would have."""
     if process.device.type == "cuda" and process.world_size == 1 and cfg.num_gpus > torch.cuda.device_count():
         raise ValueError(f"--num-gpus is {cfg.num_gpus}; this machine has {torch.cuda.device_count()}")
@@ -458,7 +456,7 @@ def read_flags(argv: list[str], base: Config | None = None) -> Config:
     return cli.parse(Config, description, argv, base or PRESETS[preset])
 
 
-def parse_args(argv: list[str]) -> tuple[Config, runs.Found | None]:
+def parse_args(argv: list[str]) -> tuple[Config, checkpoint.Found | None]:
     """The configuration of a command line, and the checkpoint it resumes. A resumed run starts from the saved
     settings."""
     cfg = read_flags(argv)
@@ -467,11 +465,11 @@ def parse_args(argv: list[str]) -> tuple[Config, runs.Found | None]:
     return cfg, found
 
 
-def main(cfg: Config, found: runs.Found | None = None) -> Path:
+def main(cfg: Config, found: checkpoint.Found | None = None) -> Path:
     """Does what cfg says; returns the run's folder. found: cfg.resume's checkpoint, if verified already."""
     found = found or runs.find_checkpoint(cfg)
     cfg = runs.locate(cfg, found)
-    connection = processes.connect(cfg.device, cfg.timeout_seconds, cfg.fsdp)
+    connection = processes.connect(cfg.device, cfg.timeout_seconds, spare_memory=cfg.fsdp)
     with connection as process, contextlib.ExitStack() as stack:
         if process.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 if the GPU has it

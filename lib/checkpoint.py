@@ -18,7 +18,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -41,9 +41,16 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+class Found(NamedTuple):
+    """A verified checkpoint: its folder, and the content of its state.json."""
+
+    folder: Path
+    state: dict[str, Any]
+
+
 def gather_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> tuple[dict, dict]:
-    """Copies of the weights and of the optimizers' tensors by name, on the CPU. All ranks take part; only
-    rank 0 gets the optimizers' tensors."""
+    """Copies of the weights and of the optimizers' tensors by name, on the CPU. All ranks must call it.
+    With a sharded model, only rank 0 gets them."""
     from torch.distributed.checkpoint import state_dict as dcp
 
     weights: Any
@@ -69,7 +76,7 @@ def load_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], tensors
     padding = (0, 0, 0, model.config.padded_vocab_size - model.config.vocab_size)
     for name, values in state_dict["state"].items():
         saved = {key: tensors[f"{name}/{key}"] for key in values}
-        # A new dictionary, because torch reads from `values`, the optimizer's own, how tensors are sharded.
+        # `values` stays as it is, because torch reads from it how the tensors are sharded.
         state_dict["state"][name] = {
             key: torch.nn.functional.pad(tensor, padding) if "wte" in name and tensor.dim() == 2 else tensor
             for key, tensor in saved.items()
@@ -204,12 +211,12 @@ def steps(run: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
-def find_newest_valid(run: Path) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:
-    """The newest checkpoint of a run that verifies, with its state, and why newer ones were passed over."""
+def find_newest_valid(run: Path) -> tuple[Found | None, list[str]]:
+    """The newest checkpoint of a run that verifies, and why newer ones were passed over."""
     passed_over = []
     for folder in reversed(steps(run)):
         try:
-            return (folder, verify(folder)), passed_over
+            return Found(folder, verify(folder)), passed_over
         except ValueError as error:
             passed_over.append(str(error))
     return None, passed_over
@@ -258,7 +265,7 @@ def load_model(
             raise ValueError(f"{path} has no valid checkpoint: {'; '.join(passed_over)}")
         for reason in passed_over:
             print(f"passed over a checkpoint: {reason}", file=sys.stderr)
-        path = found[0]
+        path = found.folder
     elif path.is_dir() and ((path / STATE).is_file() or STEP_NAME.fullmatch(path.name)):
         verify(path)
     elif path.is_dir() and ((path / "log.txt").is_file() or not (path / "config.json").is_file()):

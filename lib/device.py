@@ -1,7 +1,9 @@
 """The device, its precision and speed settings; the versions for a fault report.
 
-device = pick_device("auto")                     # cuda, else mps, else cpu, with its speed settings
-dtype, why = pick_dtype("auto", device)          # bfloat16 if it is faster
+    device = pick_device("auto")                     # cuda, else mps, else cpu, with its speed settings
+    dtype, why = pick_dtype("auto", device)          # bfloat16 if it is faster
+
+PEAK_FLOPS lists the GPUs whose peak is known.
 """
 
 import contextlib

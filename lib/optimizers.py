@@ -1,14 +1,15 @@
 """Several optimizers that act as one, with the loss scaling that float16 needs.
 
-optimizers = Optimizers(model, [adamw, muon], torch.bfloat16)
-optimizers.set_lr(3e-4)
-optimizers.backward(loss)
-norm = optimizers.clip(1.0)
-optimizers.step()
+    optimizers = Optimizers(model, [adamw, muon], torch.bfloat16)
+    optimizers.set_lr(3e-4)
+    optimizers.backward(loss)
+    norm = optimizers.clip(1.0)
+    optimizers.step()
+
+The order of the calls is the loop's in train_gpt2.py.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,9 +24,6 @@ class Optimizers:
         device_type = self.parameters[0].device.type
         self.scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
 
-    def __iter__(self) -> Iterator[torch.optim.Optimizer]:
-        return iter(self.members)
-
     def set_lr(self, lr: float):
         for member in self.members:
             for group in member.param_groups:
@@ -36,7 +34,8 @@ class Optimizers:
         self.scaler.scale(loss).backward()
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        """Scales all gradients down to a total norm of max_norm (0: never); returns their norm before."""
+        """Divides the loss scale out of the gradients, then scales them down to a total norm of max_norm (0:
+        never). Returns the norm before."""
         for member in self.members:
             self.scaler.unscale_(member)
         norm: Any = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)

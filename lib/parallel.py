@@ -1,6 +1,7 @@
-"""What wraps the network for training: torch.compile, DDP, FSDP, and when gradients are exchanged.
+"""Wraps the network for training in torch.compile, DDP or FSDP, and says when gradients are averaged.
 
-    model = parallel.wrap(raw_model, batch, autocast, process, compile=True)
+    raw_model = parallel.place(model, process, fsdp, reduce_dtype)       # on the device; FSDP shards it here
+    model = parallel.wrap(raw_model, batch, autocast, process, compile, reduce_dtype)
     for micro_step in range(accumulation):
         parallel.set_gradient_sync(model, is_last=micro_step == accumulation - 1)
 
@@ -107,12 +108,13 @@ def wrap_fsdp(model: GPT, process: Process, reduce_dtype: str) -> GPT:
 
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether FSDP has sharded the model."""
+    # fully_shard gives the model this method.
     return hasattr(model, "set_requires_gradient_sync")
 
 
 def unshard(model: GPT) -> GPT:
-    """The model to evaluate: itself or, if it is sharded, a plain copy. All ranks must make the copy. Its use
-    needs no other rank, so one rank may score more items than another."""
+    """The model in evaluation mode: itself or, if it is sharded, a plain copy. All ranks must make the copy.
+    Its forward pass needs no other rank, so ranks may score different numbers of items."""
     if not is_sharded(model):
         return model.eval()
     with torch.device("meta"):

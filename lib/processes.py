@@ -1,9 +1,11 @@
-"""The processes that torchrun started: they connect, sum and broadcast values, and notice who is gone.
+"""The processes that torchrun started: they connect, sum and broadcast values, and name a lost rank.
 
-with processes.connect("auto", timeout_seconds=600) as process:      # one process is fine, too
-    process.print("on rank 0 only")
-    total, = process.all_reduce(loss)
-processes.launch(__file__, 8, sys.argv[1:])                          # what torchrun would start
+    with processes.connect("auto", timeout_seconds=600) as process:
+        process.print("on rank 0 only")
+        total, = process.all_reduce(loss)
+    processes.launch(__file__, 8, sys.argv[1:])                      # instead of torchrun
+
+Without torchrun there is one process, and all of this works, too.
 """
 
 import contextlib
@@ -64,12 +66,14 @@ class Process:
         return not self.all_reduce(value != self.broadcast(value))[0]
 
     def barrier(self):
-        """Waits until all processes are here."""
-        self.broadcast(None)  # dist.barrier would need a device under NCCL
+        """Waits until all processes have called it."""
+        self.all_reduce(
+            0.0
+        )  # no process gets a sum before all have sent; dist.barrier needs a device under NCCL
 
     def disconnect(self):
-        """Leaves the process group. No DistributedDataParallel may exist any more: its destructor would join
-        gloo's threads while it holds the interpreter's lock, for which one of them may wait (torch 2.13)."""
+        """Leaves the process group, if it has not yet. Delete DistributedDataParallel before: its destructor
+        joins gloo's threads while it holds the interpreter's lock, which can deadlock (torch 2.13)."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -153,25 +157,30 @@ def join_group(device_name: str, timeout_seconds: float, spare_memory: bool) -> 
 
 
 def rendezvous(store: Store, rank: int, world_size: int, timeout_seconds: float) -> str:
-    """A name for this start of all processes, which no earlier start had. (Not torchrun's count of restarts:
-    each machine counts its own.) Raises RuntimeError if some processes do not come in time."""
+    """Waits until all processes have started; returns a name for this start, which no earlier start had.
+
+    Each rank stores a random number (nonce). Rank 0 publishes the list of all. A rank that finds its own
+    nonce in the list counts itself under the list's hash. A count of world_size means that all have seen the
+    same list. (torchrun's number of restarts would not do: each machine counts its own.) Raises RuntimeError
+    if some processes do not start in time.
+    """
     mine, name, end = secrets.token_hex(8), "", time.monotonic() + timeout_seconds
-    everyone = [f"token of rank {number}" for number in range(world_size)]
-    for key in ("tokens", *everyone) if rank == 0 else ("tokens",):
+    everyone = [f"nonce of rank {number}" for number in range(world_size)]
+    for key in ("nonces", *everyone) if rank == 0 else ("nonces",):
         store.compare_set(key, "", "none")  # so that reading does not block
     store.set(everyone[rank], mine)
     while time.monotonic() < end:
-        if rank == 0:  # the token of a rank that has not come yet may be an earlier start's
-            store.set("tokens", " ".join(token.decode() for token in store.multi_get(everyone)))
-        tokens = store.get("tokens").decode()
-        seen = hashlib.sha256(tokens.encode()).hexdigest()
-        if seen != name and mine in tokens:
+        if rank == 0:  # the nonce of a rank that has not started yet may be an earlier start's
+            store.set("nonces", " ".join(nonce.decode() for nonce in store.multi_get(everyone)))
+        nonces = store.get("nonces").decode()
+        seen = hashlib.sha256(nonces.encode()).hexdigest()
+        if seen != name and mine in nonces:
             name = seen
             store.add(name, 1)
         if name and store.add(name, 0) == world_size:
             return name
         time.sleep(max(0.02, world_size / 1000))
-    late = f"not all of the {world_size} processes came within {timeout_seconds:g} s (--timeout-seconds)"
+    late = f"not all of the {world_size} processes started within {timeout_seconds:g} s (--timeout-seconds)"
     raise RuntimeError(f"rank {rank}: {late}")
 
 

@@ -93,7 +93,7 @@ def clean(run: Path):
 
 def move_newer(run: Path, step: int) -> list[Path]:
     """Moves checkpoints newer than the resumed step into run/abandoned; returns their new places. They are
-    damaged, or of a history that will not happen."""
+    damaged, or of steps that are trained again."""
     moved = []
     for folder in checkpoint.steps(run):
         if int(folder.name.removeprefix("step_")) > step:

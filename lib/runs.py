@@ -1,4 +1,4 @@
-"""A run: what it remembers from step to step, where it goes on, and saving in the background.
+"""A run: the state it keeps from step to step, the checkpoint it resumes, and saving in the background.
 
     found = find_checkpoint(cfg)                         # of --resume, verified
     with Run(folder, about, process, resumed_step=None) as run:
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from lib import checkpoint, cli, files, hub, hub_runs, report, run_folder, tokenizer
-from lib.checkpoint import STATE
+from lib.checkpoint import STATE, Found
 from lib.optimizers import Optimizers
 from lib.processes import Process
 from lib.shards import Folder, ShardReader
@@ -35,12 +35,10 @@ from lib.stops import SPIKE_WINDOW, Verdict
 from lib.trackers import Tracker
 from model import GPT, GPTConfig
 
-Found = tuple[Path, dict[str, Any]]  # a checkpoint and its state, verified
-
 
 @dataclass
 class Progress:
-    """What a run remembers from step to step. A checkpoint's state holds it."""
+    """The state that a run keeps from step to step. Checkpoints hold it beside weights and optimizers."""
 
     step: int = 0
     evaluated: bool = False  # this step's evaluations are done
@@ -89,7 +87,7 @@ class Progress:
 def describe(
     cfg: Any, model_config: GPTConfig, reader: ShardReader, dtype: torch.dtype, world_size: int
 ) -> dict[str, Any]:
-    """The entries of a checkpoint's state that stay the same."""
+    """The part of a checkpoint's state that is constant during a run."""
     return {
         "model": report.describe_model(model_config),
         "trained_on": f"{reader.folder.describe_source()} ({reader.num_tokens:,} tokens)",
@@ -146,7 +144,7 @@ class Run:
         """Copies weights and optimizer state (all ranks take part) and writes them in the background."""
         begin = time.perf_counter()
         self.report(step, wait=True)
-        weights, tensors = checkpoint.gather_state(model, list(optimizers))
+        weights, tensors = checkpoint.gather_state(model, optimizers.members)
         self.last_checkpoint = self.folder / f"step_{step:06d}"
         if self.process.rank == 0:
             texts = tokenizer.build_hf_files(model.config.block_size)
@@ -191,7 +189,7 @@ class Run:
 
 
 # -----------------------------------------------------------------------------
-# where a run goes on
+# resuming
 
 
 def find_checkpoint(cfg: Any) -> Found | None:
@@ -223,7 +221,7 @@ def find_checkpoint(cfg: Any) -> Found | None:
         if run_name not in ("", name):
             raise ValueError(f"--run-name is {run_name!r}, but --resume {run} is of the run {name!r}")
         if is_checkpoint:
-            return run.resolve(), checkpoint.verify(run)
+            return Found(run.resolve(), checkpoint.verify(run))
     else:
         run = run_folder.resolve(log_root, run_name) if run_name else checkpoint.newest_run(log_root)
         if not checkpoint.steps(run):
@@ -233,26 +231,26 @@ def find_checkpoint(cfg: Any) -> Found | None:
         print(f"resume: passed over a checkpoint: {reason}", file=sys.stderr)
     if found is None:
         raise ValueError(f"{run} has no valid checkpoint to resume from")
-    return found[0].resolve(), found[1]
+    return found._replace(folder=found.folder.resolve())
 
 
 def read_settings(cfg: Any, found: Found) -> Any:
     """The settings that a checkpoint was saved with, as an object like cfg. Raises ValueError for settings of
     a later version."""
-    kind, saved = type(cfg), found[1].get("config", {})
+    kind, saved = type(cfg), found.state.get("config", {})
     if unknown := saved.keys() - {field.name for field in dataclasses.fields(kind)}:
-        raise ValueError(f"{found[0]} has settings that are not known here: {', '.join(sorted(unknown))}")
+        raise ValueError(f"{found.folder} has settings that are not known here: {', '.join(sorted(unknown))}")
     if cfg.resume.startswith(hub.PREFIXES["model"]):  # may be somebody else's run: its targets are not ours
         saved = saved | {"hub_repo": "", "tracker": "none"}
     return kind(**saved)
 
 
 def locate(cfg: Any, found: Found | None) -> Any:
-    """The settings with which a run goes on in the checkpoint's own folder."""
+    """cfg with resume, run_name and log_dir set to the checkpoint that was found."""
     if not found:
         return cfg
-    run = found[0].parent
-    return dataclasses.replace(cfg, resume=str(found[0]), run_name=run.name, log_dir=str(run.parent))
+    run = found.folder.parent
+    return dataclasses.replace(cfg, resume=str(found.folder), run_name=run.name, log_dir=str(run.parent))
 
 
 def compare_settings(

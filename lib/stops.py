@@ -30,7 +30,7 @@ SPIKE_WINDOW = 128  # steps, as in OLMo 2 (OLMo team, 2025, arXiv:2501.00656)
 
 
 class Watch:
-    """What makes a run stop or save early: signals, time, an orphaned process, steps that are not finite."""
+    """Decides when a run stops or saves early: signals, time, an orphaned process, non-finite steps."""
 
     def __init__(self, process: Process, max_hours: float, checkpoint_minutes: float, max_bad_steps: int):
         self.process, self.max_bad_steps = process, max_bad_steps
@@ -52,8 +52,8 @@ class Watch:
         return [is_old, is_late, self.process.is_orphan.is_set(), *caught]
 
     def count(self, votes: list[float], bad_steps: int):
-        """Decides by the sums of all processes' votes and the steps in a row that were not finite. A signal
-        outweighs the end of torchrun, which outweighs the rest."""
+        """Decides by the sums of all processes' votes and by the bad steps in a row. The last `if` that
+        holds wins."""
         old, late, orphans, *signaled = votes
         self.wants_checkpoint = bool(old)
         if late:
@@ -98,7 +98,7 @@ def z_score(loss: float, recent: Collection[float]) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the loss and the gradient of a step are, and whether the weights may take it."""
+    """Whether a step's loss and gradient are finite and ordinary, and whether to apply it."""
 
     is_loss_finite: bool
     is_finite: bool  # loss and gradient

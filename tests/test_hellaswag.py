@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -381,13 +382,19 @@ def test_a_download_that_fails_says_what_to_do(tmp_path):
 
 def test_all_processes_of_a_training_get_the_items_or_the_reason_why_not(tmp_path, monkeypatch):
     """Rank 0 alone downloads; the other has what rank 0 has broadcast."""
-    data, said = tmp_path / "items.jsonl", []
+    data, said, notes = tmp_path / "items.jsonl", [], []
     monkeypatch.setattr(hellaswag.download, "__defaults__", ("http://127.0.0.1:9/nothing", data, "", 1))
-    ranks = [
-        SimpleNamespace(rank=0, broadcast=lambda value: said.append(value) or value),
-        SimpleNamespace(rank=1, broadcast=lambda value: said[-1]),
+    ranks: list[Any] = [
+        SimpleNamespace(rank=0, broadcast=lambda value: said.append(value) or value, print=notes.append),
+        SimpleNamespace(rank=1, broadcast=lambda value: said[-1], print=notes.append),
     ]
-    (none, reason), other = [hellaswag.load_or_explain(process, limit=2) for process in ranks]
-    assert none == [] and "--data FILE" in reason and other == ([], reason)
+    load = partial(hellaswag.load_for_training, limit=2)
+    assert [load(process, is_needed=False) for process in ranks] == [[], []]
+    assert (
+        all("HellaSwag is left out" in note and "--data FILE" in note for note in notes) and len(notes) == 2
+    )
+    for process in ranks:
+        with pytest.raises(ValueError, match=r"--eval-only has nothing .* HellaSwag: .*--data FILE"):
+            load(process, is_needed=True)
     write_items(data, ITEMS)
-    assert [hellaswag.load_or_explain(process, limit=2) for process in ranks] == [(ITEMS[:2], "")] * 2
+    assert [load(process, is_needed=True) for process in ranks] == [ITEMS[:2]] * 2

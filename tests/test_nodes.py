@@ -182,5 +182,5 @@ def test_nobody_meets_those_of_a_try_before_that_are_gone(store):
     meet(store, [0, 1, 2], 3)
     for missing in range(3):
         names = meet(store, [rank for rank in range(3) if rank != missing], 3, timeout=0.5)
-        assert set(names) == {"not all of the 3 processes came within 0.5 s (--timeout-seconds)"}
+        assert set(names) == {"not all of the 3 processes started within 0.5 s (--timeout-seconds)"}
     assert len(set(meet(store, [0, 1, 2], 3))) == 1
