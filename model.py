@@ -259,10 +259,6 @@ class GPT(nn.Module):
         """An empty cache, one KVCache per layer, for `size` tokens (by default block_size)."""
         return [KVCache(size or self.config.block_size) for _ in range(self.config.n_layer)]
 
-    def stream(self, idx: torch.Tensor, max_new_tokens: int, **options) -> Iterator[torch.Tensor]:
-        """The tokens of `stream_with_logits`, each (B,)."""
-        return (token for token, _ in self.stream_with_logits(idx, max_new_tokens, **options))
-
     @torch.no_grad()
     def stream_with_logits(
         self,
@@ -314,7 +310,8 @@ class GPT(nn.Module):
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
         """The prompts idx (B, T) and their continuations: (B, T + new). For options see
         `stream_with_logits`."""
-        return torch.cat([idx, *(t[:, None] for t in self.stream(idx, max_new_tokens, **options))], dim=1)
+        steps = self.stream_with_logits(idx, max_new_tokens, **options)
+        return torch.cat([idx, *(token[:, None] for token, _ in steps)], dim=1)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, dropout: float = 0.0) -> "GPT":

@@ -224,7 +224,8 @@ def evaluate(setup: "Setup", model: GPT, step: int, due: set[str]) -> tuple[floa
     with setup.autocast:
         if "val" in due and setup.val_data:
             val_loss = validation_loss(whole, setup.val_data, cfg.val_tokens, process)
-            process.print(report.describe_validation(step, val_loss, setup.entropy))
+            entropy = f"(unigram entropy {setup.entropy:.2f})"
+            process.print(f"step {step:>6} | validation loss {val_loss:.4f} {entropy}")
         if "hellaswag" in due and setup.hellaswag_items:
             scores = hellaswag.evaluate(whole, setup.hellaswag_items, protocols=("completion",))
             acc_norm = scores["completion"]["acc_norm"]
@@ -286,13 +287,9 @@ def prepare(cfg: Config, process: Process, found: checkpoint.Found | None) -> Se
     folder = choose_folder(cfg, model.config, process)
     dtype, why = process.broadcast(pick_dtype(cfg.dtype, device, state.get("dtype")))
     setup = Setup(cfg, process, model, state, tensors, dtype, folder, data, train_data, val_data)
-    process.print(f"model  {report.describe_model(model.config)}; {cfg.optimizer}")
-    process.print(report.describe_device(device, dtype, why))
-    if train_data:
-        process.print(report.describe_data(cfg, train_data))
     if val_data and not cfg.dry_run:
         setup.entropy = val_data.unigram_entropy(cfg.val_tokens)
-        process.print(report.describe_losses(model.config.vocab_size, setup.entropy))
+    process.print(report.describe_setup(setup, why))
     if cfg.hellaswag_every and not cfg.dry_run:
         is_needed = cfg.eval_only and not (cfg.val_every or cfg.sample_every)
         setup.hellaswag_items = hellaswag.load_for_training(process, cfg.hellaswag_limit, is_needed)

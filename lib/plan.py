@@ -105,10 +105,6 @@ class Workload:
             parts |= {"rest": 0.1 * sum(parts.values()) + 0.1e9}
         return {name: float(size) for name, size in parts.items() if size}
 
-    def need(self, batch_size: int) -> float:
-        """The sum of `step_bytes`."""
-        return sum(self.step_bytes(batch_size).values())
-
     def saving_bytes(self) -> int:
         """Main memory for the copies while a checkpoint is written: weights, optimizer state, and the weights
         in Hugging Face's layout."""

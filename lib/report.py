@@ -10,7 +10,6 @@ import torch
 
 from lib.cli import format_path
 from lib.device import peak_flops
-from lib.shards import ShardReader
 from model import GPTConfig
 
 
@@ -29,15 +28,23 @@ def describe_batch(total_tokens: int, batch_size: int, seq_len: int, world_size:
     )
 
 
-def describe_device(device: torch.device, dtype: torch.dtype, why: str) -> str:
+def describe_setup(setup: Any, why: str) -> str:
+    """A run's model, device, precision and data. setup: train_gpt2.py's; why: the reason of the precision."""
+    cfg, device, shape = setup.cfg, setup.process.device, setup.model.config
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    return f"device {device}{gpu}, {str(dtype).removeprefix('torch.')} ({why})"
-
-
-def describe_data(cfg: Any, reader: ShardReader) -> str:
-    epochs = cfg.max_steps * (cfg.total_batch_tokens // cfg.seq_len) / reader.num_windows
-    folder = format_path(reader.folder.folder)
-    return f"data   {folder}: {reader.num_tokens:,} training tokens, {epochs:.2f} epochs"
+    lines = [f"model  {describe_model(shape)}; {cfg.optimizer}"]
+    lines.append(f"device {device}{gpu}, {str(setup.dtype).removeprefix('torch.')} ({why})")
+    if reader := setup.train_data:
+        epochs = cfg.max_steps * (cfg.total_batch_tokens // cfg.seq_len) / reader.num_windows
+        folder = format_path(reader.folder.folder)
+        lines.append(f"data   {folder}: {reader.num_tokens:,} training tokens, {epochs:.2f} epochs")
+    if math.isfinite(setup.entropy):
+        uniform = math.log(shape.vocab_size)
+        lines.append(
+            f"loss   {uniform:.2f} if all tokens were alike, {setup.entropy:.2f} (unigram entropy of the"
+        )
+        lines.append("       validation split) if a model knows only how frequent each token is")
+    return "\n".join(lines)
 
 
 def describe_run(
@@ -51,17 +58,6 @@ def describe_run(
         lines.append(f"note   the run ends within its {cfg.warmup_steps} steps of warm-up (--warmup-steps)")
     resumed = "" if resumed_step is None else f", resumed at step {resumed_step}"
     return "\n".join([*lines, f"run    {format_path(folder)}{resumed}"])
-
-
-def describe_losses(vocab_size: int, entropy: float) -> str:
-    return (
-        f"loss   {math.log(vocab_size):.2f} if all tokens were alike, {entropy:.2f} if a model knows only "
-        "how frequent each is (the validation split's unigram entropy)"
-    )
-
-
-def describe_validation(step: int, loss: float, entropy: float) -> str:
-    return f"step {step:>6} | validation loss {loss:.4f} (unigram entropy {entropy:.2f})"
 
 
 def format_seconds(seconds: float) -> str:

@@ -99,7 +99,7 @@ def describe(
     }
 
 
-class Run:
+class Run(contextlib.ExitStack):
     """A run's folder while a process trains: locked, its log and checkpoints written by rank 0.
 
     about: see `describe`. Other ranks have an object too, because copying a sharded model takes all of them;
@@ -109,13 +109,13 @@ class Run:
     def __init__(
         self, folder: Path, about: dict[str, Any], process: Process, resumed_step: int | None = None
     ):
+        super().__init__()
         self.folder, self.about, self.process, self.resumed_step = folder, about, process, resumed_step
         self.settings = cfg = about["config"]
         self.saver = Saver(folder, cfg["keep_last"], cfg["keep_every"], cfg["hub_repo"])
-        self.stack = contextlib.ExitStack()
         self.tracker = self.log_file = self.last_checkpoint = None
         if process.rank == 0:
-            self.stack.callback(run_folder.unlock, run_folder.lock(folder))
+            self.callback(run_folder.unlock, run_folder.lock(folder))
             folder.mkdir(exist_ok=True)
             run_folder.clean(folder)
             (folder / "config.json").write_text(json.dumps(cfg, indent=2), encoding="utf-8")
@@ -125,12 +125,6 @@ class Run:
             if resumed_step is not None:
                 self.last_checkpoint = folder / f"step_{resumed_step:06d}"
                 self.saver.send(self.last_checkpoint)  # the Hub may not have it
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, *exc):
-        self.stack.close()
 
     def log(self, step: int, **values: float):
         """Writes a line per value to log.txt, and the values to the tracker."""
@@ -179,7 +173,7 @@ class Run:
         name = self.settings["tracker"]
         if name != "none" and self.process.rank == 0:
             tracker = Tracker(name, self.folder, tracker_id, self.settings, self.resumed_step)
-            self.tracker = self.stack.enter_context(tracker)
+            self.tracker = self.enter_context(tracker)
             if tracker.tool:
                 self.process.print(f"track  {name}, into {cli.format_path(tracker.tool.where)}")
 

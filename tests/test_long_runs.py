@@ -186,7 +186,7 @@ def need(cfg: Config, batch_size: int, world_size: int) -> float:
     shape = GPTConfig(block_size=cfg.seq_len, n_layer=1, n_head=1, n_embd=4, dropout=cfg.dropout)
     process = Process(0, world_size, torch.device("cpu"))
     work = plan.Workload.from_settings(cfg, GPT(shape), torch.float32, process)
-    return work.need(batch_size) + work.saving_bytes()
+    return sum(work.step_bytes(batch_size).values()) + work.saving_bytes()
 
 
 def batch_size_of(printed: str) -> int:

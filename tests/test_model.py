@@ -337,7 +337,7 @@ def test_every_token_of_a_stream_is_drawn_as_transformers_would(options):
     context = tokens(model, 8, 5)
     ours, theirs = torch.Generator().manual_seed(4), torch.Generator().manual_seed(4)
     same = 0
-    for token in model.stream(context.clone(), 20, generator=ours, **options):
+    for token, _ in model.stream_with_logits(context.clone(), 20, generator=ours, **options):
         p = huggingface_probabilities(model(context)[:, -1].detach(), context, **options)
         same += (token == torch.multinomial(p, 1, generator=theirs).squeeze(1)).sum().item()
         context = torch.cat([context, token[:, None]], dim=1)

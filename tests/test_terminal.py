@@ -13,7 +13,6 @@ import pytest
 from helpers import ROOT, save_checkpoint, scripted_model
 
 from lib import tokenizer
-from lib.terminal import keep_history
 
 
 class Terminal:
@@ -100,12 +99,10 @@ def endless(tmp_path_factory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("run"), scripted_model(ids[:64]))
 
 
-def test_a_conversation_on_a_terminal_edits_lines_and_remembers_them(terminal, endless, tmp_path):
+def test_a_conversation_on_a_terminal_edits_lines_and_recalls_them(terminal, endless):
     flags = ("--interactive", "--temperature", "0", "--max-tokens", "1000000")
-    first = terminal(endless, *flags, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    first = terminal(endless, *flags)
     first.enter("Twee\x02\x02\x08o\x04\x04")  # back, back, delete before, o, delete, delete: To
-    history = tmp_path / "cache" / "gpt2_generate_history"
-    assert history.stat().st_mode & 0o777 == 0o600
     first.wait_for("To and on and on")
     first.type("\x03")  # Ctrl-C stops the text
     first.wait_for("> ")
@@ -119,20 +116,6 @@ def test_a_conversation_on_a_terminal_edits_lines_and_remembers_them(terminal, e
     first.wait_for("> ")
     first.type("\x04")  # Ctrl-D ends
     assert first.end() == 0
-    assert history.read_text(encoding="utf-8").splitlines() == ["To", "/set max-tokens 2", "/reset", "To"]
-    second = terminal(endless, *flags, XDG_CACHE_HOME=str(tmp_path / "cache"))
-    second.enter("\x1b[A\x1b[A")
-    second.wait_for("/reset")
-    second.wait_for("> ")
-    second.type("\x04")
-    assert second.end() == 0
-
-
-def test_a_history_that_cannot_be_kept_is_said(tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    keep_history()
-    assert capsys.readouterr().err.startswith("the history is not kept: ")
 
 
 @pytest.mark.slow
