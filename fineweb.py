@@ -16,7 +16,7 @@ Sources:
     fineweb-edu-10B-gpt2, fineweb-10B-gpt2, fineweb-100B-gpt2     huggingface.co/kjj0, llm.c's .bin shards
     hf://datasets/org/name                        shards from --push-to, or others' .bin shards
     hf:org/name[@revision]                        any data set with a text column
-    files, folders, globs                         .txt .md .jsonl .parquet, each also .gz or .zst
+    files, folders, globs                         .txt .md .raw .jsonl .parquet, each also .gz or .zst
 
 On disk: data/<name>/<name>_{val,train}_000000.npy and manifest.json (format: lib/shards.py).
 The source is divided into parts of whole files, about 1 GB each. An interrupted run resumes after its part's

@@ -217,22 +217,23 @@ def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
         print(f"  sample | {cfg.sample_prompt + tokenizer.decode_until_end(row)!r}", flush=True)
 
 
-def evaluate(setup: "Setup", model: GPT, step: int, due: set[str]) -> tuple[float | None, float | None]:
-    """Runs the evaluations that are due; returns the validation loss and HellaSwag's acc_norm, or None."""
-    cfg, process, val_loss, acc_norm = setup.cfg, setup.process, None, None
+def evaluate(setup: "Setup", model: GPT, step: int, due: set[str]) -> dict[str, float]:
+    """Runs the evaluations that are due; returns their figures by the log's streams."""
+    cfg, process, figures = setup.cfg, setup.process, {}
     whole = parallel.unshard(model)
     with setup.autocast:
         if "val" in due and setup.val_data:
-            val_loss = validation_loss(whole, setup.val_data, cfg.val_tokens, process)
+            figures["val"] = validation_loss(whole, setup.val_data, cfg.val_tokens, process)
             entropy = f"(unigram entropy {setup.entropy:.2f})"
-            process.print(f"step {step:>6} | validation loss {val_loss:.4f} {entropy}")
+            process.print(f"step {step:>6} | validation loss {figures['val']:.4f} {entropy}")
         if "hellaswag" in due and setup.hellaswag_items:
             scores = hellaswag.evaluate(whole, setup.hellaswag_items, protocols=("completion",))
-            acc_norm = scores["completion"]["acc_norm"]
-            process.print(f"step {step:>6} | HellaSwag acc_norm {acc_norm:.2%} of {scores['n']:,} items")
+            figures["hella"] = scores["completion"]["acc_norm"]
+            of_items = f"{figures['hella']:.2%} of {scores['n']:,} items"
+            process.print(f"step {step:>6} | HellaSwag acc_norm {of_items}")
         if "sample" in due and process.rank == 0:
             print_samples(whole, cfg, step, process.device)
-    return val_loss, acc_norm
+    return figures
 
 
 # -----------------------------------------------------------------------------
@@ -353,8 +354,9 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
             due.add("checkpoint")
         progress.begin_step(step)
         if due - {"checkpoint"}:
-            val_loss, acc_norm = evaluate(setup, raw_model, step, due)
-            run.log(step, **progress.note_evaluation(val_loss, acc_norm))
+            figures = evaluate(setup, raw_model, step, due)
+            progress.note_evaluation(figures)
+            run.log(step, **figures)
         if "checkpoint" in due:
             progress.evaluated = not watch.exit_code
             run.save(step, raw_model, optimizers, progress)

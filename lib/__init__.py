@@ -1,4 +1,4 @@
-"""What the stages share, a subject a file; docs/tour.md says in which order to read them.
+"""The stages' common code, one subject per file; docs/tour.md says in which order to read them.
 
 Nothing here imports a stage (model.py is none: it is what all stages are about), and there is no circle.
 """

@@ -68,13 +68,11 @@ class Progress:
     def begin_step(self, step: int):
         self.step, self.val_loss, self.hellaswag = step, None, None
 
-    def note_evaluation(self, val_loss: float | None, acc_norm: float | None) -> dict[str, float]:
-        """Keeps what was measured; returns it by the log's streams."""
-        self.val_loss, self.hellaswag = val_loss, acc_norm
-        losses = [loss for loss in (val_loss, self.best_val_loss) if loss is not None]
+    def note_evaluation(self, figures: dict[str, float]):
+        """Keeps the figures that checkpoints show. figures: by the log's streams."""
+        self.val_loss, self.hellaswag = figures.get("val"), figures.get("hella")
+        losses = [loss for loss in (self.val_loss, self.best_val_loss) if loss is not None]
         self.best_val_loss = min(losses, default=None)
-        measured = {"val": val_loss, "hella": acc_norm}
-        return {stream: value for stream, value in measured.items() if value is not None}
 
     def note_step(self, loss: float, verdict: Verdict, may_be_overflow: bool):
         """Counts bad steps and keeps finite losses. A float16 overflow is no bad step."""
@@ -163,7 +161,7 @@ class Run(contextlib.ExitStack):
         here, cfg = cli.format_path(self.folder), self.settings
         print("\n" + report.summarize(self.folder / "log.txt", cfg["max_steps"], cfg["total_batch_tokens"]))
         print(f"Done. The log is in {here}/log.txt.")
-        if cfg["val_every"] and run_folder.draw_curves(self.folder, self.folder / "loss.png"):
+        if run_folder.draw_curves(self.folder, self.folder / "loss.png"):
             print(f"The curves are in {here}/loss.png.")
         if self.last_checkpoint:
             print(report.suggest_next(self.folder, self.last_checkpoint, cfg["sample_prompt"]))
@@ -275,7 +273,9 @@ def compare_settings(
     if data and data.fingerprint() != state["data"]:
         refused.append(f"the shards in {cfg.dataset_path} are not those of the checkpoint")
     if misfits:
-        raise ValueError(f"{folder} has another shape: {'; '.join(misfits)}; start a new run for that")
+        raise ValueError(
+            f"{folder} was begun with other settings: {'; '.join(misfits)}; start a new run to change them"
+        )
     if refused and not cfg.override:
         raise ValueError(
             f"{folder} is of another run: {'; '.join(refused)}. To go on all the same: --override"
