@@ -273,9 +273,7 @@ def compare_settings(
     if data and data.fingerprint() != state["data"]:
         refused.append(f"the shards in {cfg.dataset_path} are not those of the checkpoint")
     if misfits:
-        raise ValueError(
-            f"{folder} was begun with other settings: {'; '.join(misfits)}; start a new run to change them"
-        )
+        raise ValueError(f"{folder} cannot change: {'; '.join(misfits)}; start a new run for that")
     if refused and not cfg.override:
         raise ValueError(
             f"{folder} is of another run: {'; '.join(refused)}. To go on all the same: --override"
