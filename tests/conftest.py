@@ -1,14 +1,20 @@
-"""Where the scripts are found, what many tests train on, and the fault campaign: `pytest -m campaign`.
+"""Fixtures of many tests: data, small runs, scripts, the Hub; and the fault campaign, `pytest -m campaign`.
 
-A test of a fault in FAULTS.md says which: `@pytest.mark.fault(7)`. The campaign runs all of these at full
-counts and ends with a table; the default run has the same tests at a few tries each.
+A test of a fault names its row in the table of docs/reliability.md: `@pytest.mark.fault(7)`. The campaign
+runs all of these at full counts and ends with a table. The default run makes a few tries of each.
 """
 
+import dataclasses
+import io
 import itertools
 import os
+import re
+import runpy
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,50 +29,27 @@ paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Flushing takes half of the time of tests that write many files. No test here cuts the power: only
+# test_checkpoint.py's tests of row 5 watch the flushes.
+os.fsync = lambda handle: None
+
 from helpers import Training, flags, undisturbed, write_shards  # noqa: E402
+from hub_server import TOKEN, Client, HubServer, see_hub  # noqa: E402
 
 from train_gpt2 import Config  # noqa: E402
 
+# The table of docs/reliability.md: row -> fault. The campaign prints it anew.
+TABLE = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").partition("\n #  fault")[2]
 FAULTS = {
-    1: "SIGKILL at random instants of a run, then resume",
-    2: "SIGKILL while pruning; leftovers of killed runs",
-    3: "disk full while saving",
-    4: "a checkpoint's file cut, flipped, missing, swapped",
-    5: "order on disk: flush, rename, flush, then said",
-    6: "saving raises on rank 0 of two",
-    7: "SIGTERM, SIGINT, SIGUSR1: mid-step, one rank, saving, twice",
-    8: "torchrun --max-restarts, a rank SIGKILLed",
-    9: "a rank SIGSTOPped",
-    10: "resume at each of 50 steps, and twice in a row",
-    11: "world size 2, 1, 2 and half the micro-batch at resume",
-    12: "impossible and nonsense settings",
-    13: "configuration, data or vocabulary changed at resume",
-    14: "evaluation, HellaSwag, sampling on or off",
-    15: "damaged shards and manifests",
-    16: "a token id outside the vocabulary",
-    17: "the tokenizing run SIGKILLed",
-    18: "one or many tokenizing workers",
-    19: "strange documents",
-    20: "downloads cut, wrong, stalled",
-    21: "NaN or infinite loss or gradient on one rank of two",
-    22: "a loss spike",
-    23: "fp16 overflow across a resume",
-    24: "malicious pickles, code in settings, remote code",
-    25: "names that lead out of the run's folder",
-    26: "secrets in the environment",
-    27: "Hub: login, permission, interruption, offline",
-    28: "CUDA out of memory",
-    29: "torch.compile unavailable",
-    30: "two runs started in one folder",
+    int(row): title for row, title in re.findall(r"^ ?(\d+)  (\S.*?)  +(?:\d|not)", TABLE, re.MULTILINE)
 }
-
 
 counts: dict[int, list[int]] = {}  # by fault: tried, survived
 
 
 @dataclass
 class Attempt:
-    """A try of a fault; `count` is more than 1 where several were made that stand or fall together."""
+    """A try of a fault; `count` is the number of tries if several pass or fail together."""
 
     number: int
     count: int = 1
@@ -74,8 +57,8 @@ class Attempt:
 
 @dataclass
 class Tally:
-    """`for attempt in tally(default=2, full=200)`: tries of a fault, 200 in the campaign. One whose loop body
-    raises nothing is survived."""
+    """`for attempt in tally(default=2, full=200)` makes 2 tries of a fault, in the campaign 200. A try passes
+    if the loop's body raises nothing."""
 
     is_campaign: bool
     tried: int = 0
@@ -115,15 +98,15 @@ def tally(request) -> Tally:
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     for item in items:
         rows = rows_of(item)
-        assert all(row in FAULTS for row in rows), f"{item.nodeid} is of no fault in FAULTS.md"
+        assert all(row in FAULTS for row in rows), f"{item.nodeid} names no fault of docs/reliability.md"
         if rows:
             item.add_marker("campaign")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """Writes into a test's report how many tries it made of which faults, and how many were survived: a test
-    without `tally` is one try, as is a failure outside of the tries."""
+    """Writes into a test's report its faults, its tries and how many of them passed. A test without `tally`
+    is one try, and so is a failure outside of the tries."""
     report = yield
     if report.when == "call" or report.failed:
         tally = item.stash.get(TALLY, Tally(True))
@@ -135,7 +118,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 
 
 def pytest_runtest_logreport(report: pytest.TestReport):
-    """Adds them up, in the process that the workers of xdist report to."""
+    """Adds the tries up, in the process that xdist's workers report to."""
     value: Any
     for name, value in report.user_properties:
         if name == "tries" and (report.when == "call" or report.failed):
@@ -164,7 +147,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """Shards of 6,000 tokens that can be learnt: each follows from the one before it, with some noise."""
+    """Shards of 6,000 tokens that a model can learn: each depends on the one before, with some noise."""
     folder = tmp_path_factory.mktemp("data") / "toy"
     draw = np.random.default_rng(0)
     ids = np.zeros(6000, dtype=np.uint16)
@@ -172,17 +155,6 @@ def data(tmp_path_factory) -> Path:
         ids[i] = (ids[i - 1] * 7 + 3) % 97 if draw.random() < 0.9 else draw.integers(97)
     write_shards(folder, ids, shard_tokens=1500, val_tokens=1000)
     return folder
-
-
-@pytest.fixture
-def config(data, tmp_path) -> Config:
-    """A run of ten steps on the toy data that takes seconds, in float32, with every job off."""
-    return Config(
-        dataset_path=str(data), n_layer=2, n_head=2, n_embd=16, seq_len=32, batch_size=2,
-        total_batch_tokens=256, learning_rate=3e-3, warmup_steps=3, max_steps=10, device="cpu",
-        dtype="float32", compile=False, log_dir=str(tmp_path), run_name="run",
-        val_every=0, hellaswag_every=0, sample_every=0, checkpoint_every=0,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -196,19 +168,25 @@ def toy(data, tmp_path_factory) -> Config:
     )  # fmt: skip
 
 
+@pytest.fixture
+def config(toy, tmp_path) -> Config:
+    """The run `toy` in a folder of the test's own: tmp_path / "run"."""
+    return dataclasses.replace(toy, log_dir=str(tmp_path), run_name="run")
+
+
 @pytest.fixture(scope="session")
 def whole(toy, tmp_path_factory) -> Callable[..., Path]:
-    """`whole(world_size, change=...)` is an undisturbed run, made once."""
+    """`whole(world_size, change=...)` is the folder of an undisturbed run, made once."""
     return undisturbed(toy, tmp_path_factory)
 
 
 @pytest.fixture
 def launch(tmp_path_factory) -> Iterator[Callable[..., Training]]:
-    """`launch(cfg, "--resume", world_size=2)` starts train_gpt2.py; what still runs when the test ends is
-    killed. `cfg` may be None, if the words say it all."""
+    """`launch(cfg, "--resume", world_size=2)` starts train_gpt2.py, and kills it if it outlives the test.
+    `cfg` may be None if the words say it all, as with script="fineweb.py"."""
     started = []
 
-    def launch(cfg: Config | None, *words: str, **options) -> Training:
+    def launch(cfg: Config | None, *words: object, **options) -> Training:
         words = (*(flags(cfg) if cfg else ()), *words)
         started.append(Training(tmp_path_factory.mktemp("output"), words, **options))
         return started[-1]
@@ -216,3 +194,82 @@ def launch(tmp_path_factory) -> Iterator[Callable[..., Training]]:
     yield launch
     for training in started:
         training.kill()
+
+
+@pytest.fixture
+def script(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`script("plot.py", "--out", path)` does what a shell would, in this process: exit code and output."""
+
+    def run(name: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        words = [str(ROOT / name), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            assert isinstance(end.code, int)
+            code = end.code
+        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
+
+    return run
+
+
+# -----------------------------------------------------------------------------
+# the Hugging Face Hub on this machine
+
+
+@pytest.fixture(scope="session")
+def shared_hub() -> Iterator[HubServer]:
+    with HubServer({}) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared_hub) -> HubServer:
+    shared_hub.requests.clear()
+    return shared_hub
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    """The HF_HOME of `client`, alone in its folder."""
+    return tmp_path_factory.mktemp("homes") / "home"
+
+
+@pytest.fixture(scope="session")
+def shared_client(shared_hub, home) -> Iterator[Client]:
+    client = Client(shared_hub, home, TOKEN)
+    yield client
+    client.close()
+    assert TOKEN not in client.stderr
+
+
+@pytest.fixture
+def client(shared_client, shared_hub) -> Iterator[Client]:
+    """A process that sees shared_hub as the Hub, for the tests that start no script."""
+    shared_hub.faults.clear()
+    shared_hub.requests.clear()
+    yield shared_client
+    shared_hub.faults.clear()
+
+
+@pytest.fixture
+def repo(request) -> str:
+    """Names a repository for this test alone: clients cache what they know of a repository."""
+    return f"org/{abs(hash(request.node.nodeid)):x}"
+
+
+@pytest.fixture
+def start(launch, server, tmp_path) -> Callable[..., Training]:
+    """`start(cfg, "--resume", token=...)` launches a script on a machine that sees `server` as the Hub."""
+
+    def start(
+        cfg: Config | None, *words: object, token: str = TOKEN, patience: float = 600, picture: bool = False,
+        patches: tuple = (), environment: dict[str, str] | None = None, **options,
+    ) -> Training:  # fmt: skip
+        env = server.environment(tmp_path / "home", token) | (environment or {})
+        return launch(cfg, *words, patches=[partial(see_hub, env, patience, picture), *patches], **options)
+
+    return start

@@ -1,4 +1,4 @@
-"""What goes wrong in the processes under test: patches for helpers.Training, given as functools.partial."""
+"""Faults in the processes under test: patches for helpers.Training, given as functools.partial."""
 
 import errno
 import hashlib
@@ -28,13 +28,13 @@ def rank() -> int:
 
 
 def step_now() -> int:
-    """The training step this process is in: train_gpt2.py seeds each with its number; -1 before the first."""
+    """Returns the training step of this process, from its seed; -1 before the first."""
     seed, rest = divmod(torch.initial_seed(), 2**40)
     return rest >> 12 if seed == Config.seed else -1
 
 
 def before(owner: Any, name: str, do: Callable[..., None]):
-    """Has `do` called with the arguments of owner.name, before each call of it."""
+    """Calls `do` with the arguments of owner.name before each call of it."""
     real = getattr(owner, name)
 
     def wrapped(*args, **kwargs):
@@ -45,7 +45,7 @@ def before(owner: Any, name: str, do: Callable[..., None]):
 
 
 def each_training_forward(do: Callable[[int, int], None]):
-    """Has `do(step, micro_step)` called before each forward pass of training, on this process."""
+    """Calls `do(step, micro_step)` before each forward pass of training in this process."""
     last = [-1, -1]
 
     def count(model, *args, **kwargs):
@@ -57,8 +57,8 @@ def each_training_forward(do: Callable[[int, int], None]):
 
 
 def wait_to_go_on(folder: Path):
-    """Says that this place is reached, and stays there until the test lets it go on: signals find the process
-    here, however slow the machine is."""
+    """Reports that this place is reached, and waits for the test. So signals find the process here on a slow
+    machine, too."""
     (folder / "reached").touch()
     while not (folder / "go").exists():
         time.sleep(0.002)
@@ -103,8 +103,8 @@ def poison(kind: str, on_rank: int, *steps: int):
 
 
 def poison_an_element(kind: str, on_rank: int, *steps: int):
-    """In these steps one element of a gradient is not finite, once gradients have been exchanged: of sharded
-    ones it is in the shard of that rank, the others' are fine."""
+    """In these steps one element of an exchanged gradient is not finite. If gradients are sharded, it is in
+    the shard of this rank alone."""
 
     def poison(scaler, optimizer):
         if rank() == on_rank and step_now() in steps:
@@ -114,7 +114,7 @@ def poison_an_element(kind: str, on_rank: int, *steps: int):
 
 
 def note_weights(folder: Path):
-    """Writes down a hash of the weights at the beginning of each step, a file a rank."""
+    """Writes a hash of the weights at the beginning of each step, to one file per rank."""
 
     def watch(self, *args, **kwargs):
         if self.training and step_now() >= 0 and step_now() not in seen:
@@ -130,9 +130,8 @@ def note_weights(folder: Path):
 
 
 def note_shards(folder: Path):
-    """Writes down for each step, a file a rank: how many elements of the weights, of their gradients and of
-    the optimizer's state this process has, how many blocks at most had all their weights here while one
-    computed, and how many times gradients were exchanged."""
+    """Writes a line per step to one file per rank: the elements of weights, gradients and optimizer state in
+    this process, the most blocks whose weights were whole during a forward pass, the gradient exchanges."""
     from torch.distributed.tensor import DTensor
 
     def local(tensor: torch.Tensor) -> int:
@@ -166,7 +165,7 @@ def note_shards(folder: Path):
 
 
 def note_saves(folder: Path):
-    """Writes down how many tensors each rank gathers for a checkpoint, and which rank writes it."""
+    """Writes how many tensors each rank gathers for a checkpoint, and which rank writes it."""
     gather = checkpoint.gather_state
 
     def gather_and_note(*args):
@@ -183,13 +182,17 @@ def note_saves(folder: Path):
     before(checkpoint, "save", note)
 
 
+def set_variables(environment: dict[str, str]):
+    os.environ.update(environment)
+
+
 def score_items(file: Path):
-    """HellaSwag's items come from this file."""
+    """Reads HellaSwag's items from this file."""
     hellaswag.download.__defaults__ = (hellaswag.URL, file, hellaswag.SHA256, 1)
 
 
 def note_sequences(file: Path):
-    """Writes down each sequence that is trained on: its step and its tokens."""
+    """Writes each sequence of the training: its step and its tokens."""
 
     def watch(self, x, y):
         if self.training and step_now() >= 0:
@@ -200,7 +203,7 @@ def note_sequences(file: Path):
 
 
 def limit_files(size: int, at_save: int):
-    """From a save on, no file may be longer than this: as on a disk that is full, writing fails."""
+    """From the save of this number on, writing beyond this file size fails, as on a full disk."""
     saves = iter(range(10**6))
 
     def limit(*args, **kwargs):
@@ -211,7 +214,7 @@ def limit_files(size: int, at_save: int):
 
 
 def fail_in_save(place: str, at_step: int):
-    """A save fails at a place, with the error that is likely there."""
+    """The save of a step fails in this call, with an error that is likely there."""
     temporary = f".tmp_step_{at_step:06d}"
 
     def fail(path, *args, **kwargs):
@@ -230,8 +233,8 @@ def fail_in_save(place: str, at_step: int):
 
 
 def die_in_file_operation(number: int, word: str):
-    """SIGKILL just before the so-many-th operation on a file or folder whose path has this word in it, or
-    that removes one (of these only the name is given)."""
+    """Sends SIGKILL just before an operation of this number. Operations on paths that contain the word count,
+    and all removals, whose events have the name alone."""
     left = [number]
 
     def count(event: str, args: tuple):
@@ -246,7 +249,7 @@ def die_in_file_operation(number: int, word: str):
 
 
 def batches_of(data: Path, seq_len: int, seed: int, sequences: int, steps: range) -> list[str]:
-    """What `note_sequences` is to write, from the reader alone, in sorted order."""
+    """Returns the lines that `note_sequences` must write, from the reader alone, sorted."""
     reader = shards.ShardReader(shards.Folder(data), "train", seq_len, seed)
     lines = []
     for step in steps:
@@ -256,7 +259,7 @@ def batches_of(data: Path, seq_len: int, seed: int, sequences: int, steps: range
 
 
 def find_the_oldest_on_rank_1():
-    """As if this process saw another disk."""
+    """Rank 1 finds the oldest checkpoint, as on a disk of its own."""
 
     def oldest(run: Path) -> tuple:
         folder = checkpoint.steps(run)[0]
@@ -267,7 +270,7 @@ def find_the_oldest_on_rank_1():
 
 
 def draw(number: int) -> random.Random:
-    """Random numbers of a try, the same in every test run."""
+    """Returns the random numbers of a try, the same in every test run."""
     return random.Random(number)
 
 
@@ -287,7 +290,7 @@ def hide_compiler(*on_ranks: int):
 
 
 def two_hours_pass(step: int, on_rank: int):
-    """From a step on, one rank's clock says that it is two hours later."""
+    """From this step on, the clock of one rank is two hours late."""
     clock = time.monotonic
 
     def turn(at_step: int, micro_step: int):
@@ -297,13 +300,8 @@ def two_hours_pass(step: int, on_rank: int):
     each_training_forward(turn)
 
 
-def take_hellaswag_from(file: Path):
-    """Items of a test's own in place of HellaSwag's."""
-    hellaswag.download.__defaults__ = (hellaswag.URL, file, hellaswag.SHA256, 1)
-
-
 def pretend_memory(*available: float):
-    """A machine on which so many bytes are available, to each rank another number, and that sets no limit."""
+    """This number of bytes is available to each rank, and no cgroup sets a limit."""
     read = Path.read_text
 
     def pretend(self: Path, *args, **kwargs) -> str:
@@ -317,8 +315,7 @@ def pretend_memory(*available: float):
 
 
 def note_memory(file: Path):
-    """Writes down the bytes of memory that the process has had at once, before the model is made and before
-    each step."""
+    """Writes the process's peak memory in bytes before the model is made and before each step."""
 
     def note(*args):
         status = Path("/proc/self/status").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What several test files share: small models with lively weights, checkpoints of them, the scripts run."""
+"""Shared by test files: small models, checkpoints and shards, runs in this process and in forked ones."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+import train_gpt2
 from lib import checkpoint, files, shard_writer, tokenizer
 from model import GPT, GPTConfig
 from train_gpt2 import Config
@@ -26,10 +28,16 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 50257
 ABOUT = {"name": "toy", "tokenizer": {"name": "gpt2"}, "source": "tests", "parts": 1}
 
+# An item in place of HellaSwag's.
+ITEM = {
+    "ctx": "A man sits on a roof. he", "ctx_a": "A man sits on a roof.", "ctx_b": "he", "label": 1,
+    "activity_label": "Roofing", "endings": ["sings.", "lays a tile.", "is a dog of some size.", "flies."],
+}  # fmt: skip
+
 
 def random_model(seed: int = 0, **shape) -> GPT:
-    """A small GPT in evaluation mode. GPT-2's own initialisation is so quiet that every token is about as
-    likely as the next, and biases and gains do nothing: here they are random and large."""
+    """A small GPT in evaluation mode with large random weights. With GPT-2's own initialisation all tokens
+    are about equally likely, and biases and gains have no effect."""
     small = dict(block_size=32, vocab_size=300, n_layer=2, n_head=2, n_embd=16)
     model = GPT(GPTConfig(**{**small, **shape})).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -41,7 +49,7 @@ def random_model(seed: int = 0, **shape) -> GPT:
 
 
 def scripted_model(ids: list[int], block_size: int = 64) -> GPT:
-    """A model with GPT-2's vocabulary that answers every position p with ids[p], whatever it reads."""
+    """A model with GPT-2's vocabulary that predicts ids[p] at every position p for any input."""
     model = GPT(GPTConfig(block_size=block_size, n_layer=1, n_head=1, n_embd=block_size)).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -64,7 +72,7 @@ def save_checkpoint(run: Path, model: GPT, step: int = 1, **state) -> Path:
 
 
 def resealed(folder: Path, **changes: Any):
-    """Changes a checkpoint's state as someone would who knows how."""
+    """Changes a checkpoint's state and renews its hash, as an attacker could."""
     body = json.loads((folder / "state.json").read_text(encoding="utf-8")) | changes
     del body["sha256"]
     sealed = {**body, "sha256": files.hash_json(body)}
@@ -83,19 +91,30 @@ def write_shards(
     return shard_writer.merge(folder)
 
 
-def run_script(name: str, *args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs one of the scripts as a user does, on one thread."""
-    command = [sys.executable, str(ROOT / name), *args]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+def run_script(name: str, *args: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs one of the scripts as a user does. The fixture `script` does so in this process, without the
+    seconds that imports take."""
+    command = [sys.executable, str(ROOT / name), *map(str, args)]
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     return subprocess.run(command, input=stdin, capture_output=True, encoding="utf-8", env=env, timeout=120)
 
 
 # -----------------------------------------------------------------------------
-# training in processes of its own
+# training
+
+
+def train(cfg: Config, **changes) -> Path:
+    """A run in this process, of cfg with these changes; returns its folder."""
+    return train_gpt2.main(dataclasses.replace(cfg, **changes))
+
+
+def resume(run: Path, *words: str) -> Path:
+    """Does what `train_gpt2.py --resume <run> <words>` does, in this process."""
+    return train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run), *words]))
 
 
 def flags(cfg: Config) -> list[str]:
-    """The command line that means cfg."""
+    """Returns the command line of cfg."""
     words = []
     for field in dataclasses.fields(cfg):
         value, name = getattr(cfg, field.name), field.name.replace("_", "-")
@@ -119,13 +138,22 @@ def values(run: Path, stream: str = "train") -> list[float]:
 
 
 def end_of(run: Path) -> tuple[str, bytes, list[str]]:
-    """What two runs with the same end have in common: the last checkpoint's weights, every training loss."""
+    """Returns the last checkpoint's name and weights and every training loss: equal for the same end."""
     last = checkpoint.steps(run)[-1]
     return last.name, (last / "model.safetensors").read_bytes(), lines_of(run)
 
 
+def links(run: Path, to: Path, *steps: int) -> Path:
+    """Copies a run with only these checkpoints, whose files are links."""
+    for step in steps:
+        name = f"step_{step:06d}"
+        shutil.copytree(run / name, to / name, copy_function=os.link)
+    shutil.copy(run / "log.txt", to / "log.txt")
+    return to
+
+
 def undisturbed(cfg: Config, tmp_path_factory) -> Callable[..., Path]:
-    """A function of the number of processes and of changes to cfg: the folder of such a run, made once."""
+    """Returns a function of world_size and changes to cfg, which makes such a run once: its folder."""
 
     @functools.cache
     def whole(world_size: int = 1, patches: tuple = (), **changes) -> Path:
@@ -141,8 +169,10 @@ forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(["preload"])
 
 
-def run_train_gpt2(words: Sequence[str], output: Path, env: dict[str, str], patches: Sequence[Callable]):
-    """In a process of its own: python train_gpt2.py <words>, with what it prints in a file."""
+def run_to_file(
+    script: str, words: Sequence[str], output: Path, env: dict[str, str], patches: Sequence[Callable]
+):
+    """Runs `python <script> <words>` in this process, forked for it; the output goes to a file."""
     if "train_gpt2" not in sys.modules:
         raise RuntimeError("the fork server has not imported preload.py: this would take seconds each time")
     with open(output, "wb") as file:
@@ -152,22 +182,22 @@ def run_train_gpt2(words: Sequence[str], output: Path, env: dict[str, str], patc
     torch.set_num_threads(1)
     for patch in patches:
         patch()
-    sys.argv = [str(ROOT / "train_gpt2.py"), *words]
+    sys.argv = [str(ROOT / script), *words]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Training:
-    """`python train_gpt2.py <words>`, or as many of them as torchrun would start for world_size.
+    """`python train_gpt2.py <words>`, or another script, in as many processes as torchrun would start.
 
-    They are processes like any other, but forked from one that has imported everything, so that they start in
-    a tenth of a second. patches: functions of a module, or functools.partial of such, which each process
-    calls before it begins.
+    The processes are forked from one that has imported everything, and so start in a tenth of a second.
+    patches: functions of a module, or functools.partial of such, which each process calls before it begins.
     """
 
     def __init__(
-        self, folder: Path, words: Sequence[str], world_size: int = 1, patches: Sequence[Callable] = ()
-    ):
-        env: list[dict[str, str]] = [{}]
+        self, folder: Path, words: Sequence[object], world_size: int = 1, patches: Sequence[Callable] = (),
+        script: str = "train_gpt2.py",
+    ):  # fmt: skip
+        words, env = [str(word) for word in words], [{}]
         if world_size > 1:
             # As under torchrun, the store outlives the processes; and no port has to be guessed.
             self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -178,19 +208,19 @@ class Training:
             env = [dict(common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(world_size)]
         self.outputs = [folder / f"rank{rank}.txt" for rank in range(world_size)]
         self.ranks = [
-            forkserver.Process(target=run_train_gpt2, args=(words, *its, patches), daemon=True)
+            forkserver.Process(target=run_to_file, args=(script, words, *its, patches), daemon=True)
             for its in zip(self.outputs, env)
         ]
         for process in self.ranks:
             process.start()
 
     def printed(self, rank: int | None = None) -> str:
-        """What a rank, or all one after another, have printed."""
+        """Returns the output of a rank, or of all in order."""
         outputs = self.outputs if rank is None else [self.outputs[rank]]
         return "".join(path.read_text(encoding="utf-8") for path in outputs if path.exists())
 
     def wait_for(self, what: str | Path, rank: int = 0, timeout: float = 60) -> str:
-        """Waits until these words are printed, or this file is there; returns what is printed."""
+        """Waits until these words are printed or this file exists; returns the output."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             is_over = self.ranks[rank].exitcode is not None
@@ -206,7 +236,7 @@ class Training:
         return any(process.is_alive() for process in self.ranks)
 
     def wait(self, timeout: float = 60) -> list[int | None]:
-        """The exit code of each rank, once all have ended. That they do not end in time is an error."""
+        """Waits for all ranks and returns their exit codes; fails if one does not end in time."""
         end = time.monotonic() + timeout
         for rank, process in enumerate(self.ranks):
             process.join(max(0.0, end - time.monotonic()))
@@ -217,7 +247,7 @@ class Training:
         return [process.exitcode for process in self.ranks]
 
     def finish(self) -> str:
-        """Waits for the end of a run that is to succeed; returns what was printed."""
+        """Waits for a run that must succeed; returns its output."""
         codes = self.wait()
         assert not any(codes), f"{codes}:\n{self.printed()}"
         return self.printed()

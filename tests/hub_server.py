@@ -20,15 +20,18 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from email.message import Message
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import pytest
 import yaml
+
+from lib import files, hub
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -485,48 +488,23 @@ class Client:
         self.process.communicate()
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[HubServer]:
-    with HubServer({}) as server:
-        yield server
+# -----------------------------------------------------------------------------
+# a script that sees the server
 
 
-@pytest.fixture(scope="module")
-def shared_client(server, tmp_path_factory) -> Iterator[Client]:
-    client = Client(server, tmp_path_factory.mktemp("home"), TOKEN)
-    yield client
-    client.close()
-    assert TOKEN not in client.stderr
+def see_hub(environment: dict[str, str], patience: float, picture: bool = True):
+    """A patch for helpers.Training: sets the shell's variables. Pauses take a fiftieth of their time
+    (huggingface_hub's own are up to 23 s before an error). Without `picture`, a run's upload does not find
+    plot.py, which saves a second per upload."""
+    os.environ.update(environment)
+    hub.PATIENCE = patience
+    time.sleep = partial(sleep_less, time.sleep)
+    if not picture:
+        files.ROOT = Path("/nowhere")  # the upload looks for plot.py there
 
 
-@pytest.fixture
-def client(shared_client, server) -> Iterator[Client]:
-    server.faults.clear()
-    server.requests.clear()
-    yield shared_client
-    server.faults.clear()
-
-
-@pytest.fixture
-def repo(server, request) -> str:
-    """Names a repository for this test alone: clients cache what they know of a repository."""
-    return f"org/{abs(hash(request.node.nodeid)):x}"
-
-
-def start_fineweb(server: HubServer, home: Path, *arguments: str | Path, token: str = "") -> subprocess.Popen:
-    """Starts fineweb.py as a user does."""
-    env = {**os.environ, **server.environment(home, token), "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(ROOT / "fineweb.py"), *map(str, arguments)]
-    return subprocess.Popen(
-        command, env={**env, "OMP_NUM_THREADS": "1", "DOWNLOAD_PATIENCE": "10"}, encoding="utf-8",
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen) -> tuple[str, str]:
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out, err
+def sleep_less(sleep: Callable[[float], None], seconds: float):
+    sleep(seconds / 50)
 
 
 def list_files(folder: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""What earlier commits left on disk still works: tests/fixtures/run_<commit>.tar.xz is a run of each.
+"""Files of earlier commits still work: tests/fixtures/run_<commit>.tar.xz is a run of each.
 
 The fixture is a run of twelve steps: its shards, its log of all steps and its checkpoint of step 6. Embedding
 rows that the data do not use are zero, which keeps it small.

@@ -1,7 +1,7 @@
 """Faults while training: kills, signals, a full disk, gradients that are not finite, two runs in one folder.
 
-"The same end" is: the same bytes of the final model, and the same training losses. The tests' numbers are
-those of FAULTS.md; what is done to the processes is in faults.py.
+"The same end" means the same bytes of the final model and the same training losses. The tests name their rows
+of the table in docs/reliability.md. faults.py holds what is done to the processes.
 """
 
 import dataclasses
@@ -19,31 +19,29 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from helpers import ROOT, end_of, flags, forkserver, lines_of, random_model, save_checkpoint, values
+from helpers import (
+    ROOT,
+    end_of,
+    flags,
+    forkserver,
+    lines_of,
+    links,
+    random_model,
+    resume,
+    save_checkpoint,
+    train,
+    values,
+)
 
 import train_gpt2
 from lib import checkpoint, run_folder, stops
 from train_gpt2 import Config
 
 
-@pytest.fixture
-def config(toy, tmp_path) -> Config:
-    return dataclasses.replace(toy, log_dir=str(tmp_path), run_name="run")
-
-
 @pytest.fixture(scope="session")
 def every_step(whole) -> Path:
     """A run of fifty steps and as many checkpoints. An epoch ends within step 38, a shard every 12 steps."""
     return whole(max_steps=50, total_batch_tokens=128, batch_size=2, checkpoint_every=1)
-
-
-def links(run: Path, to: Path, *steps: int) -> Path:
-    """A copy of a run with only these checkpoints, whose files are links."""
-    for step in steps:
-        name = f"step_{step:06d}"
-        shutil.copytree(run / name, to / name, copy_function=os.link)
-    shutil.copy(run / "log.txt", to / "log.txt")
-    return to
 
 
 def steps_of(run: Path) -> list[int]:
@@ -203,7 +201,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_reason_to_stop(config, t
         raise OSError("Device or resource busy")
 
     monkeypatch.setattr(run_folder, "prune", fail)
-    run = train_gpt2.main(dataclasses.replace(config, keep_last=1))
+    run = train(config, keep_last=1)
     assert steps_of(run) == [4, 8, 12]
     assert "an old checkpoint could not be removed: Device or resource busy" in capsys.readouterr().out
 
@@ -247,7 +245,7 @@ def test_a_full_disk_leaves_the_old_checkpoints_and_says_what_is_needed(config, 
         train_gpt2.main(config)
     run = tmp_path / "run"
     assert sorted(path.name for path in run.glob("*step*")) == ["step_000004"]
-    train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run)]))
+    resume(run)
     assert end_of(run) == end_of(whole())
 
 
@@ -404,7 +402,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
 
 @pytest.mark.fault(7)
 def test_a_run_that_fails_leaves_the_signals_and_the_folder_to_its_caller(config, monkeypatch):
-    """As a notebook's cell: the next Ctrl-C is the notebook's, and the run can go on."""
+    """A notebook's cell needs this: the next Ctrl-C is the notebook's, and the run can go on."""
     before = signal.getsignal(signal.SIGINT)
 
     def fail(*args):
@@ -416,7 +414,7 @@ def test_a_run_that_fails_leaves_the_signals_and_the_folder_to_its_caller(config
             train_gpt2.main(config)
         assert signal.getsignal(signal.SIGINT) is before
         # While the error is held, as a notebook does, so is what its frames hold.
-        train_gpt2.main(dataclasses.replace(config, resume="newest"))
+        train(config, resume="newest")
         assert error.value
     finally:
         signal.signal(signal.SIGINT, before)
@@ -510,13 +508,13 @@ def test_a_run_that_is_resumed_at_any_step_and_then_again_has_the_same_end(every
     for attempt in tally(3, 50):
         step = order[attempt.number]
         run = links(every_step, tmp_path / f"run{step}", step)
-        train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run), "--checkpoint-every", "3"]))
+        resume(run, "--checkpoint-every", "3")
         assert end_of(run) == end_of(every_step)
         if earlier := checkpoint.steps(run)[1:-1]:  # the second resume, from a checkpoint of the first
             shutil.rmtree(run / "step_000050")
             for folder in earlier[2:]:
                 shutil.rmtree(folder)
-            train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run)]))
+            resume(run)
             assert end_of(run) == end_of(every_step)
         optimizer = checkpoint.load(run / "step_000050").optimizer
         assert all(torch.equal(optimizer[name], tensor) for name, tensor in last.items())
@@ -652,7 +650,7 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_is_unharmed(
 
 
 def test_checkpoints_by_the_clock(config):
-    run = train_gpt2.main(dataclasses.replace(config, checkpoint_every=0, checkpoint_minutes=1e-6))
+    run = train(config, checkpoint_every=0, checkpoint_minutes=1e-6)
     assert len(checkpoint.steps(run)) >= 11
     hourly = dataclasses.replace(config, checkpoint_every=0, checkpoint_minutes=60, max_steps=3, run_name="h")
     assert steps_of(train_gpt2.main(hourly)) == [3]  # the end is saved anyhow

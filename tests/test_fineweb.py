@@ -5,13 +5,11 @@ import gzip
 import itertools
 import os
 import re
-import runpy
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,36 +29,10 @@ from corpora import (
     to_jsonl,
     to_parquet,
 )
+from helpers import ROOT, forkserver, run_script
 
 import fineweb
 from lib import shard_writer, shards, tokenizer
-
-SCRIPT = Path(fineweb.__file__)
-
-
-def run_fineweb(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    env = {**os.environ, "PYTHONIOENCODING": "utf-8", **environment}
-    return subprocess.run(command, env=env, capture_output=True, encoding="utf-8", timeout=120)
-
-
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """Runs fineweb.py as `run_fineweb` does, but in this process, which has imported its modules."""
-
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-        command = [str(SCRIPT), *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", command)
-        capsys.readouterr()
-        try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-            code = 0
-        except SystemExit as end:
-            assert isinstance(end.code, int)
-            code = end.code
-        return subprocess.CompletedProcess(command, code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -205,13 +177,7 @@ def test_shards_that_lie_in_the_output_folder_are_not_taken_for_ours(tmp_path, s
 def test_a_data_set_is_named_after_its_source(source, name):
     cfg = fineweb.Config(source=source)
     assert cfg.dataset_name == name
-    assert cfg.folder == SCRIPT.resolve().parent / "data" / name
-
-
-@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "a b", "-x"])
-def test_names_that_are_no_file_names_are_refused(name):
-    with pytest.raises(ValueError, match="--name is"):
-        _ = fineweb.Config(name=name).dataset_name
+    assert cfg.folder == ROOT / "data" / name
 
 
 # -----------------------------------------------------------------------------
@@ -260,14 +226,12 @@ def test_every_difficult_document_is_there_once_with_the_ids_of_its_text(tmp_pat
 
 
 @pytest.mark.fault(18)
-def test_the_number_of_threads_does_not_change_a_byte(tmp_path):
+def test_the_number_of_threads_does_not_change_a_byte(launch, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(to_jsonl([*DOCUMENTS, *STRANGE[3:]] * 100))
+    words = ("--source", tmp_path / "a.jsonl", "--shard-tokens", "9000")
     for workers in ("1", "2"):
-        run = run_fineweb(
-            "--source", tmp_path / "a.jsonl", "--out-dir", tmp_path / workers, "--workers", workers,
-            "--shard-tokens", "9000",
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr
+        more = ("--out-dir", tmp_path / workers, "--workers", workers)
+        launch(None, *words, *more, script="fineweb.py").finish()
     assert len(read_files(tmp_path / "1")) >= 5
     assert read_files(tmp_path / "1") == read_files(tmp_path / "2")
 
@@ -300,7 +264,6 @@ def test_a_run_that_is_killed_at_any_rename_continues(
 ):
     monkeypatch.setattr("lib.documents.BATCH_BYTES", 300)
     monkeypatch.setattr(fineweb, "PART_BYTES", part_bytes)
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
     (tmp_path / "in").mkdir()
     for name, data in files.items():
         (tmp_path / "in" / name).write_bytes(data)
@@ -349,33 +312,34 @@ def write_corpus(path: Path, megabytes: float) -> Path:
     return path
 
 
-def kill_and_compare(tmp_path: Path, source: Path, kills: int, shard_tokens: int):
+def kill_and_compare(launch, tmp_path: Path, source: Path, kills: int, shard_tokens: int):
     out, rng = tmp_path / "out", np.random.default_rng(kills)
     expected = read_files(prepare(source, tmp_path / "whole", shard_tokens=shard_tokens))
-    command = [sys.executable, str(SCRIPT), "--source", str(source), "--out-dir", str(out)]
-    command += ["--shard-tokens", str(shard_tokens)]
+    start = partial(
+        launch, None, "--source", source, "--out-dir", out, "--shard-tokens", shard_tokens,
+        script="fineweb.py",
+    )  # fmt: skip
     landed = 0
     for _ in range(kills):
         done = len(list(out.glob("parts/*/*.npy")))
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        run = start()
         deadline, more = time.monotonic() + 60, rng.integers(0, 6)
-        while run.poll() is None and len(list(out.glob("parts/*/*.npy"))) < done + more:
+        while run.is_running() and len(list(out.glob("parts/*/*.npy"))) < done + more:
             assert time.monotonic() < deadline
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.03))
         run.kill()
-        _, errors = run.communicate()
-        assert run.returncode in (0, -signal.SIGKILL), errors.decode()
+        (code,) = run.wait()
+        assert code in (0, -signal.SIGKILL), run.printed()
         if shards.is_complete(out):
             assert drop_leftovers(read_files(out)) == expected
             shutil.rmtree(out)
         else:
-            landed += run.returncode != 0 and len(list(out.glob("parts/*/*.npy"))) > 0
+            landed += code != 0 and len(list(out.glob("parts/*/*.npy"))) > 0
     assert landed >= max(1, kills // 2)
     part = shard_writer.read_part(out, 0)  # the last kill may have come too late: the run was complete
-    run = run_fineweb(*command[2:])
-    assert run.returncode == 0, run.stderr
-    assert ("resuming after" in run.stdout) == bool(part and part["shards"] and not part["complete"])
+    printed = start().finish()
+    assert ("resuming after" in printed) == bool(part and part["shards"] and not part["complete"])
     assert drop_leftovers(read_files(out)) == expected
 
 
@@ -388,19 +352,20 @@ def drop_leftovers(files: dict[str, bytes]) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", ["corpus.jsonl", pytest.param("book.txt", marks=pytest.mark.slow)])
 @pytest.mark.fault(17)
-def test_a_run_that_is_killed_at_random_instants_ends_with_the_same_bytes(tmp_path, name, tally):
+def test_a_run_that_is_killed_at_random_instants_ends_with_the_same_bytes(launch, tmp_path, name, tally):
     for attempt in tally(4, 4):
         attempt.count = 4
-        kill_and_compare(tmp_path, write_corpus(tmp_path / name, 20 if "json" in name else 12), 4, 200_000)
+        corpus = write_corpus(tmp_path / name, 20 if "json" in name else 12)
+        kill_and_compare(launch, tmp_path, corpus, 4, 200_000)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["corpus.jsonl", "book.txt"])
 @pytest.mark.fault(17)
-def test_a_run_that_is_killed_fifty_times_ends_with_the_same_bytes(tmp_path, name, tally):
+def test_a_run_that_is_killed_fifty_times_ends_with_the_same_bytes(launch, tmp_path, name, tally):
     for attempt in tally(50, 50):
         attempt.count = 50
-        kill_and_compare(tmp_path, write_corpus(tmp_path / name, 20), 50, 30_000)
+        kill_and_compare(launch, tmp_path, write_corpus(tmp_path / name, 20), 50, 30_000)
 
 
 # -----------------------------------------------------------------------------
@@ -411,7 +376,6 @@ def test_a_run_that_is_killed_fifty_times_ends_with_the_same_bytes(tmp_path, nam
 def texts(tmp_path, monkeypatch) -> Path:
     """A folder that makes several parts."""
     monkeypatch.setattr(fineweb, "PART_BYTES", 1300)
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
     (tmp_path / "in").mkdir()
     for number in range(14):
         (tmp_path / "in" / f"{number:02}.jsonl").write_bytes(to_jsonl(MANY[number * 3 : number * 3 + 8]))
@@ -481,23 +445,23 @@ def test_a_process_beyond_the_last_is_refused(variables):
         fineweb.read_share()
 
 
+def prepare_share(rank: int, texts: Path, out: Path):
+    """One of three processes, forked for it."""
+    os.environ.update(describe_process(rank, 3))
+    fineweb.PART_BYTES = 1300
+    prepare(texts, out, **OPTIONS)
+
+
 @pytest.mark.fault(18)
 def test_processes_at_the_same_time_make_the_same_bytes(tmp_path, texts):
     expected = read_files(prepare(texts, tmp_path / "one", **OPTIONS))
-    code = (
-        "import fineweb; fineweb.PART_BYTES = 1300; "
-        f"fineweb.prepare(fineweb.Config({str(texts)!r}, out_dir={str(tmp_path / 'many')!r}, **{OPTIONS!r}))"
-    )
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env={**os.environ, **describe_process(rank, 3)}, cwd=SCRIPT.parent,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in range(3)
-    ]  # fmt: skip
+    places = (texts, tmp_path / "many")
+    runs = [forkserver.Process(target=prepare_share, args=(rank, *places)) for rank in range(3)]
     for run in runs:
-        _, errors = run.communicate(timeout=60)
-        assert run.returncode == 0, errors.decode()
+        run.start()
+    for run in runs:
+        run.join(60)
+    assert [run.exitcode for run in runs] == [0, 0, 0]
     assert read_files(tmp_path / "many") == expected
 
 
@@ -508,15 +472,15 @@ def test_parts_made_in_separate_folders_are_copied_together_and_merged(tmp_path,
             prepare(texts, tmp_path / f"machine{rank}", **OPTIONS)
     all_parts = tmp_path / "machine2"
     arguments = ("--source", texts, "--out-dir", all_parts, "--merge")
-    run = script(*arguments)
+    run = script("fineweb.py", *arguments)
     assert run.returncode == 2 and "of 7 parts, these are missing or incomplete: 0, 1, 3, 4, 6" in run.stderr
     assert not shards.is_complete(all_parts)
     for rank in range(2):
         shutil.copytree(tmp_path / f"machine{rank}" / "parts", all_parts / "parts", dirs_exist_ok=True)
-    run = script(*arguments)
+    run = script("fineweb.py", *arguments)
     assert (run.returncode, run.stderr) == (0, "")
     assert read_files(all_parts) == expected
-    assert script(*arguments).returncode == 0
+    assert script("fineweb.py", *arguments).returncode == 0
     assert read_files(all_parts) == expected
 
 
@@ -633,8 +597,8 @@ def test_inspect_tells_how_long_documents_are_and_how_many_bytes_a_token_is(tmp_
     texts = ["", "one", "one two", *["one two three"] * 5, "word " * 40, "end"]
     (tmp_path / "a.jsonl").write_bytes(to_jsonl(texts))
     flags = ("--source", tmp_path / "a.jsonl", "--out-dir", tmp_path / "out")
-    assert script(*flags, "--val-tokens", "0").returncode == 0
-    run = script(*flags, "--inspect")
+    assert script("fineweb.py", *flags, "--val-tokens", "0").returncode == 0
+    run = script("fineweb.py", *flags, "--inspect")
     assert (run.returncode, run.stderr) == (0, "")
     lengths = [len(tokenizer.encode(text)) for text in texts[:-1]]  # the last ends where the data ends
     assert f"median {np.median(lengths):,.0f}, longest {max(lengths)}" in run.stdout
@@ -651,7 +615,7 @@ def test_inspect_tells_how_long_documents_are_and_how_many_bytes_a_token_is(tmp_
 
 def test_inspect_looks_into_folders_without_a_manifest(tmp_path, script):
     np.save(tmp_path / "x_train_000000.npy", np.array([50256, 15496, 11, 995, 50256, 0], dtype=np.uint16))
-    run = script("--out-dir", tmp_path, "--inspect")
+    run = script("fineweb.py", "--out-dir", tmp_path, "--inspect")
     assert (run.returncode, run.stderr) == (0, "")
     assert re.search(r"train +6 tokens  1 shards", run.stdout)
     assert "median 3, longest 3" in run.stdout
@@ -663,7 +627,7 @@ def test_inspect_refuses_what_is_unfinished_or_of_two_kinds(tmp_path, script):
     (tmp_path / "x_train_000000.bin").write_bytes(b"")
     shard_writer.begin(tmp_path / "new", {"name": "x", "parts": 1})
     for folder, message in ((tmp_path, "both .npy and .bin"), (tmp_path / "new", "incomplete")):
-        run = script("--out-dir", folder, "--inspect")
+        run = script("fineweb.py", "--out-dir", folder, "--inspect")
         assert run.returncode == 2 and message in run.stderr
 
 
@@ -688,14 +652,14 @@ def test_the_command_line_refuses_with_exit_code_2_and_the_reason(
     tmp_path, source, script, arguments, message
 ):
     arguments = [argument.format(file=source) for argument in arguments]
-    run = script(*arguments, "--out-dir", tmp_path / "out")
+    run = script("fineweb.py", *arguments, "--out-dir", tmp_path / "out")
     assert run.returncode == 2
     assert message in run.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--nonsense"], ["--source", "no/such/file.txt"]])
 def test_a_shell_sees_exit_code_2_and_no_traceback(arguments):
-    run = run_fineweb(*arguments)
+    run = run_script("fineweb.py", *arguments)
     assert run.returncode == 2
     assert arguments[-1] in run.stderr
     assert "Traceback" not in run.stderr
@@ -704,7 +668,7 @@ def test_a_shell_sees_exit_code_2_and_no_traceback(arguments):
 
 def test_the_command_line_writes_verifies_and_inspects(tmp_path, source, script):
     flags = ["--source", source, "--name", "toy", "--out-dir", tmp_path / "out"]
-    run = run_fineweb(*flags, "--val-tokens", "20", "--workers", "1")
+    run = run_script("fineweb.py", *flags, "--val-tokens", "20", "--workers", "1")
     assert (run.returncode, run.stderr) == (0, "")
     manifest = shards.read_manifest(tmp_path / "out")
     assert manifest is not None
@@ -712,17 +676,17 @@ def test_the_command_line_writes_verifies_and_inspects(tmp_path, source, script)
     assert f"{manifest['shards'][1]['tokens']:,} tokens" in run.stdout
     assert decode_shards(tmp_path / "out") == DOCUMENTS
 
-    run = script(*flags, "--inspect")
+    run = script("fineweb.py", *flags, "--inspect")
     assert (run.returncode, run.stderr) == (0, "")
     assert re.search(r"val +20 tokens ", run.stdout)
     assert tokenizer.RANKS_SHA256 in run.stdout
     assert "'<|endoftext|> is text here'" in run.stdout
 
-    run = script(*flags, "--verify")
+    run = script("fineweb.py", *flags, "--verify")
     assert (run.returncode, run.stderr) == (0, "")
     assert "all 2 shards" in run.stdout
 
     flip_a_bit(tmp_path / "out" / "toy_train_000000.npy", 200)
-    run = script(*flags, "--verify")
+    run = script("fineweb.py", *flags, "--verify")
     assert run.returncode == 2
     assert "toy_train_000000.npy" in run.stderr

@@ -4,7 +4,6 @@ tensors are and when they are computed, and nothing else."""
 import dataclasses
 import json
 import re
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from helpers import Training, end_of, flags, lines_of, random_model, undisturbed, values
+from helpers import ITEM, Training, end_of, flags, lines_of, links, random_model, train, undisturbed, values
 from safetensors.torch import load_file
 
 import train_gpt2
@@ -39,21 +38,12 @@ def whole(toy, tmp_path_factory) -> Callable[..., Path]:
     return undisturbed(toy, tmp_path_factory)
 
 
-@pytest.fixture
-def config(toy, tmp_path) -> Config:
-    return dataclasses.replace(toy, log_dir=str(tmp_path), run_name="run")
-
-
 @pytest.fixture(scope="session")
 def busy(toy, tmp_path_factory) -> Callable[..., tuple[Path, str]]:
     """`busy(world_size, change=...)` is a run that evaluates in every way: its folder and what it printed."""
-    item = {
-        "ctx": "A man sits on a roof. he", "ctx_a": "A man sits on a roof.", "ctx_b": "he", "label": 1,
-        "activity_label": "Roofing", "endings": ["sings.", "lays a tile.", "is a dog.", "flies."],
-    }  # fmt: skip
     # Three, which two processes cannot share evenly; the words that are right differ in likelihood.
     contexts = ("A man sits on a roof. he", "Words", "The end of the long winter is near. it")
-    lines = [json.dumps({**item, "ctx": ctx, "label": n}) for n, ctx in enumerate(contexts)]
+    lines = [json.dumps({**ITEM, "ctx": ctx, "label": n}) for n, ctx in enumerate(contexts)]
 
     def busy(world_size: int, **changes) -> tuple[Path, str]:
         folder = tmp_path_factory.mktemp("busy")
@@ -134,8 +124,7 @@ def test_a_run_goes_on_sharded_or_not(launch, whole, tmp_path, before, now):
     run = tmp_path / "run"
     undisturbed = whole(2, fsdp=True)
     saved = whole(before[0], fsdp=True) if before[1] else whole(before[0])
-    shutil.copytree(saved / "step_000005", run / "step_000005")
-    shutil.copy(saved / "log.txt", run / "log.txt")
+    links(saved, run, 5)
     word = "--fsdp" if now[1] else "--no-fsdp"
     printed = launch(None, "--resume", str(run), word, world_size=now[0]).finish()
     assert f"--fsdp was {before[1]}, is {now[1]}" in printed and "resumed at step 5" in printed
@@ -152,9 +141,7 @@ def test_a_run_goes_on_sharded_or_not(launch, whole, tmp_path, before, now):
 def test_a_sharded_run_that_goes_on_by_the_same_command_ends_bit_identical(launch, config, whole):
     cfg = dataclasses.replace(config, fsdp=True, activation_checkpointing=True)
     undisturbed = whole(2, fsdp=True, activation_checkpointing=True)
-    run = Path(config.log_dir) / "run"
-    shutil.copytree(undisturbed / "step_000005", run / "step_000005")
-    shutil.copy(undisturbed / "log.txt", run / "log.txt")
+    run = links(undisturbed, Path(config.log_dir) / "run", 5)
     assert "resumed at step 5" in launch(cfg, "--resume", world_size=2).finish()
     assert end_of(run) == end_of(undisturbed)
 
@@ -199,7 +186,7 @@ def test_a_gradient_that_is_not_finite_leaves_all_shards_as_they_are(launch, con
 @pytest.mark.fault(23)
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_overflow_in_one_shard_halves_the_scale_of_all(launch, config, rank):
-    """Were it halved on one process only, the gradients of the next step would be sums of unlike ones."""
+    """If one process alone halved it, the next step would sum gradients of different scales."""
     cfg = dataclasses.replace(config, fsdp=True, dtype="float16", max_steps=6, checkpoint_every=1)
     launch(cfg, world_size=2, patches=[partial(faults.poison_an_element, "inf", rank, 2)]).finish()
     run = Path(config.log_dir) / "run"
@@ -284,7 +271,7 @@ def test_training_with_activation_checkpointing_ends_bit_identical(config, monke
     assert calls == {True: 3 * 4 * 10, False: 3 * 2} and caches == {True}
     calls.update({True: 0, False: 0})
     caches.clear()
-    recomputed = train_gpt2.main(dataclasses.replace(cfg, run_name="re", activation_checkpointing=True))
+    recomputed = train(cfg, run_name="re", activation_checkpointing=True)
     assert calls == {True: 2 * 3 * 4 * 10, False: 3 * 2}
     assert caches == {False}  # copies of all weights in bfloat16 would be kept as long as the forward pass
     assert end_of(recomputed) == end_of(kept)

@@ -4,13 +4,13 @@ conversation through a pipe (on a terminal: test_terminal.py)."""
 import io
 import json
 import random
-import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, VOCAB_SIZE, random_model, run_script, save_checkpoint, scripted_model
+from helpers import VOCAB_SIZE, random_model, run_script, save_checkpoint, scripted_model
 
 import generate
 from generate import Config
@@ -34,10 +34,16 @@ def scripted(tmp_path_factory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("run"), scripted_model(ids))
 
 
-def command(folder: Path, *args: str, stdin: str = "") -> str:
-    done = run_script("generate.py", "--model", str(folder), "--device", "cpu", *args, stdin=stdin)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def command(script) -> Callable[..., str]:
+    """Runs generate.py with a checkpoint; returns what it prints."""
+
+    def command(folder: Path, *args: str, stdin: str = "") -> str:
+        done = script("generate.py", "--model", folder, "--device", "cpu", *args, stdin=stdin)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return command
 
 
 def continuation(folder: Path, prompt: str, **options) -> str:
@@ -52,7 +58,7 @@ def pieces_of(model: generate.GPT, prompt: str, cfg: Config) -> list[generate.Pi
     return [piece for (pieces,) in steps for piece in pieces]
 
 
-def test_greedy_output_is_the_prompt_and_the_text_of_transformers_pipeline(folder):
+def test_greedy_output_is_the_prompt_and_the_text_of_transformers_pipeline(command, folder):
     from transformers import pipeline
 
     out = command(folder, "--prompt", PROMPT, "--temperature", "0", "--max-tokens", "40")
@@ -62,7 +68,7 @@ def test_greedy_output_is_the_prompt_and_the_text_of_transformers_pipeline(folde
     assert out.startswith(PROMPT) and len(out) > len(PROMPT) + 40
 
 
-def test_the_same_seed_gives_the_same_text_and_another_seed_another(folder):
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(command, folder):
     out = command(folder, "--prompt", PROMPT, "--max-tokens", "20", "--seed", "7")
     same, other = (continuation(folder, PROMPT, max_tokens=20, seed=seed) for seed in (7, 8))
     assert out == PROMPT + same + "\n"
@@ -123,7 +129,7 @@ def test_several_samples_are_parted_by_an_empty_line_and_written_as_json(folder,
     assert (result["max_tokens"], result["temperature"], result["seed"]) == (8, 1.5, 0)
 
 
-def test_the_text_ends_at_end_of_text_and_keeps_characters_that_span_tokens(scripted, tmp_path):
+def test_the_text_ends_at_end_of_text_and_keeps_characters_that_span_tokens(command, scripted, tmp_path):
     path = tmp_path / "out.json"
     out = command(scripted, "--prompt", PROMPT, "--temperature", "0", "--json", str(path))
     assert out == PROMPT + MIXED + "\n"
@@ -143,11 +149,6 @@ def test_a_text_cut_inside_a_character_ends_with_a_replacement_sign(scripted):
     cut = next(n for n in range(1, len(ids)) if "�" in tokenizer.decode(ids[:n]))
     text = continuation(scripted, PROMPT, temperature=0, max_tokens=cut)
     assert text == tokenizer.decode(ids[:cut]) and text.endswith("�")
-
-
-def test_samples_made_as_a_batch_end_at_end_of_text_too(scripted, capsys):
-    out = generated(capsys, scripted, prompt=PROMPT, temperature=0, num_samples=2)
-    assert out == f"{PROMPT}{MIXED}\n\n{PROMPT}{MIXED}\n"
 
 
 # Stop strings
@@ -198,7 +199,7 @@ def test_only_what_may_become_a_stop_string_is_held_back():
     assert shown == ["A", "", "", "", "", " zebra crosses", "."]
 
 
-def test_the_flag_stop_ends_the_making_too(scripted, capsys, monkeypatch):
+def test_the_flag_stop_ends_the_making_too(command, scripted, capsys, monkeypatch):
     calls = []
     monkeypatch.setattr(generate.GPT, "lm_head", lambda self, x: calls.append(1) or lm_head(self, x))
     options = dict(prompt=PROMPT, temperature=0)
@@ -227,7 +228,8 @@ def test_a_prompt_comes_from_a_file_or_from_standard_input(scripted, tmp_path, c
     assert text == "日 is" + MIXED + "\n"
     result = json.loads(out.read_text(encoding="utf-8"))
     assert (result["prompt"], result["prompt_file"]) == ("日 is", str(path))
-    assert command(scripted, "--prompt-file", "-", "--temperature", "0", stdin="日 is\n") == text
+    words = ("--model", scripted, "--device", "cpu", "--prompt-file", "-", "--temperature", "0")
+    assert run_script("generate.py", *words, stdin="日 is\n").stdout == text
 
 
 @pytest.mark.parametrize(
@@ -242,11 +244,11 @@ def test_a_prompt_comes_from_a_file_or_from_standard_input(scripted, tmp_path, c
         (["--interactive", "--json", "a.json"], "leave --json out"),
     ],
 )
-def test_a_prompt_that_cannot_be_had_exits_2_with_the_reason(monkeypatch, capsys, tmp_path, args, reason):
+def test_a_prompt_that_cannot_be_had_exits_2_with_the_reason(script, tmp_path, args, reason):
     (tmp_path / "latin1.txt").write_bytes("naïve".encode("latin-1"))
-    assert run_as_main(monkeypatch, *(arg.format(tmp=tmp_path) for arg in args)) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and reason in captured.err and captured.err.startswith("generate.py: ")
+    done = script("generate.py", *(arg.format(tmp=tmp_path) for arg in args))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert reason in done.stderr and done.stderr.startswith("generate.py: ")
 
 
 # Probabilities
@@ -331,7 +333,7 @@ def conversation(monkeypatch, capsys, folder: Path, *lines: str, **options) -> t
     return captured.out, captured.err.splitlines()[1:]  # the first says what to do
 
 
-def test_a_conversation_through_a_pipe_continues_the_text_so_far(folder):
+def test_a_conversation_through_a_pipe_continues_the_text_so_far(command, folder):
     options = dict(temperature=1.5, max_tokens=5)
     flags = ("--interactive", "--temperature", "1.5", "--max-tokens", "5")
     out = command(folder, *flags, stdin="One\n\nTwo\n")
@@ -359,15 +361,15 @@ def test_a_setting_changes_what_follows_and_reset_forgets_the_text(folder, monke
     ("flag", "value"), [("--temperature", "-1"), ("--top-p", "1.5"), ("--max-tokens", "many")]
 )
 def test_a_bad_setting_gets_the_flags_message_and_the_session_goes_on(
-    folder, monkeypatch, capsys, flag, value
+    script, folder, monkeypatch, capsys, flag, value
 ):
-    assert run_as_main(monkeypatch, flag, value) == 2
-    said = capsys.readouterr().err
+    done = script("generate.py", flag, value)
+    assert done.returncode == 2
     out, err = conversation(
         *(monkeypatch, capsys, folder, f"/set {flag.removeprefix('--')} {value}", "One"), max_tokens=5
     )
     assert out == "One" + continuation(folder, "One", max_tokens=5, seed=1) + "\n"
-    reason = next(line for line in said.removeprefix("generate.py: ").splitlines() if flag in line)
+    reason = next(line for line in done.stderr.removeprefix("generate.py: ").splitlines() if flag in line)
     assert reason.strip(" │") in [line.strip(" │") for line in err]
 
 
@@ -401,14 +403,6 @@ def test_probabilities_can_be_asked_for_in_a_conversation(folder, monkeypatch, c
 # Refusals
 
 
-def run_as_main(monkeypatch, *args: str) -> int | str | None:
-    """Runs the script in this process as `python generate.py ...` does; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["generate.py", *args])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "generate.py"), run_name="__main__")
-    return stop.value.code
-
-
 @pytest.mark.parametrize(
     ("flag", "value", "reason"),
     [
@@ -422,11 +416,10 @@ def run_as_main(monkeypatch, *args: str) -> int | str | None:
         ("--num-samples", "0", "at least 1"),
     ],
 )
-def test_a_value_that_cannot_work_exits_2_with_flag_value_and_bound(monkeypatch, capsys, flag, value, reason):
-    assert run_as_main(monkeypatch, flag, value) == 2
-    captured = capsys.readouterr()
-    assert captured.err == f"generate.py: {flag} is {value}; it must be {reason}\n"
-    assert captured.out == ""
+def test_a_value_that_cannot_work_exits_2_with_flag_value_and_bound(script, flag, value, reason):
+    done = script("generate.py", flag, value)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"generate.py: {flag} is {value}; it must be {reason}\n"
 
 
 @pytest.mark.parametrize(
@@ -438,12 +431,10 @@ def test_a_value_that_cannot_work_exits_2_with_flag_value_and_bound(monkeypatch,
         (["--device", "abacus", "--model", "{folder}"], ["abacus", "cuda"]),
     ],
 )
-def test_a_bad_flag_model_or_device_exits_2_with_the_reason(monkeypatch, capsys, folder, args, reasons):
-    assert run_as_main(monkeypatch, *(arg.format(folder=folder) for arg in args)) == 2
-    captured = capsys.readouterr()
-    for reason in reasons:
-        assert reason in captured.err
-    assert captured.out == ""
+def test_a_bad_flag_model_or_device_exits_2_with_the_reason(script, folder, args, reasons):
+    done = script("generate.py", *(arg.format(folder=folder) for arg in args))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert not [reason for reason in reasons if reason not in done.stderr]
 
 
 def test_the_process_itself_exits_2():

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import VOCAB_SIZE, random_model, run_script, save_checkpoint
-from torch.multiprocessing.spawn import spawn
+from helpers import VOCAB_SIZE, forkserver, random_model, save_checkpoint
 
 import hellaswag
 from lib import tokenizer
@@ -21,7 +20,7 @@ from model import GPT
 
 
 def item(activity: str, ctx_a: str, ctx_b: str, label: int, *endings: str) -> dict:
-    """As in the real file: ctx is ctx_a, a blank and ctx_b."""
+    """Returns an item of the real file's form: ctx is ctx_a, a blank and ctx_b."""
     ctx = f"{ctx_a} {ctx_b}" if ctx_b else ctx_a
     return dict(
         ind=len(ctx), activity_label=activity, ctx_a=ctx_a, ctx_b=ctx_b, ctx=ctx, split="val",
@@ -211,7 +210,7 @@ def test_the_batch_size_does_not_change_scores(model, batch_size):
 
 
 def test_many_rows_have_the_scores_that_each_has_alone(model):
-    """More tokens than there are logits at a time; shared contexts; many lengths."""
+    """The rows have more tokens than one block of logits, shared contexts and many lengths."""
     draw = random.Random(0)
     ids = [draw.randrange(VOCAB_SIZE) for _ in range(64)]
     rows = [(ids[: draw.randint(2, 6)], ids[-draw.randint(1, 40) :]) for _ in range(120)]
@@ -273,13 +272,19 @@ def rank_of_two(rank: int, folder: str, data: str, out: str):
 def test_two_processes_give_exactly_the_figures_of_one_and_share_the_rows(model, folder, tmp_path):
     items = ITEMS[:7]
     data = write_items(tmp_path / "items.jsonl", items)
-    spawn(rank_of_two, (str(folder), str(data), str(tmp_path)), nprocs=2)
+    where = (str(folder), str(data), str(tmp_path))
+    ranks = [forkserver.Process(target=rank_of_two, args=(rank, *where)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
     results = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     expected = hellaswag.evaluate(model, items, show=False)
     assert [result for result, _ in results] == [expected, expected]
     assert [scored for _, scored in results] == [[16, 16], [12, 12]]
 
 
+@pytest.mark.slow  # lm_eval takes ten seconds to import
 def test_the_harness_protocol_gives_lm_evals_own_figures(model, folder, tmp_path):
     from lm_eval import evaluator
     from lm_eval.models import huggingface
@@ -317,12 +322,10 @@ def test_the_harness_protocol_gives_lm_evals_own_figures(model, folder, tmp_path
         assert 0 < figure < 1
 
 
-def test_the_command_prints_and_writes_both_protocols(folder, tmp_path):
+def test_the_command_prints_and_writes_both_protocols(script, folder, tmp_path):
     data, out = write_items(tmp_path / "items.jsonl", ITEMS), tmp_path / "scores.json"
-    done = run_script(
-        *("hellaswag.py", "--model", str(folder), "--data", str(data), "--device", "cpu"),
-        *("--limit", "9", "--json", str(out)),
-    )
+    words = ("--model", folder, "--data", data, "--device", "cpu", "--limit", "9", "--json", out)
+    done = script("hellaswag.py", *words)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text(encoding="utf-8"))
     expected = hellaswag.evaluate(load_model(str(folder), "cpu")[0], ITEMS[:9], show=False)

@@ -1,15 +1,13 @@
 """lib/hub.py: lists, downloads and uploads over good and bad networks."""
-# ruff: noqa: F401, F811 (fixtures are imported, and arguments have their names)
 
 import json
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from corpora import wait_until
-from hub_server import COMMIT, TOKEN, Client, client, list_files, repo, server, shared_client
+from hub_server import COMMIT, TOKEN, Client, list_files
 
 from lib import hub
 

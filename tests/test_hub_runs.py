@@ -1,52 +1,36 @@
 """Runs and the Hugging Face Hub: what is refused before the first step, uploads that are disturbed, runs that
-go on from there. Row 27 of FAULTS.md, through the real huggingface_hub against hub_server.py."""
+go on from there. Row 27 of docs/reliability.md, by the real huggingface_hub against hub_server.py."""
 
 import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from corpora import wait_until
 from faults import each_training_forward, hold_in_save, hold_in_step
-from helpers import Training, end_of, lines_of, resealed, values
-from hub_server import COMMIT, TOKEN, HubServer
-from test_hub import Client, wait_until
+from helpers import end_of, lines_of, resealed, values
+from hub_server import COMMIT, HubServer
 
-from lib import checkpoint, hub, run_folder, runs
-from lib import files as lib_files
+from lib import checkpoint, run_folder, runs
 from train_gpt2 import Config
 
 pytestmark = pytest.mark.fault(27)
 REPO = "me/toy"
 
 
-def see_hub(environment: dict[str, str], patience: float, picture: bool):
-    """A patch for helpers.Training: what the shell's variables would be. Pauses take a fiftieth of their time
-    (huggingface_hub's own, before it hands an error on, are up to 23 s); without `picture`, plot.py is not
-    found, which saves a second each upload."""
-    os.environ.update(environment)
-    hub.PATIENCE = patience
-    time.sleep = partial(sleep_less, time.sleep)
-    if not picture:
-        lib_files.ROOT = Path("/nowhere")  # where push looks for it
-
-
-def sleep_less(sleep: Callable[[float], None], seconds: float):
-    sleep(seconds / 50)
-
-
 @pytest.fixture
 def server() -> Iterator[HubServer]:
+    """A Hub for one test: these runs all push to the same repository."""
     with HubServer({}) as server:
         yield server
         server.let_go()
@@ -57,41 +41,7 @@ def config(toy, tmp_path) -> Config:
     return dataclasses.replace(toy, log_dir=str(tmp_path / "log"), run_name="run", hub_repo=REPO)
 
 
-@pytest.fixture
-def start(launch, server, tmp_path) -> Callable[..., Training]:
-    """`start(cfg, "--resume", token=...)`: train_gpt2.py on a machine that sees `server` as the Hub."""
-
-    def start(
-        cfg: Config | None, *words: str, token: str = TOKEN, patience: float = 600, picture: bool = False,
-        patches: tuple = (), environment: dict[str, str] | None = None, **options,
-    ) -> Training:  # fmt: skip
-        env = server.environment(tmp_path / "home", token) | (environment or {})
-        return launch(cfg, *words, patches=[partial(see_hub, env, patience, picture), *patches], **options)
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def shared_hub() -> Iterator[HubServer]:
-    with HubServer({}) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(shared_hub, tmp_path_factory) -> Iterator[Client]:
-    """A process that pulls checkpoints, for the tests that need no training."""
-    client = Client(shared_hub, tmp_path_factory.mktemp("home"))
-    yield client
-    client.close()
-
-
 PULL = "from lib import hub_runs; result = str(hub_runs.pull(location, Path(log), name))"
-
-
-@pytest.fixture
-def repo(request) -> str:
-    """A name of the test's own."""
-    return f"org/{abs(hash(request.node.nodeid)):x}"
 
 
 def gate(folder: Path) -> Path:
@@ -104,12 +54,12 @@ def bytes_in(folder: Path) -> dict[str, bytes]:
 
 
 def on_the_hub(run: Path, step: int) -> dict[str, bytes]:
-    """What a run's upload of a checkpoint puts into the repository, but for the picture and the card."""
+    """Returns the files of a checkpoint's upload, without the picture and the card."""
     return bytes_in(run / f"step_{step:06d}") | {"log.txt": (run / "log.txt").read_bytes()}
 
 
 def listing(folder: Path) -> dict[str, int]:
-    """Every path below a folder and when it was last changed."""
+    """Returns every path below a folder and its time of change."""
     return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 

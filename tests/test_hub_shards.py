@@ -1,33 +1,23 @@
 """lib/hub_shards.py, and fineweb.py's downloads and uploads of shards: training straight from the Hub."""
-# ruff: noqa: F401, F811 (fixtures are imported, and arguments have their names)
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from corpora import DOCUMENTS, read_files, read_stream, to_bin, to_jsonl, wait_until
-from hub_server import (
-    COMMIT,
-    ROOT,
-    TOKEN,
-    Client,
-    HubServer,
-    client,
-    finish,
-    repo,
-    server,
-    shared_client,
-    start_fineweb,
-)
+from helpers import ROOT, Training
+from hub_server import COMMIT, TOKEN, Client
 
 import fineweb
-from lib import shard_writer, shards, tokenizer
+from lib import hub_shards, shard_writer, shards, tokenizer
 
 # -----------------------------------------------------------------------------
 # shards from and to the Hub
@@ -173,7 +163,7 @@ def test_shards_that_were_pushed_come_back_as_they_were(client, server, repo, ou
 
 
 @pytest.mark.parametrize("case", ["no login", "wrong token", "no permission", "another's"])
-def test_a_push_that_is_not_allowed_is_refused_before_any_work(server, repo, tmp_path, case):
+def test_a_push_that_is_not_allowed_is_refused_before_any_work(start, server, repo, tmp_path, case):
     (tmp_path / "a.jsonl").write_bytes(to_jsonl(DOCUMENTS))
     token = {"no login": "", "wrong token": "hf_WrongToken"}.get(case, TOKEN)
     if case == "another's":
@@ -181,13 +171,11 @@ def test_a_push_that_is_not_allowed_is_refused_before_any_work(server, repo, tmp
     if case in ("no permission", "another's"):
         server.read_only.add(f"datasets/{repo}")
     flags = ["--source", tmp_path / "a.jsonl", "--out-dir", tmp_path / "out", "--push-to", repo]
-    process = start_fineweb(server, tmp_path / "home", *flags, token=token)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert repo in err
-    assert "Traceback" not in err
+    pushing = start(None, *flags, script="fineweb.py", token=token, patience=10)
+    assert pushing.wait() == [2]
+    assert repo in pushing.printed() and "Traceback" not in pushing.printed()
     assert not (tmp_path / "out").exists()
-    assert not token or token not in out + err
+    assert not token or token not in pushing.printed()
 
 
 # -----------------------------------------------------------------------------
@@ -308,30 +296,27 @@ def test_a_run_that_is_over_does_not_wait_for_the_next_shard(server, repo, ours,
         server.faults.clear()
 
 
-TRAIN = """
-import runpy, sys
-from pathlib import Path
-from lib import hub_shards
-hub_shards.HUB_CACHE = Path(sys.argv[1])
-sys.argv = ["train_gpt2.py", *sys.argv[2:]]
-sys.path.insert(0, {root!r})
-runpy.run_path({script!r}, run_name="__main__")
-"""
-SHAPE = ["--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--seq-len", "32", "--batch-size", "4"]
-LENGTH = ["--total-batch-tokens", "128", "--max-steps", "60", "--warmup-steps", "5", "--val-tokens", "512"]
-EVERY = ["--hellaswag-every", "0", "--sample-every", "0", "--val-every", "20", "--checkpoint-every", "50"]
-TINY = [*SHAPE, *LENGTH, *EVERY, "--no-compile", "--dtype", "float32", "--device", "cpu"]
+def set_cache(folder: Path):
+    """A patch: shards are kept in this folder instead of in data/hub/."""
+    hub_shards.HUB_CACHE = folder
 
 
-def train(server: HubServer, folder: Path, data: str | Path, *flags: str) -> subprocess.Popen:
-    """train_gpt2.py, with folder/log and folder/cache instead of log/ and data/server/."""
-    script = TRAIN.format(root=str(ROOT), script=str(ROOT / "train_gpt2.py"))
-    places = [str(folder / "cache"), "--log-dir", str(folder / "log"), "--dataset-path", str(data)]
-    env = {**os.environ, **server.environment(folder / "home"), "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *places, *flags], env={**env, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-    )  # fmt: skip
+@pytest.fixture
+def train(start, toy, tmp_path) -> Callable[..., Training]:
+    """Starts 60 steps of train_gpt2.py, with tmp_path/log and tmp_path/cache for log/ and data/hub/."""
+
+    def train(
+        data: str | Path, *words: str, run_name: str, cache_gb: float = 20.0, world_size: int = 1
+    ) -> Training:
+        shape: dict = dict(n_layer=1, n_head=1, n_embd=16, seq_len=32, batch_size=2, total_batch_tokens=128)
+        steps: dict = dict(max_steps=60, warmup_steps=5, val_every=20, val_tokens=512, checkpoint_every=50)
+        cfg = dataclasses.replace(
+            toy, dataset_path=str(data), log_dir=str(tmp_path / "log"), run_name=run_name, dropout=0.0,
+            cache_gb=cache_gb, **shape, **steps,
+        )  # fmt: skip
+        return start(cfg, *words, patches=(partial(set_cache, tmp_path / "cache"),), world_size=world_size)
+
+    return train
 
 
 def read_log(run: Path) -> list[str]:
@@ -340,37 +325,32 @@ def read_log(run: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_training_outlives_a_cut_of_the_network(server, repo, ours, tmp_path):
+def test_training_outlives_a_cut_of_the_network(train, server, repo, ours, tmp_path):
     server.commit(f"datasets/{repo}", read_files(ours))
-    server.requests.clear()
-    here = train(server, tmp_path, ours, *TINY, "--run-name", "local")
-    flags = [*TINY, "--run-name", "hub", "--cache-gb", f"{4 * SHARD_BYTES / 1e9}"]
-    there = train(server, tmp_path, f"hf://datasets/{repo}", *flags)
-    wait_until(lambda: len(server.downloads()) > 5, there)
+    here = train(ours, run_name="local")
+    there = train(f"hf://datasets/{repo}", run_name="hub", cache_gb=4 * SHARD_BYTES / 1e9)
+    wait_until(lambda: len(server.downloads()) > 5)
     log = tmp_path / "log" / "hub" / "log.txt"
     with server.cut():
-        time.sleep(3)
+        there.wait_for("refused")
         at_the_cut = len(log.read_text().splitlines()) if log.exists() else 0
-        time.sleep(0.5)
-        assert there.poll() is None
-    finish(here)
-    _, err = finish(there)
+        assert there.is_running()
+    here.finish()
+    there.finish()
     assert at_the_cut < 60 * 4, "the run had ended before the network was cut"
-    assert "refused" in err
     assert read_log(tmp_path / "log" / "hub") == read_log(tmp_path / "log" / "local")
     assert len(read_log(tmp_path / "log" / "hub")) == 60 * 3 + 4
     assert len(list((tmp_path / "cache").rglob("*.npy"))) <= 4
     # The data are the same wherever they are: the run goes on from the folder.
     run = tmp_path / "log" / "hub"
-    again = train(server, tmp_path, ours, "--resume", str(run / "step_000050"))
-    finish(again)
+    train(ours, "--resume", str(run / "step_000050"), run_name="hub").finish()
     assert read_log(run) == read_log(tmp_path / "log" / "local")
 
 
 @pytest.mark.slow
-def test_two_training_processes_share_a_cache(server, repo, ours, tmp_path):
+def test_two_training_processes_share_a_cache(train, server, repo, ours, tmp_path):
     server.commit(f"datasets/{repo}", read_files(ours))
-    flags = [*TINY, "--num-gpus", "2", "--batch-size", "2", "--cache-gb", f"{3.2 * SHARD_BYTES / 1e9}"]
-    finish(train(server, tmp_path, f"hf://datasets/{repo}", *flags, "--run-name", "hub"))
-    finish(train(server, tmp_path, ours, *flags, "--run-name", "local"))
+    options: dict = dict(cache_gb=3.2 * SHARD_BYTES / 1e9, world_size=2)
+    train(f"hf://datasets/{repo}", run_name="hub", **options).finish()
+    train(ours, run_name="local", **options).finish()
     assert read_log(tmp_path / "log" / "hub") == read_log(tmp_path / "log" / "local")

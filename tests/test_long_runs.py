@@ -1,11 +1,9 @@
-"""Runs that are long or dear: a limit of time, evaluating alone, a batch as large as the memory, dry runs."""
+"""Long runs: --max-hours, --eval-only, --batch-size auto, --dry-run."""
 
 import dataclasses
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from helpers import ROOT, end_of, flags, values
+from helpers import ITEM, end_of, flags, run_script, values
 
 import train_gpt2
 from lib import checkpoint, plan, run_folder, runs
@@ -22,11 +20,6 @@ from lib.processes import Process
 from model import GPT, GPTConfig
 from train_gpt2 import Config
 
-ITEM = {
-    "ctx": "A man sits on a roof. he", "ctx_a": "A man sits on a roof.", "ctx_b": "he", "label": 1,
-    "activity_label": "Roofing", "endings": ["sings.", "lays a tile.", "is a dog of some size.", "flies."],
-}  # fmt: skip
-
 
 @pytest.fixture
 def config(toy, tmp_path) -> Config:
@@ -34,18 +27,18 @@ def config(toy, tmp_path) -> Config:
 
 
 def names(folder: Path) -> list[str]:
-    """All that is in a folder, hidden files, too."""
+    """Lists all files and folders below a folder, hidden ones, too."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def content(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Every file's bytes, and when it was written."""
+    """Returns every file's bytes and time of change."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def evaluations(printed: str, step: int) -> list[str]:
-    """What was printed of a step's evaluations: samples do not say of which they are."""
+    """Returns the lines of a step's evaluations; those of samples do not name the step."""
     found, at = [], None
     for line in printed.splitlines():
         at = int(line.split()[1]) if line.startswith("step ") else at
@@ -66,7 +59,7 @@ def state_of(run: Path) -> dict:
 def test_a_run_that_has_had_its_hours_saves_stops_and_goes_on_to_the_same_end(
     launch, config, whole, world_size, on_rank
 ):
-    """Also where the clock of one rank only says so."""
+    """One rank's clock suffices."""
     late = partial(faults.two_hours_pass, 6, on_rank)
     training = launch(config, "--max-hours", "1", world_size=world_size, patches=[late])
     assert training.wait() == [4] * world_size, training.printed()
@@ -91,8 +84,7 @@ def test_every_start_makes_a_step_however_short_its_time(launch, config, whole):
 
 @pytest.mark.slow
 def test_the_command_that_started_several_processes_has_the_code_of_those(config):
-    command = [sys.executable, str(ROOT / "train_gpt2.py"), *flags(config), "--num-gpus", "2"]
-    result = subprocess.run([*command, "--max-hours", "1e-9"], capture_output=True, encoding="utf-8")
+    result = run_script("train_gpt2.py", *flags(config), "--num-gpus", "2", "--max-hours", "1e-9")
     assert result.returncode == 4, result.stderr
 
 
@@ -105,7 +97,7 @@ def hella(tmp_path) -> Callable[[], None]:
     """A patch: three items in place of HellaSwag's."""
     file = tmp_path / "items.jsonl"
     file.write_text(f"{json.dumps(ITEM)}\n" * 3, encoding="utf-8")
-    return partial(faults.take_hellaswag_from, file)
+    return partial(faults.score_items, file)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

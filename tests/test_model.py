@@ -1,7 +1,6 @@
 """model.py: the network against transformers' GPT-2, its loss, cache, sampling and Hugging Face weights."""
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -581,23 +580,3 @@ def edit_config(folder: Path, **entries):
 def test_a_name_that_is_nothing_is_refused_with_the_known_names():
     with pytest.raises(ValueError, match=r"no/such/folder.*124M.*gpt2-xl"):
         GPT.from_pretrained("no/such/folder")
-
-
-class Canary:
-    """Unpickling this writes a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
-def test_a_pickled_model_is_refused_and_not_opened(tmp_path):
-    folder, canary = tmp_path / "model", tmp_path / "canary"
-    random_theirs(SHAPES[0]).save_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(canary)))
-    with pytest.raises(FileNotFoundError, match="only safetensors"):
-        GPT.from_pretrained(folder)
-    assert not canary.exists()

@@ -22,11 +22,6 @@ from train_gpt2 import Config
 
 
 @pytest.fixture
-def config(toy, tmp_path) -> Config:
-    return dataclasses.replace(toy, log_dir=str(tmp_path), run_name="run")
-
-
-@pytest.fixture
 def port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -153,7 +148,7 @@ def store() -> TCPStore:
 
 
 def meet(store: TCPStore, ranks: list[int], world_size: int, timeout: float = 10.0) -> list[str]:
-    """What these ranks, each after a while of its own, agree on."""
+    """Returns the names that these ranks agree on, each after a random pause."""
     names = []
 
     def go(rank: int):

@@ -3,15 +3,13 @@
 import json
 import math
 import random
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, VOCAB_SIZE, random_model, run_script, save_checkpoint
+from helpers import VOCAB_SIZE, random_model, save_checkpoint
 from transformers import AutoModelForCausalLM
 
 import perplexity
@@ -144,7 +142,8 @@ def assert_same_figures(ours: dict, theirs: dict):
     assert [ours[name] for name in METRICS] == pytest.approx(expected, 1e-4)
 
 
-@pytest.mark.parametrize("as_shards", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow  # lm_eval takes ten seconds to import
+@pytest.mark.parametrize("as_shards", [False, True])
 def test_the_wikitext_protocol_gives_the_figures_of_lm_evals_task(folder, tmp_path, as_shards):
     from lm_eval.tasks.wikitext import preprocess_wikitext
 
@@ -211,12 +210,10 @@ def test_pages_begin_with_headings_of_the_first_level():
 # The command
 
 
-def test_the_command_gives_token_word_and_byte_figures(folder, tmp_path):
+def test_the_command_gives_token_word_and_byte_figures(script, folder, tmp_path):
     data, out = write_text(tmp_path), tmp_path / "out.json"
-    done = run_script(
-        *("perplexity.py", "--model", str(folder), "--data", data, "--device", "cpu"),
-        *("--stride", "10", "--json", str(out)),
-    )
+    words = ("--model", folder, "--data", data, "--device", "cpu", "--stride", "10", "--json", out)
+    done = script("perplexity.py", *words)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text(encoding="utf-8"))
     ids = tokenizer.encode(TEXT)
@@ -290,9 +287,7 @@ def test_a_split_of_shards_is_scored_as_one_stream_and_counted_document_by_docum
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_scored_exits_2_with_the_reason(
-    folder, tmp_path, monkeypatch, capsys, options, reasons
-):
+def test_what_cannot_be_scored_exits_2_with_the_reason(script, folder, tmp_path, options, reasons):
     write_text(tmp_path)
     (tmp_path / "short.txt").write_text("a", encoding="utf-8")
     (tmp_path / "latin1.txt").write_bytes("naïve".encode("latin-1"))
@@ -300,10 +295,6 @@ def test_what_cannot_be_scored_exits_2_with_the_reason(
     shard(tmp_path / "shards", "tiny_val_000000.npy", ["one two"])
     shard(tmp_path / "void", "tiny_val_000000.npy", ["", ""])
     args = [f"--{name.replace('_', '-')}={value.format(tmp=tmp_path)}" for name, value in options.items()]
-    monkeypatch.setattr(sys, "argv", ["perplexity.py", "--model", str(folder), "--device", "cpu", *args])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "perplexity.py"), run_name="__main__")
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    for reason in ["perplexity.py: ", *reasons]:
-        assert reason in message
+    done = script("perplexity.py", "--model", folder, "--device", "cpu", *args)
+    assert done.returncode == 2
+    assert not [reason for reason in ["perplexity.py: ", *reasons] if reason not in done.stderr]

@@ -80,8 +80,7 @@ def toy_model() -> GPT:
 
 
 def test_on_cuda_the_largest_batch_that_was_tried_within_nine_tenths_is_taken(toy_model, monkeypatch):
-    """With stand-ins for the GPU: 0.9 GB of it are to be used, 100 MB a sequence, 20 are too many even to
-    try."""
+    """The GPU is simulated: 0.9 GB may be used, 100 MB per sequence; 20 sequences are too many to try."""
     tried = []
     weights = sum(p.nbytes for p in toy_model.parameters())
     room, oom = (1e9 + weights) * 0.9, float("inf")

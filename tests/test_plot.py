@@ -2,15 +2,12 @@
 
 import json
 import os
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from helpers import ROOT, run_script
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
@@ -135,10 +132,10 @@ def test_by_default_the_mean_is_over_a_fiftieth_of_a_runs_steps(tmp_path):
     assert "mean of 9 steps" in figure_of(*runs, smooth=9).axes[0].get_title(loc="left")
 
 
-def test_the_command_draws_two_runs_into_one_picture(tmp_path):
+def test_the_command_draws_two_runs_into_one_picture(script, tmp_path):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", LOG.replace("9.25", "8.5"))]
     out = tmp_path / "compare.svg"
-    done = run_script("plot.py", *map(str, runs), "--out", str(out))
+    done = script("plot.py", *runs, "--out", out)
     assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
     found = words(out)
     for expected in (
@@ -291,10 +288,10 @@ def test_a_curve_as_bars():
     assert plot.draw_bars(np.array([0.0, 1.0]), np.array([2.0, 2.0]), 2) == "▁▁"
 
 
-def test_the_command_prints_the_curves_of_each_run_and_draws_only_if_told(tmp_path):
+def test_the_command_prints_the_curves_of_each_run_and_draws_only_if_told(script, tmp_path):
     run = make_run(tmp_path / "a", "".join(f"{i} train {14 - i}\n{i} val {10 - i}\n" for i in range(8)))
     runs = [run, make_run(tmp_path / "b", "0 hella 0.25\n2000 hella 0.3\n")]
-    done = run_script("plot.py", *map(str, runs), "--text")
+    done = script("plot.py", *runs, "--text")
     assert done.returncode == 0, done.stderr
     title_a, train, val, title_b, hella = done.stdout.splitlines()
     assert (title_a, title_b) == ("a, steps 0 to 7", "b, steps 0 to 2,000")
@@ -302,7 +299,7 @@ def test_the_command_prints_the_curves_of_each_run_and_draws_only_if_told(tmp_pa
     assert val.startswith("val        10 █") and val.endswith("▁ 3, best 3")
     assert hella.startswith("hella    0.25 ▁") and hella.endswith("█ 0.3, best 0.3")
     assert not list(tmp_path.rglob("*.png"))
-    done = run_script("plot.py", str(run), "--text", "--out", str(tmp_path / "a.png"))
+    done = script("plot.py", run, "--text", "--out", tmp_path / "a.png")
     assert len(done.stdout.splitlines()) == 4 and (tmp_path / "a.png").exists()
 
 
@@ -333,14 +330,10 @@ def test_a_malformed_line_is_refused_with_file_and_number(tmp_path, line):
         (["{tmp}/cut"], "cut/config.json"),
     ],
 )
-def test_what_cannot_be_drawn_exits_2_with_the_reason(tmp_path, monkeypatch, capsys, args, reason):
+def test_what_cannot_be_drawn_exits_2_with_the_reason(script, tmp_path, args, reason):
     make_run(tmp_path / "run")
     make_run(tmp_path / "empty", "")
     (make_run(tmp_path / "cut") / "config.json").write_text('{"model', encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["plot.py", *(arg.format(tmp=tmp_path) for arg in args)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "plot.py"), run_name="__main__")
-    assert stop.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("plot.py: ") and reason in captured.err
-    assert captured.out == ""
+    done = script("plot.py", *(arg.format(tmp=tmp_path) for arg in args))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("plot.py: ") and reason in done.stderr

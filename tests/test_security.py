@@ -1,17 +1,17 @@
-"""What strangers may have prepared: files and settings with code in them (row 24 of FAULTS.md), names that
-lead out of a folder (25); and that secrets stay where they are (26)."""
+"""What strangers may have prepared: code in files and settings, names that lead out of a folder; secrets.
+
+These are rows 24 to 26 of the table in docs/reliability.md.
+"""
 
 import base64
 import contextlib
 import dataclasses
 import io
 import json
-import os
 import pickle
 import runpy
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,10 @@ import pytest
 import torch
 import yaml
 from faults import each_training_forward
-from helpers import ROOT, flags, resealed
-from hub_server import TOKEN, HubServer
+from helpers import ROOT, flags, resealed, resume, train
+from hub_server import TOKEN, HubServer, see_hub
 from safetensors import SafetensorError
-from test_hub import Client
-from test_hub_runs import PULL, listing, on_the_hub, see_hub, without
+from test_hub_runs import PULL, listing, on_the_hub, without
 
 import fineweb
 import generate
@@ -58,32 +57,6 @@ def config(toy, tmp_path) -> Config:
 def run(whole, tmp_path) -> Path:
     """A copy of a finished run."""
     return Path(shutil.copytree(whole, tmp_path / "log" / "whole"))
-
-
-@pytest.fixture(scope="module")
-def shared_hub() -> Iterator[HubServer]:
-    with HubServer({}) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """HF_HOME, in a folder of its own."""
-    return tmp_path_factory.mktemp("homes") / "home"
-
-
-@pytest.fixture(scope="module")
-def client(shared_hub, home) -> Iterator[Client]:
-    """A process that sees shared_hub as the Hub, for the tests that need no training."""
-    client = Client(shared_hub, home)
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def repo(request) -> str:
-    """A name of the test's own: the clients remember what they know of a repository."""
-    return f"org/{abs(hash(request.node.nodeid)):x}"
 
 
 # -----------------------------------------------------------------------------
@@ -177,10 +150,10 @@ def test_a_pickle_among_weights_is_not_run(kind, config, run, canary, tmp_path):
         folder = Path(shutil.copytree(run, tmp_path / f"log/{name}")) / "step_000004"
         (folder / name).write_bytes(evil)
         with pytest.raises(ValueError, match=f"{name} is damaged"):
-            train_gpt2.main(*train_gpt2.parse_args(["--resume", str(folder)]))
+            resume(folder)
         resealed(folder, files=digests(folder))
         with pytest.raises((ValueError, SafetensorError)):
-            train_gpt2.main(*train_gpt2.parse_args(["--resume", str(folder)]))
+            resume(folder)
     (run / "step_000004" / "pytorch_model.bin").write_bytes(evil)
     (run / "step_000004" / "training_args.bin").write_bytes(evil)
     checkpoint.load_model(str(run), "cpu")
@@ -196,9 +169,7 @@ def refused(config: Config, model: Path):
         lambda: perplexity.main(
             perplexity.Config(model=str(model), device="cpu", data=str(ROOT / "LICENSE"))
         ),
-        lambda: train_gpt2.main(
-            dataclasses.replace(config, init_from=str(model), n_layer=None, n_head=None, n_embd=None)
-        ),
+        lambda: train(config, init_from=str(model), n_layer=None, n_head=None, n_embd=None),
         lambda: train_gpt2.parse_args(["--resume", str(model)]),
     ]
     for script in runs:
@@ -231,7 +202,7 @@ def test_a_pickle_among_data_is_not_run(kind, config, data, run, canary, tmp_pat
                 manifest["shards"] = entries
                 (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
             scripts: list[Callable[[], Any]] = [
-                lambda folder=folder: train_gpt2.main(dataclasses.replace(config, dataset_path=str(folder))),
+                lambda folder=folder: train(config, dataset_path=str(folder)),
                 lambda folder=folder: perplexity.main(
                     perplexity.Config(data=str(folder), model=str(run), device="cpu")
                 ),
@@ -278,10 +249,10 @@ def test_code_on_the_command_line_is_not_run(config, run, canary, tmp_path, capf
                 train_gpt2.main(*train_gpt2.parse_args([*flags(config), f"--{name}", code]))
         for change in ("dataset_path", "model_size", "init_from", "run_name", "device"):
             with pytest.raises((ValueError, OSError)):
-                train_gpt2.main(dataclasses.replace(config, **{change: code}))
+                train(config, **{change: code})
         log_dir = tmp_path / f"log{attempt.number}"
         prompted = dict(log_dir=str(log_dir), sample_prompt=code, sample_every=4, max_steps=1, val_every=1)
-        train_gpt2.main(dataclasses.replace(config, **prompted, val_tokens=100))
+        train(config, **prompted, val_tokens=100)
         generate.main(generate.Config(model=str(run), device="cpu", prompt=code, max_tokens=1))
         assert code in capfd.readouterr().out
         with pytest.raises((ValueError, OSError)):
@@ -301,7 +272,7 @@ def test_code_in_a_checkpoints_settings_is_not_run(run, canary, tally):
         resealed(folder, config={**settings, name: code}, **(others if attempt.number > len(first) else {}))
         words = ["--override"] if attempt.number % 3 else []
         with contextlib.suppress(Exception, SystemExit):  # refused, or it has no effect
-            train_gpt2.main(*train_gpt2.parse_args(["--resume", str(folder), *words]))
+            resume(folder, *words)
         assert not canary.exists()
         shutil.rmtree(run / "step_000004", ignore_errors=True)
 
@@ -336,7 +307,7 @@ def test_a_models_own_code_is_not_run(client, shared_hub, repo, run, config, tmp
     plain = Path(shutil.copytree(folder, tmp_path / "plain"))
     (plain / "state.json").unlink()
     generate.main(generate.Config(model=str(plain), device="cpu", max_tokens=1))
-    train_gpt2.main(dataclasses.replace(config, init_from=str(plain), n_layer=None, n_head=None, n_embd=None))
+    train(config, init_from=str(plain), n_layer=None, n_head=None, n_embd=None)
     with pytest.raises(ValueError, match="no valid checkpoint"):
         train_gpt2.parse_args(["--resume", str(plain)])
     # The same on the Hub, as a model to begin from and as a run to go on with.
@@ -385,7 +356,7 @@ BAD_NAMES = [
 def test_a_name_of_a_run_or_a_data_set_that_is_no_name_is_refused(name, config, tmp_path):
     before = listing(tmp_path)
     with pytest.raises(ValueError) as caught:
-        train_gpt2.main(dataclasses.replace(config, run_name=name))
+        train(config, run_name=name)
     assert f"--run-name is {name!r}" in str(caught.value)
     words = flags(dataclasses.replace(config, run_name=""))
     with pytest.raises(ValueError) as caught:
@@ -411,9 +382,9 @@ def test_a_run_name_that_is_a_link_is_refused(config, run, outside, tmp_path):
     shutil.copytree(run, outside / "run")
     (tmp_path / "log" / "run").symlink_to(outside / "run")
     before = listing(outside)
-    for resume in ("", "newest"):
+    for newest in ("", "newest"):
         with pytest.raises(ValueError, match="log/run is a link to another place"):
-            cfg = dataclasses.replace(config, resume=resume)
+            cfg = dataclasses.replace(config, resume=newest)
             train_gpt2.main(*train_gpt2.parse_args(flags(cfg)))
     assert listing(outside) == before
 
@@ -438,7 +409,7 @@ def test_links_in_place_of_checkpoints_and_their_files_are_not_followed(run, out
         with pytest.raises(ValueError, match=f"lists '{name}', which is not a file in its folder"):
             checkpoint.verify(run / "step_000004")
         with pytest.raises(ValueError, match=f"{name}"):
-            train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run / "step_000004")]))
+            resume(run / "step_000004")
         with pytest.raises(ValueError, match=f"{name}"):
             checkpoint.load_model(str(run), "cpu")
         shutil.rmtree(run / "step_000004")
@@ -454,7 +425,7 @@ def test_links_in_place_of_what_saving_makes_are_not_followed(name, run, outside
     (run / name).symlink_to(outside)
     before = listing(outside)
     with contextlib.suppress(ValueError, OSError):
-        train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run / "step_000002")]))
+        resume(run / "step_000002")
     assert listing(outside) == before
 
 
@@ -487,7 +458,7 @@ def test_a_checkpoint_that_lists_a_file_elsewhere_is_refused(name, run, client, 
     for script in (
         lambda: checkpoint.verify(folder),
         lambda: checkpoint.load_model(str(folder), "cpu"),
-        lambda: train_gpt2.main(*train_gpt2.parse_args(["--resume", str(folder)])),
+        lambda: resume(folder),
     ):
         with pytest.raises(ValueError):
             script()
@@ -538,8 +509,7 @@ def test_a_hub_listing_that_leads_out_is_refused(path, run, client, shared_hub, 
 
 @pytest.mark.fault(25)
 @pytest.mark.parametrize(
-    "name",
-    two_by_default("../x_train_000000.npy", "/tmp/x_train_000000.npy", "a/x_train_000000.npy", ".."),
+    "name", two_by_default("../x_train_000000.npy", "/tmp/x_train_000000.npy", "a/x_train_000000.npy", "..")
 )
 def test_a_manifest_on_the_hub_that_leads_out_is_refused(name, data, client, shared_hub, repo, tmp_path):
     manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
@@ -628,40 +598,23 @@ def test_secrets_are_not_in_a_runs_output_its_files_or_on_the_hub(launch, config
             assert_secret(printed, folder, server, token)
 
 
-FINEWEB = """
-import runpy, sys, time
-sleep = time.sleep
-time.sleep = lambda seconds: sleep(seconds / 20)
-sys.argv = ["fineweb.py", *sys.argv[1:]]
-sys.path.insert(0, {root!r})
-runpy.run_path({script!r}, run_name="__main__")
-"""
-
-
 @pytest.mark.fault(26)
 @pytest.mark.timeout(600)
-def test_secrets_are_not_in_what_fineweb_prints_writes_and_pushes(tmp_path, tally):
+def test_secrets_are_not_in_what_fineweb_prints_writes_and_pushes(launch, tmp_path, tally):
     (tmp_path / "text.txt").write_text("A text of some words, and some more. " * 50, encoding="utf-8")
     failures = [failure for failure in FAILURES if failure[0] != "crash"]
     failures.insert(1, failures.pop(3))  # commit 500
-    script = FINEWEB.format(root=str(ROOT), script=str(ROOT / "fineweb.py"))
     for attempt in tally(2, len(failures)):
         (where, kind), folder = failures[attempt.number], tmp_path / f"{attempt.number}"
         with HubServer({}) as server:
             token = WRONG if where == "wrong token" else TOKEN
             if kind:
                 server.fault(kind, where, times=1000, method=METHODS.get(where, "POST"))
-            env = {
-                **os.environ,
-                **server.environment(folder / "home", token),
-                **SECRETS,
-                "DOWNLOAD_PATIENCE": "2",
-            }
-            words = ["--source", str(tmp_path / "text.txt"), "--out-dir", str(folder / "out")]
-            done = subprocess.run(
-                [sys.executable, "-c", script, *words, "--val-tokens", "50", "--push-to", "me/toy"],
-                env=env, capture_output=True, encoding="utf-8", timeout=200,
+            training = launch(
+                None, "--source", tmp_path / "text.txt", "--out-dir", folder / "out", "--val-tokens", "50",
+                "--push-to", "me/toy", script="fineweb.py",
+                patches=[partial(see_hub, server.environment(folder / "home", token) | SECRETS, 2)],
             )  # fmt: skip
-            assert done.returncode == (2 if where else 0), done.stderr
-            assert "Traceback" not in done.stderr and ("me/toy" in done.stderr) == bool(where)
-            assert_secret(done.stdout + done.stderr, folder, server, token)
+            assert training.wait(timeout=200) == [2 if where else 0], training.printed()
+            assert "Traceback" not in training.printed() and "me/toy" in training.printed()
+            assert_secret(training.printed(), folder, server, token)

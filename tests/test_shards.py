@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import pickle
 import sys
 import threading
 from collections import Counter
@@ -384,29 +383,6 @@ def test_what_is_no_shard_is_refused_by_name(tmp_path, suffix, data):
         (tmp_path / f"toy_train_{number:06d}.{suffix}").write_bytes(content)
     with pytest.raises(ValueError, match=rf"toy_train_000001\.{suffix}"):
         ShardReader(tmp_path, "train", 4)
-
-
-class Canary:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("as_array", [True, False])
-def test_a_pickle_is_refused_and_never_run(tmp_path, as_array):
-    canary = tmp_path / "canary"
-    bomb = Canary(canary)
-    data = to_npy(np.array([bomb], dtype=object), allow_pickle=True) if as_array else pickle.dumps(bomb)
-    (tmp_path / "toy_train_000000.npy").write_bytes(data)
-    with pytest.raises(ValueError, match=r"toy_train_000000\.npy"):
-        ShardReader(tmp_path, "train", 4)
-    assert not canary.exists()
-    np.load(tmp_path / "toy_train_000000.npy", allow_pickle=True)
-    assert canary.exists()  # the bomb was real
 
 
 @pytest.mark.parametrize("how", ["missing", "renamed", "shorter"])

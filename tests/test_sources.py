@@ -1,13 +1,13 @@
 """lib/sources.py: files, folders and globs, and data sets of the Hugging Face Hub, become documents."""
-# ruff: noqa: F401, F811 (fixtures are imported, and arguments have their names)
 
 import gzip
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 from corpora import decode_shards, read_documents, to_jsonl, to_parquet, to_wikitext, wait_until
-from hub_server import COMMIT, client, finish, list_files, repo, server, shared_client, start_fineweb
+from hub_server import COMMIT, list_files
 
 from lib import shards
 
@@ -129,12 +129,11 @@ FINEWEB_EDU = {
 }
 
 
-def test_by_default_the_fineweb_edu_sample_is_fetched_from_the_hub(server, tmp_path):
-    server.requests.clear()
-    server.repos.pop("datasets/HuggingFaceFW/fineweb-edu", None)
+def test_by_default_the_fineweb_edu_sample_is_fetched_from_the_hub(start, server, tmp_path):
+    server.forget("datasets/HuggingFaceFW/fineweb-edu")
     server.commit("datasets/HuggingFaceFW/fineweb-edu", FINEWEB_EDU)
     flags = ["--out-dir", tmp_path / "out", "--shard-tokens", "1000"]
-    out, _ = finish(start_fineweb(server, tmp_path / "home", *flags))
+    out = start(None, *flags, script="fineweb.py").finish()
     assert decode_shards(tmp_path / "out") == DOCUMENTS
     manifest = shards.verify(tmp_path / "out")
     origin = ("hf:HuggingFaceFW/fineweb-edu", "sample-10BT", COMMIT)
@@ -148,7 +147,7 @@ def test_by_default_the_fineweb_edu_sample_is_fetched_from_the_hub(server, tmp_p
     assert kept == {f"{COMMIT[:12]}/{path}" for path in wanted if path != "README.md"}
     assert "downloads" in out and "--clear-cache" in out
     server.requests.clear()
-    out, _ = finish(start_fineweb(server, tmp_path / "home", *flags))
+    out = start(None, *flags, script="fineweb.py").finish()
     assert "already complete" in out
     assert not server.requests
 
@@ -250,21 +249,21 @@ def test_tinystories_keeps_its_validation_split(client, server, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.fault(17)
-def test_a_killed_run_goes_on_at_the_revision_it_began_with(server, repo, tmp_path):
+def test_a_killed_run_goes_on_at_the_revision_it_began_with(start, server, repo, tmp_path):
     server.commit(f"datasets/{repo}", LAYOUTS["parquet"])
     flags = ["--source", f"hf:{repo}", "--name", "it", "--shard-tokens", "300", "--val-tokens", "100"]
-    finish(start_fineweb(server, tmp_path / "home", *flags, "--out-dir", tmp_path / "whole"))
+    fetch = partial(start, None, *flags, script="fineweb.py")
+    fetch("--out-dir", tmp_path / "whole").finish()
     server.fault("stall", "train-00001")
-    process = start_fineweb(server, tmp_path / "home", *flags, "--out-dir", tmp_path / "killed")
-    wait_until(lambda: len(list((tmp_path / "killed").glob("parts/*/*.npy"))) > 2, process)
-    process.kill()
-    process.communicate()
+    killed = fetch("--out-dir", tmp_path / "killed")
+    wait_until(lambda: len(list((tmp_path / "killed").glob("parts/*/*.npy"))) > 2)
+    killed.kill()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("train-00000*.parquet")}
     assert len(kept) == 1
     server.requests.clear()
     moved = {"data/train-00000-of-00001.parquet": to_parquet(["Another text altogether."] * 9)}
     newer = server.commit(f"datasets/{repo}", moved)
-    out, _ = finish(start_fineweb(server, tmp_path / "home", *flags, "--out-dir", tmp_path / "killed"))
+    out = fetch("--out-dir", tmp_path / "killed").finish()
     assert "resuming after" in out
     assert list_files(tmp_path / "killed") == list_files(tmp_path / "whole")
     for path in list_files(tmp_path / "whole"):

@@ -1,8 +1,7 @@
-"""Loss spikes, row 22 of FAULTS.md: what is one, that it is said, left out if asked, the same at a resume."""
+"""Loss spikes, row 22 of docs/reliability.md: found, logged, skipped if asked, the same after a resume."""
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults import note_weights, poison
-from helpers import Training, end_of, flags, lines_of, values
+from helpers import Training, end_of, flags, lines_of, links, values
 
 from lib import checkpoint, stops
 from train_gpt2 import Config
@@ -36,7 +35,7 @@ def test_without_many_losses_before_it_nothing_is_a_spike():
 
 @pytest.fixture(scope="module")
 def toy(data, tmp_path_factory) -> Config:
-    """Enough steps for a spike, in two seconds."""
+    """A run with enough steps for a spike, in two seconds."""
     return Config(
         dataset_path=str(data), n_layer=1, n_head=1, n_embd=4, seq_len=16, batch_size=1,
         total_batch_tokens=32, learning_rate=1e-3, warmup_steps=3, max_steps=LAST, device="cpu",
@@ -127,9 +126,7 @@ def test_a_resume_around_a_spike_has_the_same_end(train, launch, tmp_path, tally
     for attempt in tally(2, len(cases)):
         spike, world_size, skip = cases[attempt.number]
         undisturbed = train("9", spike, world_size, skip_spikes=skip).folder
-        run = tmp_path / f"run{attempt.number}"
-        shutil.copytree(undisturbed / f"step_{SPIKE:06d}", run / f"step_{SPIKE:06d}")
-        shutil.copy(undisturbed / "log.txt", run / "log.txt")
+        run = links(undisturbed, tmp_path / f"run{attempt.number}", SPIKE)
         patches = [partial(poison, "9", world_size - 1, spike)]
         launch(None, "--resume", str(run), world_size=world_size, patches=patches).finish()
         assert end_of(run) == end_of(undisturbed)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import before, score_items, step_now
+from faults import before, score_items, set_variables, step_now
+from helpers import ITEM
 from test_security import SECRETS
-from test_train import ITEM
 
 from lib import trackers
 from model import GPT
@@ -41,10 +41,6 @@ def offline(tmp_path) -> list[partial]:
     items.write_text(f"{json.dumps(ITEM)}\n" * 2, encoding="utf-8")
     environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), **SECRETS}
     return [partial(score_items, items), partial(set_variables, environment)]
-
-
-def set_variables(environment: dict[str, str]):
-    os.environ.update(environment)
 
 
 def in_step(step: int, do: Any, *args: Any):
