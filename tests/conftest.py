@@ -29,8 +29,8 @@ paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# Flushing takes half of the time of tests that write many files. No test here cuts the power: only
-# test_checkpoint.py's tests of row 5 watch the flushes.
+# Flushing is slow where a test writes many files, and no test cuts the power. test_checkpoint.py's tests of
+# row 5 watch the calls, in a process of its own the real ones.
 os.fsync = lambda handle: None
 
 from helpers import Training, flags, undisturbed, write_shards  # noqa: E402
