@@ -159,9 +159,9 @@ def make_optimizers(cfg: Config, model: GPT) -> list[torch.optim.Optimizer]:
 
     Matrices and embeddings have weight decay; biases and LayerNorm have none.
     """
-    named = list(model.named_parameters())
-    hidden = [p for name, p in named if ".h." in name and p.dim() == 2] if cfg.optimizer == "muon" else []
-    rest = [p for _, p in named if not any(p is h for h in hidden)]
+    is_muon = cfg.optimizer == "muon"
+    hidden = {n: p for n, p in model.named_parameters() if is_muon and ".h." in n and p.dim() == 2}
+    rest = [p for n, p in model.named_parameters() if n not in hidden]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
@@ -171,11 +171,11 @@ def make_optimizers(cfg: Config, model: GPT) -> list[torch.optim.Optimizer]:
         torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
     ]
     if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(hidden.values(), lr, decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
-def learning_rate(step: int, cfg: Config) -> float:
+def get_lr(step: int, cfg: Config) -> float:
     """Linear warm-up to the peak, then a cosine down to min_lr_ratio of it at max_steps (GPT-3, appendix B),
     or the peak and then a line down (warm-up, stable, decay: Hu et al., 2024, arXiv:2404.06395)."""
     if step < cfg.warmup_steps:
@@ -191,6 +191,29 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 # -----------------------------------------------------------------------------
 # validation and samples
+
+
+@dataclass
+class Setup:
+    """Settings, model and data, as training, --eval-only and --dry-run share them."""
+
+    cfg: Config
+    process: Process
+    model: GPT
+    state: dict[str, Any]  # of the resumed checkpoint, else empty
+    optimizer_tensors: dict[str, torch.Tensor]
+    dtype: torch.dtype
+    folder: Path  # of the run; with --eval-only, the model's
+    data: shards.Folder | None  # None if a dry run finds none
+    train_data: shards.ShardReader | None
+    val_data: shards.ShardReader | None
+    entropy: float = math.nan
+    hellaswag_items: list[dict] = dataclasses.field(default_factory=list)
+
+    @property
+    def autocast(self) -> torch.autocast:
+        # A cache of cast weights would take the memory that activation checkpointing spares.
+        return autocast(self.process.device, self.dtype, cache=not self.cfg.activation_checkpointing)
 
 
 @torch.no_grad()
@@ -217,7 +240,7 @@ def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
         print(f"  sample | {cfg.sample_prompt + tokenizer.decode_until_end(row)!r}", flush=True)
 
 
-def evaluate(setup: "Setup", model: GPT, step: int, due: set[str]) -> dict[str, float]:
+def evaluate(setup: Setup, model: GPT, step: int, due: set[str]) -> dict[str, float]:
     """Runs the evaluations that are due; returns their figures by the log's streams."""
     cfg, process, figures = setup.cfg, setup.process, {}
     whole = parallel.unshard(model)
@@ -238,29 +261,6 @@ def evaluate(setup: "Setup", model: GPT, step: int, due: set[str]) -> dict[str, 
 
 # -----------------------------------------------------------------------------
 # before the first step
-
-
-@dataclass
-class Setup:
-    """Settings, model and data, as training, --eval-only and --dry-run share them."""
-
-    cfg: Config
-    process: Process
-    model: GPT
-    state: dict[str, Any]  # of the resumed checkpoint, else empty
-    optimizer_tensors: dict[str, torch.Tensor]
-    dtype: torch.dtype
-    folder: Path  # of the run; with --eval-only, the model's
-    data: shards.Folder | None  # None if a dry run finds none
-    train_data: shards.ShardReader | None
-    val_data: shards.ShardReader | None
-    entropy: float = math.nan
-    hellaswag_items: list[dict] = dataclasses.field(default_factory=list)
-
-    @property
-    def autocast(self) -> torch.autocast:
-        # A cache of cast weights would take the memory that activation checkpointing spares.
-        return autocast(self.process.device, self.dtype, cache=not self.cfg.activation_checkpointing)
 
 
 def prepare(cfg: Config, process: Process, found: checkpoint.Found | None) -> Setup:
@@ -299,6 +299,10 @@ def prepare(cfg: Config, process: Process, found: checkpoint.Found | None) -> Se
     return setup
 
 
+# -----------------------------------------------------------------------------
+# training
+
+
 def find_due(step: int, cfg: Config) -> set[str]:
     """The periodic jobs of a step: those whose interval divides it; at the end, all that are on."""
     every = {job: getattr(cfg, f"{job}_every") for job in JOBS}
@@ -306,10 +310,6 @@ def find_due(step: int, cfg: Config) -> set[str]:
     if cfg.checkpoint_minutes and step == cfg.max_steps:
         due.add("checkpoint")
     return due - {"checkpoint"} if step == 0 else due
-
-
-# -----------------------------------------------------------------------------
-# training
 
 
 def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: contextlib.ExitStack) -> Path:
@@ -323,7 +323,7 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
     batch_size, why = plan.choose_batch_size(cfg, raw_model, setup.dtype, process)
     cfg = dataclasses.replace(cfg, batch_size=batch_size, run_name=folder.name)  # as it is saved
     sequences = cfg.total_batch_tokens // cfg.seq_len  # per step
-    accumulation = sequences // (batch_size * world_size)  # micro-steps per step
+    micro_steps = sequences // (batch_size * world_size)  # micro-steps per step
     optimizers = Optimizers(raw_model, make_optimizers(cfg, raw_model), setup.dtype)
     if state:
         checkpoint.load_optimizers(raw_model, optimizers.members, setup.optimizer_tensors)
@@ -341,7 +341,7 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
     stack.callback(watch.signals.restore)
     console = report.Console(cfg, model_config.flops_per_token(cfg.seq_len), device, setup.dtype, world_size)
     first_step, steps, pin = progress.step, range(progress.step, cfg.max_steps), device.type == "cuda"
-    batches = train_data.batches(steps, accumulation, batch_size, sequences, rank, world_size, pin_memory=pin)
+    batches = train_data.batches(steps, micro_steps, batch_size, sequences, rank, world_size, pin_memory=pin)
 
     # ---- the loop: max_steps + 1 times; the last time only evaluates and saves
     for step in range(first_step, cfg.max_steps + 1):
@@ -368,17 +368,17 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
         begin = time.perf_counter()
         model.train()
         torch.manual_seed((cfg.seed * 2**40 + step * 2**12 + rank) % 2**63)  # of dropout, per step
-        lr = learning_rate(step, cfg)
+        lr = get_lr(step, cfg)
         optimizers.set_lr(lr)
         train_loss = torch.zeros((), device=device)
-        for micro_step in range(accumulation):
+        for micro_step in range(micro_steps):
             x, y = (t.to(device, non_blocking=True) for t in next(batches))
             # DDP and FSDP average the gradients over the processes in the last micro-step's backward pass.
-            parallel.set_gradient_sync(model, is_last=micro_step == accumulation - 1)
+            parallel.set_gradient_sync(model, is_last=micro_step == micro_steps - 1)
             with setup.autocast:
                 loss = model(x, y)
             # backward() adds gradients up; dividing makes their sum the mean over all micro-steps.
-            loss = loss / accumulation
+            loss = loss / micro_steps
             train_loss += loss.detach()
             optimizers.backward(loss)
         norm = optimizers.clip(cfg.grad_clip)

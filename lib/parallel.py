@@ -2,8 +2,8 @@
 
     raw_model = parallel.place(model, process, fsdp, reduce_dtype)       # on the device; FSDP shards it here
     model = parallel.wrap(raw_model, batch, autocast, process, compile, reduce_dtype)
-    for micro_step in range(accumulation):
-        parallel.set_gradient_sync(model, is_last=micro_step == accumulation - 1)
+    for micro_step in range(micro_steps):
+        parallel.set_gradient_sync(model, is_last=micro_step == micro_steps - 1)
 
 Evaluation, samples and checkpoints use raw_model, whose parameter names have no prefix.
 """

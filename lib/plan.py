@@ -83,9 +83,8 @@ class Workload:
         at_logits = kept + chunk * (4 + 4)
         at_gradient = kept + chunk * (4 + width * is_cast) + embedding * (width + 4 * (is_cast and on_cpu))
 
-        root = 4 * (
-            embedding + model_config.block_size * C
-        )  # FSDP gathers it for the step, and two blocks at a time
+        # FSDP gathers the embeddings for the step, and two blocks at a time.
+        root = 4 * (embedding + model_config.block_size * C)
         always = {
             "weights": 4 * P * self.share,
             "gathered": (root + 2 * 4 * matrices / L) * is_divided,

@@ -263,7 +263,7 @@ def find_the_oldest_on_rank_1():
 
     def oldest(run: Path) -> tuple:
         folder = checkpoint.steps(run)[0]
-        return (folder, checkpoint.verify(folder)), []
+        return checkpoint.Found(folder, checkpoint.verify(folder)), []
 
     if rank() == 1:
         checkpoint.find_newest_valid = oldest

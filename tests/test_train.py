@@ -68,7 +68,7 @@ def test_version_says_what_a_report_of_a_fault_needs(script):
 
 def test_the_learning_rate_warms_up_peaks_and_ends_at_a_tenth():
     cfg = train_gpt2.PRESETS["gpt2"]
-    rate = [train_gpt2.learning_rate(step, cfg) for step in range(cfg.max_steps + 1)]
+    rate = [train_gpt2.get_lr(step, cfg) for step in range(cfg.max_steps + 1)]
     assert rate[0] == pytest.approx(6e-4 / 715)
     assert rate[714] == rate[715] == max(rate) == 6e-4
     assert rate[(715 + 19073) // 2] == pytest.approx((6e-4 + 6e-5) / 2)
@@ -89,7 +89,7 @@ def test_a_wsd_schedule_stays_at_its_peak_and_then_falls_in_a_line():
     cfg = Config(
         schedule="wsd", decay_ratio=0.4, min_lr_ratio=0.1, learning_rate=1.0, warmup_steps=10, max_steps=100
     )
-    rate = [train_gpt2.learning_rate(step, cfg) for step in range(cfg.max_steps + 1)]
+    rate = [train_gpt2.get_lr(step, cfg) for step in range(cfg.max_steps + 1)]
     assert rate[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert rate[10:61] == [1.0] * 51
     assert rate[80] == pytest.approx(0.55) and rate[100] == pytest.approx(0.1)
