@@ -131,13 +131,10 @@ class Workload:
             parts = self.step_bytes(batch_size)
             if not is_tried:
                 return sum(parts.values()) <= room
-            beside = parts["optimizer"] + parts.get("exchange", 0)
-            return sum(parts.values()) <= 1.3 * room and (  # a batch far too large is not tried
-                peak_of_step(
-                    model, batch_size, self.seq_len, self.dtype, beside, self.accumulates(batch_size)
-                )
-                <= room
-            )
+            if sum(parts.values()) > 1.3 * room:  # far too large to try
+                return False
+            beside, accumulates = parts["optimizer"] + parts.get("exchange", 0), self.accumulates(batch_size)
+            return peak_of_step(model, batch_size, self.seq_len, self.dtype, beside, accumulates) <= room
 
         account = (
             f"{how}: within {room / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are {source}, of which "
