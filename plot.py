@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 
 from lib import cli, files
+from lib.folders import check_ownership, find_run, newest_run
 
 Runs = Annotated[tuple[str, ...], tyro.conf.Positional]
 
@@ -272,12 +273,9 @@ def finish_axes(figure: Any, panels: list, cfg: Config, are_many: bool):
 def main(cfg: Config) -> Path | None:
     """Prints the curves, or writes the picture and prints its path."""
     cli.check_bounds(cfg)
-    folders = [Path(run) for run in cfg.runs]
-    if not folders:
-        newest = max(files.LOGS.glob("*/log.txt"), key=lambda log: log.stat().st_mtime, default=None)
-        if not newest:
-            raise FileNotFoundError(f"{files.LOGS} holds no run; train one: `python train_gpt2.py demo`")
-        folders = [newest.parent]
+    folders = [find_run(Path(run)) for run in cfg.runs] or [newest_run(files.LOGS, "log")]
+    if not cfg.out and not cfg.text:
+        check_ownership(folders[0])
     out = Path(cfg.out) if cfg.out else folders[0] / "loss.png"
     out = out if out.suffix else out.with_suffix(".png")
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
