@@ -15,8 +15,8 @@ from lib import files
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 STEP_NAME = re.compile(r"step_(\d{6,})")
-SETTINGS = {"total_batch_tokens", "max_steps"}  # two of many that every run's config.json has
-WEIGHTS = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+SETTING = "total_batch_tokens"  # one of many that every run's config.json has
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 # What a run writes into its folder beside its config.json.
 WRITTEN = re.compile(
     rf"{STEP_NAME.pattern}|log\.txt|loss\.png|abandoned|tensorboard|wandb|\.(tmp_step|old_step|log\.txt).*"
@@ -29,7 +29,7 @@ def has_settings(folder: Path) -> bool | None:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return isinstance(content, dict) and content.keys() >= SETTINGS
+    return isinstance(content, dict) and SETTING in content
 
 
 def steps(run: Path) -> list[Path]:
@@ -48,15 +48,17 @@ def identify(folder: Path) -> str:
         return "run"
     if any((folder / name).is_file() for name in WEIGHTS):
         return "model"
-    return "run" if steps(folder) or (folder / "log.txt").is_file() else ""
+    if steps(folder) or (folder / "log.txt").is_file():
+        return "run"
+    return "model" if (folder / "config.json").is_file() else ""
 
 
 def find_run(path: Path) -> Path:
     """The run of a run's folder, log.txt or checkpoint. Raises FileNotFoundError for anything else."""
     folder = path.resolve().parent if path.is_file() or identify(path) == "checkpoint" else path
     if identify(folder) != "run":
-        what = "is no run" if path.exists() else "is not there"
-        raise FileNotFoundError(f"{path} {what}; give a run folder, log/<run>")
+        what = f"{path} is a model" if identify(path) else f"{path / 'log.txt'} is not there"
+        raise FileNotFoundError(f"{what}; give a run folder, log/<run>")
     return folder
 
 

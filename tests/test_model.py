@@ -18,7 +18,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from model import GPT, MLP, CausalSelfAttention, GPTConfig, config_to_hf, sample, to_hf
+import plot
+from model import GPT, MLP, SIZE_NAMES, SIZES, CausalSelfAttention, GPTConfig, config_to_hf, sample, to_hf
 
 SHAPES = [
     dict(block_size=8, vocab_size=100, n_layer=1, n_head=1, n_embd=8),
@@ -106,6 +107,10 @@ def test_an_impossible_shape_is_refused_with_its_value_and_the_nearest_that_work
         make()
     for part in parts:
         assert part in str(error.value)
+
+
+def test_plot_knows_the_same_names_of_sizes():
+    assert plot.SIZE_NAMES == SIZE_NAMES and plot.HELLASWAG.keys() == SIZES.keys()
 
 
 def test_named_sizes_take_overrides():

@@ -233,7 +233,7 @@ def added(tmp_path_factory) -> Path:
     """A model with GPT-2's tokens and two more, as transformers saves it."""
     folder = tmp_path_factory.mktemp("tokens") / "added"
     shape = dict(n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=VOCAB_SIZE)
-    model = GPT2LMHeadModel(GPT2Config(**shape, initializer_range=0.3))
+    model = GPT2LMHeadModel(GPT2Config(**shape, initializer_range=0.3))  # type: ignore[arg-type]
     model.resize_token_embeddings(VOCAB_SIZE + 2, mean_resizing=False)
     model.generation_config.eos_token_id = VOCAB_SIZE + 1
     model.save_pretrained(folder)
@@ -394,10 +394,12 @@ def as_main(monkeypatch):
         dict(kind="build-nanogpt", prefix="_orig_mod.", n_head=4),
     ],
 )
-def test_a_peers_file_gives_its_logits_here_and_in_our_checkpoint_of_it(options, as_main, config, tmp_path):
+def test_a_peers_file_gives_its_logits_here_and_in_our_checkpoint_of_it(
+    options, as_main, config, tmp_path, monkeypatch
+):
     path = tmp_path / "model_00007.pt"
     theirs = write_nano(path, **options)
-    sys.modules["__main__"].__dict__.pop("GPTConfig")
+    monkeypatch.delattr(sys.modules["__main__"], "GPTConfig")
     model, source = checkpoint.load_model(str(path), "cpu")
     assert source == str(path) and model.config.vocab_size == options.get("vocab_size", 50304)
     assert all(p.requires_grad for p in model.parameters())
