@@ -1,4 +1,4 @@
-"""GPT-2 in PyTorch: the network, its loss, its key-value cache, sampling, Hugging Face weights in and out.
+"""GPT-2 in PyTorch: the network, its loss, its key-value cache, sampling, weights for Hugging Face.
 
     from model import GPT, GPTConfig
     model = GPT(GPTConfig.named("124M"))         # 124,439,808 parameters, freshly initialised
@@ -13,7 +13,6 @@ The architecture follows "Language Models are Unsupervised Multitask Learners" (
 section 2.3, and OpenAI's code (github.com/openai/gpt-2, src/model.py).
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -32,6 +31,11 @@ SIZES = {
     "1558M": dict(n_layer=48, n_head=25, n_embd=1600),
 }
 HUB_NAMES = {"gpt2": "124M", "gpt2-medium": "350M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
+# All usual names, in lower case. Papers and programs count the parameters in different ways.
+SIZE_NAMES = {size.lower(): size for size in SIZES} | HUB_NAMES | {
+    "117m": "124M", "125m": "124M", "345m": "350M", "355m": "350M", "762m": "774M", "1542m": "1558M",
+    "1.5b": "1558M",
+}  # fmt: skip
 END_OF_TEXT = 50256
 
 
@@ -45,11 +49,12 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
+    gelu: str = "tanh"  # or "none", the exact form, which nanoGPT has (torch's names)
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
         if self.n_embd % self.n_head:
             below = self.n_embd // self.n_head * self.n_head
             near = " or ".join(str(n) for n in (below, below + self.n_head) if n)
@@ -59,8 +64,8 @@ class GPTConfig:
 
     @classmethod
     def named(cls, size: str, **overrides) -> "GPTConfig":
-        """The config of a published size ("124M", "gpt2-xl", ...), with some fields replaced."""
-        shape = SIZES.get(HUB_NAMES.get(size, size))
+        """The config of a published size ("124M", "gpt2-xl", "1.5B", ...), with some fields replaced."""
+        shape = SIZES.get(SIZE_NAMES.get(size.lower(), ""))
         if shape is None:
             raise ValueError(f"unknown model size {size!r}; choose one of {', '.join([*SIZES, *HUB_NAMES])}")
         return cls(**{**shape, **overrides})
@@ -138,16 +143,16 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, 4 * C wide between them, with the tanh form of GELU (openai/gpt-2, src/model.py)."""
+    """Two layers, 4 * C wide between them, with GELU, in OpenAI's code its tanh form."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.gelu = config.dropout, config.gelu
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.gelu(self.c_fc(x), approximate="tanh")
+        x = F.gelu(self.c_fc(x), approximate=self.gelu)
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
@@ -174,6 +179,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # activation checkpointing; see `hidden`
+        self.tokenizer_files: dict[str, str] = {}  # of the model it began with; its checkpoints keep them
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -315,36 +321,11 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, dropout: float = 0.0) -> "GPT":
-        """A model with weights in Hugging Face format: a directory, a size ("gpt2", "124M", ...) or a Hub id.
+        """A model with somebody's weights: a Hugging Face directory, a size ("gpt2", "124M", ...), a Hub id,
+        or a .pt file of nanoGPT or build-nanogpt. See lib/pretrained.py."""
+        from lib.pretrained import locate, read_model
 
-        Reads config.json and *.safetensors only: no code of a repository runs. Raises ValueError for a model
-        that is not GPT-2, FileNotFoundError for a directory without weights.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = Path(name) if Path(name).is_dir() else hub_snapshot(str(name))
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face model directory")
-        config = config_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")), dropout)
-        index, parts, weights = folder / "model.safetensors.index.json", ["model.safetensors"], {}
-        if index.is_file():  # large models come in parts
-            file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]  # by tensor
-            parts = sorted({Path(part).name for part in file_of.values()})
-        for part in parts:
-            if not (folder / part).is_file():
-                raise FileNotFoundError(f"{folder} has no {part}; only safetensors weights are read")
-            try:
-                weights.update(load_file(folder / part))
-            except SafetensorError as error:
-                raise ValueError(f"{folder / part} is not a whole safetensors file: {error}") from error
-        with torch.device("meta"):
-            model = cls(config)
-        try:
-            model.load_state_dict(from_hf(weights, config), assign=True)
-        except RuntimeError as error:  # a tensor is missing, unknown or of another shape
-            raise ValueError(f"{folder}: the weights do not fit config.json: {error}") from error
-        return model
+        return read_model(locate(name), dropout)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -408,25 +389,6 @@ def sample(
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 
-def hub_snapshot(name: str) -> Path:
-    """Downloads the config and the safetensors of a size or Hub id, once. Returns their folder."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    hub_ids = {size: hub for hub, size in HUB_NAMES.items()}
-    name = hub_ids.get(name, name)
-    repo = f"openai-community/{name}" if name in HUB_NAMES else name
-    if repo.count("/") != 1 or repo.startswith((".", "/")):
-        sizes = ", ".join([*hub_ids, *HUB_NAMES])
-        raise ValueError(f"{name!r} is no directory here, no size ({sizes}) and no Hub id (org/name)")
-    try:  # repositories also hold other frameworks' weights
-        return Path(snapshot_download(repo, allow_patterns=["config.json", "model*.safetensors*"]))
-    except LocalEntryNotFoundError as error:
-        reason = f"{repo} is not on this machine, and the Hub cannot be reached"
-        own = "`python train_gpt2.py demo` makes a model that needs no Hub: log/<run>"
-        raise FileNotFoundError(f"{reason}; {own}") from error
-
-
 # Hugging Face stores GPT-2's matrices as OpenAI's code did, (in, out). nn.Linear has (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -438,49 +400,15 @@ def to_hf(state: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.
     return out
 
 
-def from_hf(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
-    """The reverse of `to_hf`. Also takes OpenAI's files on the Hub: keys without "transformer."."""
-    state = {}
-    for key, value in weights.items():
-        key = "transformer." + key.removeprefix("transformer.")
-        if key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
-            continue  # causal masks, which old files have, and the tied copy of wte
-        state[key] = (value.t() if key.endswith(TRANSPOSED) else value).float().contiguous()
-    if "transformer.wte.weight" not in state:
-        raise ValueError("the weights hold no wte.weight: this is not a GPT-2")
-    padding = config.padded_vocab_size - config.vocab_size
-    state["transformer.wte.weight"] = F.pad(state["transformer.wte.weight"], (0, 0, 0, padding))
-    return state
-
-
 def config_to_hf(config: GPTConfig) -> dict:
     """The config.json from which transformers builds the same network."""
     end_of_text = END_OF_TEXT if config.vocab_size > END_OF_TEXT else None
     return {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
-        "vocab_size": config.vocab_size, "n_positions": config.block_size, "n_ctx": config.block_size,
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size,
+        "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
+        "n_positions": config.block_size, "n_ctx": config.block_size,
         "n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head,
         "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "resid_pdrop": config.dropout,
         "layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "tie_word_embeddings": True,
         "bos_token_id": end_of_text, "eos_token_id": end_of_text, "dtype": "float32",
     }  # fmt: skip
-
-
-def config_from_hf(hf: dict, dropout: float = 0.0) -> GPTConfig:
-    """The reverse of `config_to_hf`. Raises ValueError, naming the entry, for a model that is not GPT-2."""
-    expected = {
-        "model_type": ("gpt2",),
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "layer_norm_epsilon": (1e-5,),
-        "tie_word_embeddings": (True,),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        "n_inner": (None, 4 * hf.get("n_embd", 768)),
-    }
-    for key, allowed in expected.items():
-        default = allowed[0] if key != "model_type" else None
-        if hf.get(key, default) not in allowed:
-            raise ValueError(f"config.json has {key} = {hf.get(key)!r}; GPT-2 has {allowed[0]!r}")
-    shape = {key: hf[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd") if key in hf}
-    return GPTConfig(block_size=hf.get("n_positions", 1024), dropout=dropout, **shape)

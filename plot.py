@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 
 from lib import cli, files
+from lib.folders import check_ownership, find_run, newest_run
 
 Runs = Annotated[tuple[str, ...], tyro.conf.Positional]
 
@@ -36,7 +37,12 @@ HELLASWAG = {
     "1558M": {"GPT-2 1558M (build-nanogpt)": 0.4893, "GPT-3 XL (Brown et al., 2020)": 0.547},
 }
 # As in model.py, whose import would take a second: it imports torch.
-HUB_NAMES = {"gpt2": "124M", "gpt2-medium": "350M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
+SIZE_NAMES = {
+    "124m": "124M", "350m": "350M", "774m": "774M", "1558m": "1558M",
+    "gpt2": "124M", "gpt2-medium": "350M", "gpt2-large": "774M", "gpt2-xl": "1558M",
+    "117m": "124M", "125m": "124M", "345m": "350M", "355m": "350M", "762m": "774M", "1542m": "1558M",
+    "1.5b": "1558M",
+}  # fmt: skip
 
 # Paper, ink, grid, and for the runs the colours of Okabe and Ito (2008), which colour-blind people can
 # distinguish, without those that are hard to see on this paper.
@@ -108,8 +114,7 @@ class Run:
         """The model's published size; 124M if it has none."""
         name = str(self.settings.get("init_from") or self.settings.get("model_size"))
         is_published = all(self.settings.get(key) is None for key in ("n_layer", "n_head", "n_embd"))
-        size = HUB_NAMES.get(name, name)
-        return size if is_published and size in HELLASWAG else "124M"
+        return SIZE_NAMES.get(name.lower(), "124M") if is_published else "124M"
 
 
 def read_log(run: Path) -> dict[str, np.ndarray]:
@@ -272,12 +277,9 @@ def finish_axes(figure: Any, panels: list, cfg: Config, are_many: bool):
 def main(cfg: Config) -> Path | None:
     """Prints the curves, or writes the picture and prints its path."""
     cli.check_bounds(cfg)
-    folders = [Path(run) for run in cfg.runs]
-    if not folders:
-        newest = max(files.LOGS.glob("*/log.txt"), key=lambda log: log.stat().st_mtime, default=None)
-        if not newest:
-            raise FileNotFoundError(f"{files.LOGS} holds no run; train one: `python train_gpt2.py demo`")
-        folders = [newest.parent]
+    folders = [find_run(Path(run)) for run in cfg.runs] or [newest_run(files.LOGS, "log")]
+    if not cfg.out and not cfg.text:
+        check_ownership(folders[0])
     out = Path(cfg.out) if cfg.out else folders[0] / "loss.png"
     out = out if out.suffix else out.with_suffix(".png")
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):

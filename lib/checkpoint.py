@@ -1,7 +1,8 @@
 """A checkpoint: a Hugging Face model directory, and beside it what training needs to go on.
 
     log/<run>/step_000250/
-        model.safetensors  config.json  generation_config.json  tokenizer.json  tokenizer_config.json
+        model.safetensors  config.json  generation_config.json
+        tokenizer.json  tokenizer_config.json  vocab.json  merges.txt
         optimizer.safetensors           # the optimizer's tensors, by parameter name
         state.json                      # step, configuration, ...; SHA-256 of every file and of itself
 
@@ -13,7 +14,6 @@ file, and renamed. Loading it runs no code.
 
 import errno
 import json
-import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -24,12 +24,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lib import files
+from lib import files, pretrained, tokenizer
 from lib.device import pick_device
-from model import END_OF_TEXT, GPT, HUB_NAMES, SIZES, GPTConfig, config_to_hf, to_hf
-
-STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
-STEP_NAME = re.compile(r"step_(\d{6,})")
+from lib.folders import OPTIMIZER, STATE, STEP_NAME, identify, newest_run, steps
+from model import END_OF_TEXT, GPT, HUB_NAMES, SIZE_NAMES, SIZES, GPTConfig, config_to_hf, to_hf
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,10 @@ def save(
             **tokenizer_files,
         }
         for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
+            (temporary / name).write_text(text, encoding="utf-8", newline="\n")
+        mode = (temporary / "config.json").stat().st_mode  # the umask's; safetensors has its own
+        for name in ("model.safetensors", OPTIMIZER):
+            (temporary / name).chmod(mode)
         digests = {path.name: files.hash_file(path) for path in sorted(temporary.iterdir())}
         body = {"step": step, **state, "files": digests}
         sealed = {**body, "sha256": files.hash_json(body)}
@@ -201,14 +202,9 @@ def load(folder: Path, dropout: float = 0.0, state: dict[str, Any] | None = None
         optimizer = load_file(folder / OPTIMIZER)
     except SafetensorError as error:  # although its hash is right
         raise ValueError(f"{folder / OPTIMIZER} is not a safetensors file: {error}") from error
-    return Checkpoint(GPT.from_pretrained(folder, dropout), optimizer, state)
-
-
-def steps(run: Path) -> list[Path]:
-    """The checkpoints of a run folder, oldest first, not verified. Links do not count."""
-    inside = run.iterdir() if run.is_dir() else ()
-    found = [p for p in inside if STEP_NAME.fullmatch(p.name) and not p.is_symlink()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+    model = pretrained.read_model(folder, dropout)
+    model.tokenizer_files = tokenizer.read_hf_files(folder)
+    return Checkpoint(model, optimizer, state)
 
 
 def find_newest_valid(run: Path) -> tuple[Found | None, list[str]]:
@@ -220,14 +216,6 @@ def find_newest_valid(run: Path) -> tuple[Found | None, list[str]]:
         except ValueError as error:
             passed_over.append(str(error))
     return None, passed_over
-
-
-def newest_run(log_root: Path = files.LOGS) -> Path:
-    """The run folder with the youngest checkpoint. Raises FileNotFoundError if there is none."""
-    runs = [p for p in log_root.iterdir() if p.is_dir() and steps(p)] if log_root.is_dir() else []
-    if not runs:
-        raise FileNotFoundError(f"{log_root} holds no checkpoint; train one: `python train_gpt2.py demo`")
-    return max(runs, key=lambda run: steps(run)[-1].stat().st_mtime)
 
 
 def build_model(cfg: Any) -> GPT:
@@ -255,35 +243,41 @@ def load_model(
 ) -> tuple[GPT, str]:
     """The model that a --model flag names, in evaluation mode, and the directory or name it was read from.
 
-    name: a checkpoint or another Hugging Face directory, a run folder (its newest valid checkpoint), a size
-    name, a Hub id, or "" for the newest run. Raises ValueError or FileNotFoundError for anything else.
+    name: a checkpoint or another Hugging Face directory, a run folder (its newest valid checkpoint), a .pt
+    file of nanoGPT or build-nanogpt, a size name, a Hub id, or "" for the newest run. Raises ValueError or
+    FileNotFoundError for anything else.
     """
     path = Path(name) if name else newest_run()
-    if path.is_dir() and steps(path):
+    kind = identify(path)
+    if kind == "run":
         found, passed_over = find_newest_valid(path)
         if found is None:
-            raise ValueError(f"{path} has no valid checkpoint: {'; '.join(passed_over)}")
+            raise ValueError(f"{path} has no valid checkpoint: {'; '.join(passed_over) or 'it has none'}")
         for reason in passed_over:
             print(f"passed over a checkpoint: {reason}", file=sys.stderr)
         path = found.folder
-    elif path.is_dir() and ((path / STATE).is_file() or STEP_NAME.fullmatch(path.name)):
+    elif kind == "checkpoint":
         verify(path)
-    elif path.is_dir() and ((path / "log.txt").is_file() or not (path / "config.json").is_file()):
-        raise FileNotFoundError(f"{path} is neither a model directory nor a run with checkpoints in it")
+    elif path.is_dir() and not kind:
+        inside = [str(file) for file in sorted(path.glob("*.pt"))[-3:]]
+        hint = f"; give {' or '.join(inside)}" if inside else ""
+        raise FileNotFoundError(f"{path} is neither a model directory nor a run with checkpoints in it{hint}")
     elif (
-        not path.is_dir()
-        and name not in SIZES
-        and name not in HUB_NAMES
-        and (name.count("/") != 1 or path.exists() or path.parent.is_dir())
+        not path.exists()
+        and name.lower() not in SIZE_NAMES
+        and (name.count("/") != 1 or path.parent.is_dir())
     ):
         raise FileNotFoundError(
             f"--model {name!r} is no directory here, no size ({', '.join([*SIZES, *HUB_NAMES])}) "
             "and no Hub id (org/name)"
         )
-    source = str(path) if path.is_dir() else name
-    model = GPT.from_pretrained(source, dropout)
+    source = str(path) if path.exists() else name
+    where = pretrained.locate(source)
+    model = pretrained.read_model(where, dropout)
     if model.config.vocab_size <= END_OF_TEXT:
         raise ValueError(
             f"{source} has {model.config.vocab_size} tokens; GPT-2's tokenizer has {END_OF_TEXT + 1}"
         )
+    model.tokenizer_files = tokenizer.read_hf_files(where)
+    tokenizer.check_hf_files(where, model.tokenizer_files)
     return model.to(pick_device(device, spare_memory)).eval(), source

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from lib import checkpoint, files, hub, run_folder
-from lib.checkpoint import STATE
+from lib.folders import STATE
 from lib.trackers import check_login
 
 
@@ -102,7 +102,9 @@ def pull(location: str, log_root: Path, run_name: str = "") -> Path:
     with FileLock(incoming.with_suffix(".lock")):
         hub.fetch(found[STATE], incoming)
         state = checkpoint.verify_state(incoming)
-        run = run_folder.resolve(log_root, run_name or state.get("config", {}).get("run_name", ""))
+        own_name = state.get("config", {}).get("run_name", "")
+        origin = "--run-name" if run_name else f"the name of the run in {location}"
+        run = run_folder.resolve(log_root, run_name or own_name, origin)
         final = run / f"step_{state['step']:06d}"
         with contextlib.suppress(ValueError):
             if checkpoint.verify(final) == state:  # another process has fetched it, or it was made here

@@ -20,20 +20,21 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lib import checkpoint, files
-from lib.checkpoint import STATE
+from lib import files
+from lib.folders import STATE, check_ownership, steps
 from lib.processes import Process
 from model import GPTConfig
 
 EVALUATIONS = ("val", "hella")  # streams that a step writes before its checkpoint; the others come after it
 
 
-def resolve(log_root: Path, name: str) -> Path:
-    """log_root/name. Raises ValueError for a name that could lead out of log_root, or has links in it."""
+def resolve(log_root: Path, name: str, origin: str = "--run-name") -> Path:
+    """log_root/name. Raises ValueError, naming its origin, for a name that could lead out of log_root, or has
+    links in it."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(
-            f"--run-name is {name!r}; use letters, digits, '.', '_' and '-', beginning with a letter"
-        )
+        rule = "letters, digits, '.', '_' and '-', beginning with a letter"
+        choose = "use" if origin == "--run-name" else "choose a --run-name of"
+        raise ValueError(f"{origin} is {name!r}; {choose} {rule}")
     run = log_root / name
     if run.is_symlink():
         raise ValueError(f"{run} is a link to another place; choose that with --log-dir")
@@ -42,12 +43,16 @@ def resolve(log_root: Path, name: str) -> Path:
 
 def choose_folder(cfg: Any, model_config: GPTConfig, process: Process) -> Path:
     """The run's folder, the same on all processes; with --eval-only, the model's. Raises ValueError if a new
-    run's exists already, or if a link in it leads elsewhere."""
+    run's exists already, if no run made it, or if a link in it leads elsewhere."""
     if cfg.eval_only:
         return Path(cfg.resume or cfg.init_from)
     size, now = f"{model_config.num_params / 1e6:.0f}M", time.strftime("%Y-%m-%d_%H-%M-%S")
     name = process.broadcast(cfg.run_name or f"gpt2-{size}_{now}")
-    run = resolve(Path(cfg.log_dir) if cfg.log_dir else files.LOGS, name)
+    if cfg.resume in ("", "newest"):  # a new run
+        run = resolve(Path(cfg.log_dir) if cfg.log_dir else files.LOGS, name)
+    else:
+        run = Path(cfg.resume).parent  # whatever its name is
+    check_ownership(run)
     is_new = process.rank == 0 and not cfg.resume
     if is_new and run.exists() and any(run.iterdir()):
         raise ValueError(
@@ -61,7 +66,8 @@ def choose_folder(cfg: Any, model_config: GPTConfig, process: Process) -> Path:
 
 
 def lock(run: Path) -> FileLock:
-    """Takes the lock on a run's folder. Raises ValueError if another process has it."""
+    """Takes the lock on a run's folder. Raises ValueError if another process has it, or no run made it."""
+    check_ownership(run)
     run.parent.mkdir(parents=True, exist_ok=True)
     taken = FileLock(run.with_name(f".{run.name}.lock"))
     try:
@@ -95,7 +101,7 @@ def move_newer(run: Path, step: int) -> list[Path]:
     """Moves checkpoints newer than the resumed step into run/abandoned; returns their new places. They are
     damaged, or of steps that are trained again."""
     moved = []
-    for folder in checkpoint.steps(run):
+    for folder in steps(run):
         if int(folder.name.removeprefix("step_")) > step:
             (run / "abandoned").mkdir(exist_ok=True)
             moved.append(run / "abandoned" / folder.name)
@@ -107,7 +113,7 @@ def move_newer(run: Path, step: int) -> list[Path]:
 def prune(run: Path, keep_last: int, keep_every: int, in_use: Path | None = None):
     """Removes checkpoints. The newest `keep_last` (0: all) stay, those whose step `keep_every` divides (0:
     none), the one with the lowest validation loss, and the one in use."""
-    found = checkpoint.steps(run)
+    found = steps(run)
     losses = {}
     for folder in found:
         with contextlib.suppress(OSError, ValueError):

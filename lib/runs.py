@@ -11,7 +11,6 @@ On disk: a run's folder (run_folder.py); on the Hub, with --hub-repo, a model re
 import contextlib
 import dataclasses
 import importlib
-import json
 import secrets
 import sys
 import threading
@@ -26,8 +25,8 @@ from typing import Any
 
 import torch
 
-from lib import checkpoint, cli, files, hub, hub_runs, report, run_folder, tokenizer
-from lib.checkpoint import STATE, Found
+from lib import checkpoint, cli, files, folders, hub, hub_runs, report, run_folder, tokenizer
+from lib.checkpoint import Found
 from lib.optimizers import Optimizers
 from lib.processes import Process
 from lib.shards import Folder, ShardReader
@@ -116,7 +115,7 @@ class Run(contextlib.ExitStack):
             self.callback(run_folder.unlock, run_folder.lock(folder))
             folder.mkdir(exist_ok=True)
             run_folder.clean(folder)
-            (folder / "config.json").write_text(json.dumps(cfg, indent=2), encoding="utf-8")
+            files.write_json(folder / "config.json", cfg)
             self.log_file = run_folder.open_log(folder / "log.txt", resumed_step)
             for moved in run_folder.move_newer(folder, resumed_step) if resumed_step is not None else ():
                 process.print(f"note   a newer checkpoint is now {cli.format_path(moved)}")
@@ -139,7 +138,7 @@ class Run(contextlib.ExitStack):
         weights, tensors = checkpoint.gather_state(model, optimizers.members)
         self.last_checkpoint = self.folder / f"step_{step:06d}"
         if self.process.rank == 0:
-            texts = tokenizer.build_hf_files(model.config.block_size)
+            texts = tokenizer.build_hf_files(model.config.block_size, model.tokenizer_files)
             state = self.about | progress.to_state() | optimizers.to_state()
             self.saver.begin(step, model.config, weights, tensors, state, texts)
         milliseconds = 1000 * (time.perf_counter() - begin)
@@ -203,20 +202,23 @@ def find_checkpoint(cfg: Any) -> Found | None:
             )
         resume = str(hub_runs.pull(resume, log_root, run_name))
     if resume != "newest":
-        run = Path(resume)
-        if not run.is_dir():
-            raise FileNotFoundError(
-                f"--resume {resume!r} is no folder; give a run (log/<run>) or a checkpoint in it"
-            )
-        is_checkpoint = (run / STATE).is_file()
-        name = (run.parent if is_checkpoint else run).resolve().name
-        if run_name not in ("", name):
-            raise ValueError(f"--run-name is {run_name!r}, but --resume {run} is of the run {name!r}")
-        if is_checkpoint:
-            return Found(run.resolve(), checkpoint.verify(run))
+        path = Path(resume).resolve()
+        kind = folders.identify(path)
+        if kind not in ("run", "checkpoint"):
+            if kind == "model":
+                reason = f"has no training state; to begin from its weights: --init-from {resume}"
+            else:
+                is_what = "run" if path.is_dir() else "folder"
+                reason = f"is no {is_what}; give a run (log/<run>) or a checkpoint in it"
+            raise FileNotFoundError(f"--resume {resume!r} {reason}")
+        run = path if kind == "run" else path.parent
+        if run_name not in ("", run.name):
+            raise ValueError(f"--run-name is {run_name!r}, but --resume {resume} is of the run {run.name!r}")
+        if kind == "checkpoint":
+            return Found(path, checkpoint.verify(path))
     else:
-        run = run_folder.resolve(log_root, run_name) if run_name else checkpoint.newest_run(log_root)
-        if not checkpoint.steps(run):
+        run = run_folder.resolve(log_root, run_name) if run_name else folders.newest_run(log_root)
+        if not folders.steps(run):
             return None
     found, passed_over = checkpoint.find_newest_valid(run)
     for reason in passed_over:

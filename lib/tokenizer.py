@@ -17,6 +17,7 @@ import base64
 import functools
 import hashlib
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,11 @@ RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930
 VOCAB_SIZE = 50257
 END_OF_TEXT = 50256
 END_OF_TEXT_STRING = "<|endoftext|>"
+HF_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+CODE = ("auto_map", "custom_generate", "trust_remote_code")  # entries that ask transformers to run code
 
 # Contractions; a run of letters, of digits or of other signs, each with at most one space before it; white
 # space, which leaves its last blank to the word that follows (openai/gpt-2, src/encoder.py).
@@ -154,17 +160,22 @@ def encode_corpus(documents: "list[str] | pa.Array", continues: bool = False) ->
 
 
 @functools.lru_cache(maxsize=1)
-def build_tokenizer_json() -> str:
-    """Returns the content of tokenizer.json for the Hugging Face libraries."""
-    # Hugging Face writes tokens as printable characters: bytes that are not printable move up to U+0100
-    # onwards (openai/gpt-2, src/encoder.py, bytes_to_unicode).
+def load_letters() -> dict[int, str]:
+    """Returns the character that Hugging Face writes for each byte: itself, or if it is not printable, one
+    from U+0100 on (openai/gpt-2, src/encoder.py, bytes_to_unicode)."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) not in " \u00a0\u00ad"]
     moved = [b for b in range(256) if b not in printable]
-    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(moved)}
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(moved)}
 
-    def spell(token: bytes) -> str:
-        return "".join(letters[b] for b in token)
 
+def spell(token: bytes) -> str:
+    """Returns a token as Hugging Face writes it."""
+    return "".join(map(load_letters().__getitem__, token))
+
+
+@functools.lru_cache(maxsize=1)
+def build_tokenizer_json() -> str:
+    """Returns the content of tokenizer.json for the Hugging Face libraries."""
     merges = [
         [spell(p) for p in merge_bytes(token, rank)] for token, rank in load_ranks().items() if len(token) > 1
     ]
@@ -184,8 +195,9 @@ def build_tokenizer_json() -> str:
     return json.dumps(tokenizer_json, ensure_ascii=False)
 
 
-def build_hf_files(positions: int) -> dict[str, str]:
-    """Returns tokenizer.json and tokenizer_config.json for transformers, for a model of so many positions."""
+def build_hf_files(positions: int, own: dict[str, str] | None = None) -> dict[str, str]:
+    """Returns the tokenizer's files for transformers, by name, for a model of so many positions. `own`, of
+    `read_hf_files`, take precedence."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": positions,
@@ -193,4 +205,61 @@ def build_hf_files(positions: int) -> dict[str, str]:
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT_STRING),
         "clean_up_tokenization_spaces": False,
     }
-    return {"tokenizer.json": build_tokenizer_json(), "tokenizer_config.json": json.dumps(config, indent=2)}
+    whole = build_tokenizer_json()
+    model, built = json.loads(whole)["model"], {"tokenizer_config.json": json.dumps(config, indent=2)}
+    if not own or "tokenizer.json" in own:  # else transformers makes it of the older files
+        merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
+        built |= {"tokenizer.json": whole, "vocab.json": json.dumps(model["vocab"])}
+        built |= {"merges.txt": f"#version: 0.2\n{merges}"}  # these two are OpenAI's files, byte for byte
+    return built | (own or {})
+
+
+def read_hf_files(folder: Path) -> dict[str, str]:
+    """Returns the tokenizer's files of a model directory, by name, and its generation_config.json: what the
+    checkpoints of a run that began with it keep. Without references to code."""
+    texts = {}
+    for path in (folder / name for name in HF_FILES):
+        if path.is_file():
+            texts[path.name] = path.read_text(encoding="utf-8")
+            if any(f'"{key}"' in texts[path.name] for key in CODE) and path.name.endswith("config.json"):
+                kept = {key: value for key, value in json.loads(texts[path.name]).items() if key not in CODE}
+                texts[path.name] = json.dumps(kept, indent=2)
+    return texts
+
+
+def check_hf_files(folder: Path, texts: dict[str, str]):
+    """Raises ValueError, naming a difference, if the tokenizer of a model directory is not GPT-2's. It may
+    have more tokens, from id 50257 on. A directory without tokenizer is taken to have GPT-2's."""
+    tokens = [*map(spell, load_ranks()), END_OF_TEXT_STRING]
+    others = [name for name in ("vocab.txt", "spiece.model", "tokenizer.model") if (folder / name).is_file()]
+    if others and not texts.keys() & {"tokenizer.json", "vocab.json"}:
+        raise ValueError(f"{folder / others[0]} is another tokenizer's; only GPT-2's is used here")
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        try:
+            theirs, merges, rules = parse_hf_file(name, texts[name]) if name in texts else (None, None, None)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / name} is no byte-pair tokenizer: {error!r}") from error
+        what, wrong = "", [id for id, token in enumerate(tokens) if theirs and theirs.get(id) != token]
+        if theirs and wrong:
+            what = f"token {wrong[0]} is {theirs.get(wrong[0])!r}, not {tokens[wrong[0]]!r}"
+        elif merges and merges != tokens[256:END_OF_TEXT]:
+            what = "the merges come in another order"
+        elif rules and rules != (None, "ByteLevel"):
+            what = f"normalizer and pre_tokenizer are {rules}"
+        if what:
+            raise ValueError(f"{folder / name} is not GPT-2's tokenizer, the only one used here: {what}")
+
+
+def parse_hf_file(name: str, text: str) -> tuple[dict[int, str] | None, list[str] | None, tuple | None]:
+    """Returns what a tokenizer's file tells: the tokens by id; the tokens that its merges make, in their
+    order; the types of normalizer and pre_tokenizer."""
+    if name == "merges.txt":
+        lines = [line for line in text.splitlines() if line and not line.startswith("#version:")]
+        return None, [line.replace(" ", "") for line in lines], None
+    content = json.loads(text)
+    if name == "vocab.json":
+        return {id: token for token, id in content.items()}, None, None
+    vocab = content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+    merges = ["".join(merge).replace(" ", "") for merge in content["model"]["merges"]]  # pairs, or "a b"
+    rules = tuple((content.get(key) or {}).get("type") for key in ("normalizer", "pre_tokenizer"))
+    return {id: token for token, id in vocab.items()}, merges, rules

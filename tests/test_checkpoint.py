@@ -1,6 +1,7 @@
 """checkpoint.py: what is saved comes back, what is damaged is refused by name, nothing stays half-written."""
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,8 @@ import torch
 from faults import draw, set_variables
 from helpers import ROOT, VOCAB_SIZE, flags, random_model, save_checkpoint
 
-from lib import checkpoint, tokenizer
+import train_gpt2
+from lib import checkpoint, folders, tokenizer
 from lib.device import pick_device
 
 FILES = [
@@ -417,3 +419,97 @@ def test_a_model_that_is_not_there_is_said_to_be_neither_here_nor_on_the_hub(lau
     assert generating.wait() == [2]
     said = "openai-community/gpt2 is not on this machine, and the Hub cannot be reached"
     assert said in generating.printed()
+
+
+# What a folder is
+
+
+def as_model(folder: Path) -> Path:
+    """A Hugging Face model's folder, with files of its own."""
+    shutil.copytree(
+        save_checkpoint(folder.parent.parent / "made", random_model(vocab_size=VOCAB_SIZE)), folder
+    )
+    for name in ("state.json", "optimizer.safetensors"):
+        (folder / name).unlink()
+    (folder / "README.md").write_text("theirs", encoding="utf-8")
+    return folder
+
+
+def listing(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+STRANGE = {  # folders that no run made, each by a name in it
+    "README.md": as_model,
+    "config.json": lambda folder: (as_model(folder) / "README.md").unlink(),
+    "model_05000.pt": lambda folder: [
+        folder.mkdir(),
+        (folder / "model_05000.pt").touch(),
+        (folder / "log.txt").write_text("0 train 10.9\n", encoding="utf-8"),
+    ],
+    "thesis.tex": lambda folder: [folder.mkdir(), (folder / "thesis.tex").write_text("years of work")],
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_nothing_is_written_into_a_folder_that_no_run_made(name, config, tmp_path):
+    cfg = dataclasses.replace(config, max_steps=2, checkpoint_every=1, log_dir=str(tmp_path / "log"))
+    run, strange = train_gpt2.main(cfg), tmp_path / "log" / "strange"
+    STRANGE[name](strange)
+    copy = shutil.copytree(run / "step_000002", strange / "step_000002")
+    before = listing(tmp_path)
+    words = [["--resume", str(copy)], ["--resume", str(copy), "--dry-run"]]
+    words += [["--resume", "--run-name", "strange", "--log-dir", str(tmp_path / "log")]]
+    for attempt in words:
+        with pytest.raises((ValueError, FileNotFoundError), match=name.replace(".", r"\.") + "|no training"):
+            train_gpt2.main(*train_gpt2.parse_args([*attempt, "--max-steps", "3"]))
+    with pytest.raises(ValueError, match=r"strange exists|was not made by a run"):
+        train_gpt2.main(dataclasses.replace(cfg, run_name="strange"))
+    assert listing(tmp_path) == before
+    train_gpt2.main(*train_gpt2.parse_args(["--resume", str(copy), "--eval-only", "--sample-every", "1"]))
+    assert listing(tmp_path) == before
+    assert folders.identify(strange) == "run" or folders.newest_run(tmp_path / "log") == run
+    plain = Path(shutil.copytree(copy, tmp_path / "log" / "plain" / "step_000002")).parent  # a copy is a run
+    train_gpt2.main(*train_gpt2.parse_args(["--resume", str(plain), "--max-steps", "3"]))
+    assert (plain / "step_000003").is_dir()
+
+
+def test_a_folder_is_what_its_content_says(gpt2_run, tmp_path):
+    model = as_model(tmp_path / "step_000100")
+    shutil.copytree(gpt2_run / "step_000002", model / "step_000002")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "log.txt").write_text("0 train 10.9\n", encoding="utf-8")
+    step = gpt2_run / "step_000001"
+    kinds = {gpt2_run: "run", step: "checkpoint", model: "model", tmp_path / "empty": "", tmp_path: "run"}
+    assert {path: folders.identify(path) for path in kinds} == kinds
+    assert checkpoint.load_model(str(model), "cpu")[1] == str(model)  # not the checkpoint in it
+    assert folders.find_run(step) == folders.find_run(gpt2_run) == gpt2_run.resolve()
+    (step / "state.json").unlink()
+    with pytest.raises(ValueError, match=r"state\.json is missing"):
+        checkpoint.load_model(str(step), "cpu")
+    with pytest.raises(FileNotFoundError, match="no training state"):
+        train_gpt2.parse_args(["--resume", str(model)])
+
+
+@pytest.mark.parametrize("name", ["q (copy)", "-dash", "~tilde", "[a]", "größe", ".hidden"])
+def test_a_run_goes_on_whatever_its_folder_is_called(name, config, tmp_path, monkeypatch):
+    cfg = dataclasses.replace(config, n_layer=1, max_steps=1, checkpoint_every=1)
+    run = train_gpt2.main(cfg).rename(tmp_path / name)
+    (run / "config.json").write_text('{"total_ba', encoding="utf-8")  # a run of earlier days was killed here
+    monkeypatch.chdir(run)
+    assert train_gpt2.main(*train_gpt2.parse_args(["--resume", ".", "--max-steps", "2"])) == run
+    monkeypatch.chdir(run / "step_000002")
+    for words in (["--resume", "."], ["--resume", "..", f"--run-name={name}"]):
+        assert train_gpt2.main(*train_gpt2.parse_args([*words, "--max-steps", "3"])) == run
+    assert json.loads((run / "config.json").read_text(encoding="utf-8"))["run_name"] == name
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_a_checkpoint_is_readable_by_whom_the_umask_says(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        folder = save(tmp_path / "run", 1)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~mask}

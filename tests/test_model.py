@@ -1,14 +1,13 @@
 """model.py: the network against transformers' GPT-2, its loss, cache, sampling and Hugging Face weights."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import random_model, scripted_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import (
@@ -19,7 +18,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from model import GPT, MLP, CausalSelfAttention, GPTConfig, config_from_hf, config_to_hf, sample, to_hf
+import plot
+from model import GPT, MLP, SIZE_NAMES, SIZES, CausalSelfAttention, GPTConfig, config_to_hf, sample, to_hf
 
 SHAPES = [
     dict(block_size=8, vocab_size=100, n_layer=1, n_head=1, n_embd=8),
@@ -59,17 +59,17 @@ def as_theirs(model: GPT) -> GPT2LMHeadModel:
 
 
 @pytest.mark.parametrize(
-    ("size", "hub_name", "count"),
+    ("size", "names", "count"),
     [
-        ("124M", "gpt2", 124_439_808),
-        ("350M", "gpt2-medium", 354_823_168),
-        ("774M", "gpt2-large", 774_030_080),
-        ("1558M", "gpt2-xl", 1_557_611_200),
+        ("124M", "gpt2 124m 117M 125M", 124_439_808),
+        ("350M", "gpt2-medium GPT2-Medium 345M 355M", 354_823_168),
+        ("774M", "gpt2-large 762M", 774_030_080),
+        ("1558M", "gpt2-xl 1.5B 1.5b 1542M", 1_557_611_200),
     ],
 )
-def test_the_published_sizes_have_their_published_parameter_counts(size, hub_name, count):
+def test_the_published_sizes_have_their_published_parameter_counts(size, names, count):
     config = GPTConfig.named(size)
-    assert config == GPTConfig.named(hub_name)
+    assert all(config == GPTConfig.named(name) for name in names.split())
     with torch.device("meta"):
         model = GPT(config)
     padding = (config.padded_vocab_size - config.vocab_size) * config.n_embd
@@ -97,7 +97,8 @@ def test_num_params_of_any_shape_is_what_the_module_and_transformers_hold(shape)
         (lambda: GPTConfig(n_head=0), ["n_head is 0", "at least 1"]),
         (lambda: GPTConfig(n_layer=-1), ["n_layer is -1", "at least 1"]),
         (lambda: GPTConfig(vocab_size=0), ["vocab_size is 0", "at least 1"]),
-        (lambda: GPTConfig.named("125M"), ["125M", "124M", "gpt2-xl"]),
+        (lambda: GPTConfig(n_layer="2"), ["n_layer is '2'", "whole number"]),  # type: ignore[arg-type]
+        (lambda: GPTConfig.named("126M"), ["126M", "124M", "gpt2-xl"]),
     ],
 )
 @pytest.mark.fault(12)
@@ -106,6 +107,10 @@ def test_an_impossible_shape_is_refused_with_its_value_and_the_nearest_that_work
         make()
     for part in parts:
         assert part in str(error.value)
+
+
+def test_plot_knows_the_same_names_of_sizes():
+    assert plot.SIZE_NAMES == SIZE_NAMES and plot.HELLASWAG.keys() == SIZES.keys()
 
 
 def test_named_sizes_take_overrides():
@@ -476,107 +481,3 @@ def test_dropout_acts_on_embeddings_attention_weights_and_both_residual_branches
                 layer.bias.zero_()
         idx = tokens(model, 1, 16)
         assert not torch.allclose(model(idx), model(idx))  # only the embeddings' dropout is left
-
-
-# Hugging Face directories
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("model_type", "gptj"),
-        ("model_type", None),
-        ("activation_function", "relu"),
-        ("activation_function", "gelu"),  # the exact form is another function
-        ("layer_norm_epsilon", 1e-6),
-        ("tie_word_embeddings", False),
-        ("scale_attn_weights", False),
-        ("scale_attn_by_inverse_layer_idx", True),
-        ("add_cross_attention", True),
-        ("n_inner", 100),
-    ],
-)
-def test_a_config_that_is_not_gpt2_is_refused_by_entry_and_value(key, value):
-    config = {**config_to_hf(GPTConfig()), key: value}
-    with pytest.raises(ValueError) as error:
-        config_from_hf(config)
-    assert key in str(error.value) and repr(value) in str(error.value)
-
-
-def test_a_config_survives_the_way_to_hugging_face_and_back():
-    config = GPTConfig(block_size=77, vocab_size=500, n_layer=3, n_head=5, n_embd=35)
-    assert config_from_hf(config_to_hf(config)) == config
-    assert config_from_hf(GPT2Config().to_dict()) == GPTConfig()
-    assert config_from_hf({"model_type": "gpt2", "n_inner": 3072}, dropout=0.1) == GPTConfig(dropout=0.1)
-
-
-def test_weights_in_several_files_with_an_index_are_read(tmp_path):
-    theirs = random_theirs(SHAPES[1])
-    theirs.save_pretrained(tmp_path, max_shard_size="40KB")
-    parts = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert len(parts) > 2 and (tmp_path / "model.safetensors.index.json").is_file()
-    ours = GPT.from_pretrained(tmp_path).eval()
-    idx = tokens(ours, 2, 10)
-    torch.testing.assert_close(ours(idx), theirs(idx).logits, rtol=0, atol=1e-4)
-    (tmp_path / parts[1]).unlink()
-    with pytest.raises(FileNotFoundError, match=parts[1]):
-        GPT.from_pretrained(tmp_path)
-
-
-def test_openais_files_without_prefix_and_with_masks_are_read(tmp_path):
-    theirs = random_theirs(SHAPES[1])
-    theirs.save_pretrained(tmp_path)
-    path, size = tmp_path / "model.safetensors", SHAPES[1]["block_size"]
-    weights = {name.removeprefix("transformer."): value for name, value in load_file(path).items()}
-    for layer in range(SHAPES[1]["n_layer"]):
-        weights[f"h.{layer}.attn.bias"] = torch.ones(1, 1, size, size).tril()
-        weights[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
-    save_file(weights, path)
-    ours = GPT.from_pretrained(tmp_path).eval()
-    idx = tokens(ours, 2, 10)
-    torch.testing.assert_close(ours(idx), theirs(idx).logits, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_weights_become_float32(dtype, tmp_path):
-    theirs = random_theirs(SHAPES[0]).to(dtype)
-    theirs.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(tmp_path)
-    assert {p.dtype for p in ours.parameters()} == {torch.float32}
-    assert torch.equal(ours.wte.weight[:100], theirs.transformer.wte.weight.float())
-
-
-def test_from_pretrained_takes_a_dropout(tmp_path):
-    random_theirs(SHAPES[0]).save_pretrained(tmp_path)
-    assert GPT.from_pretrained(tmp_path, dropout=0.25).config.dropout == 0.25
-
-
-@pytest.mark.parametrize(
-    ("break_it", "error", "part"),
-    [
-        (lambda d: (d / "config.json").unlink(), FileNotFoundError, "config.json"),
-        (lambda d: (d / "model.safetensors").unlink(), FileNotFoundError, "model.safetensors"),
-        (lambda d: (d / "config.json").write_text("{", encoding="utf-8"), ValueError, ""),
-        (lambda d: (d / "model.safetensors").write_bytes(b"\x08"), ValueError, "model.safetensors"),
-        (lambda d: edit_config(d, n_layer=2), ValueError, "h.1."),
-        (lambda d: edit_config(d, n_positions=9), ValueError, "wpe"),
-        (lambda d: edit_config(d, vocab_size=99), ValueError, "wte"),
-        (lambda d: save_file({"x": torch.ones(1)}, d / "model.safetensors"), ValueError, "wte"),
-    ],
-)
-def test_a_directory_that_does_not_hold_a_whole_gpt2_is_refused(break_it, error, part, tmp_path):
-    random_theirs(SHAPES[0]).save_pretrained(tmp_path)
-    break_it(tmp_path)
-    with pytest.raises(error) as caught:
-        GPT.from_pretrained(tmp_path)
-    assert part in str(caught.value)
-
-
-def edit_config(folder: Path, **entries):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **entries}), encoding="utf-8")
-
-
-def test_a_name_that_is_nothing_is_refused_with_the_known_names():
-    with pytest.raises(ValueError, match=r"no/such/folder.*124M.*gpt2-xl"):
-        GPT.from_pretrained("no/such/folder")

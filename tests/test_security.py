@@ -305,16 +305,18 @@ def test_a_models_own_code_is_not_run(client, shared_hub, repo, run, config, tmp
     resealed(folder, files=digests(folder))
     checkpoint.load_model(str(folder), "cpu")
     plain = Path(shutil.copytree(folder, tmp_path / "plain"))
-    (plain / "state.json").unlink()
+    for name in ("state.json", "optimizer.safetensors"):
+        (plain / name).unlink()
     generate.main(generate.Config(model=str(plain), device="cpu", max_tokens=1))
     train(config, init_from=str(plain), n_layer=None, n_head=None, n_embd=None)
-    with pytest.raises(ValueError, match="no valid checkpoint"):
+    with pytest.raises(FileNotFoundError, match=f"no training state; .* --init-from {plain}"):
         train_gpt2.parse_args(["--resume", str(plain)])
     # The same on the Hub, as a model to begin from and as a run to go on with.
     shared_hub.requests.clear()
     shared_hub.commit(repo, on_the_hub(run, 4))
     client("from lib import checkpoint; checkpoint.load_model(name, 'cpu')", name=repo)
-    assert shared_hub.downloads() == {"config.json", "model.safetensors"}
+    assert shared_hub.downloads() >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not shared_hub.downloads() & {"modeling_evil.py", "optimizer.safetensors", "state.json"}
     client(PULL, location=f"hf://{repo}", log=tmp_path / "pulled", name="")
     assert "modeling_evil.py" not in shared_hub.downloads()
     pickles = without(on_the_hub(run, 4), "model.safetensors") | {"pytorch_model.bin": torch_saved(canary)}
@@ -481,7 +483,7 @@ def test_a_run_on_the_hub_with_a_bad_name_is_refused(name, run, client, shared_h
     before = listing(tmp_path)
     where = dict(location=f"hf://{repo}", log=tmp_path / "new")
     answer = client.refusal(PULL, "ValueError", **where, name="")
-    assert f"--run-name is {name!r}" in answer["message"]
+    assert f" is {name!r}; choose a --run-name" in answer["message"]
     left = {path: when for path, when in listing(tmp_path).items() if "/new" not in path}
     assert left == before and [path.name for path in (tmp_path / "new").iterdir()] == [".hub"]
     assert client(PULL, **where, name="good") == str(tmp_path / "new" / "good" / "step_000004")

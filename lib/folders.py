@@ -1,0 +1,88 @@
+"""What a folder is, by its content: a run, a checkpoint or another program's model. Everybody asks here.
+
+    identify(Path("log/demo"))           # "run", "checkpoint", "model" or ""
+    find_run(Path("log/demo/log.txt"))   # the run that a run's folder, log or checkpoint belongs to
+    check_ownership(Path("log/demo"))    # before writing: refuses a folder that no run made
+
+It imports no torch, because plot.py starts quickly.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from lib import files
+
+STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+STEP_NAME = re.compile(r"step_(\d{6,})")
+SETTING = "total_batch_tokens"  # one of many that every run's config.json has
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+# What a run writes into its folder beside its config.json.
+WRITTEN = re.compile(
+    rf"{STEP_NAME.pattern}|log\.txt|loss\.png|abandoned|tensorboard|wandb|\.(tmp_step|old_step|log\.txt).*"
+)
+
+
+def has_settings(folder: Path) -> bool | None:
+    """Whether a folder's config.json holds a run's settings; None without one, or if it is half-written."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return isinstance(content, dict) and SETTING in content
+
+
+def steps(run: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first, not verified. Links do not count."""
+    inside = run.iterdir() if run.is_dir() else ()
+    found = [p for p in inside if STEP_NAME.fullmatch(p.name) and not p.is_symlink()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def identify(folder: Path) -> str:
+    """Returns "checkpoint", "run", "model" (of any program), or "" for anything else. Names and places do not
+    matter."""
+    if (folder / STATE).is_file() or (folder / OPTIMIZER).is_file():
+        return "checkpoint"
+    if has_settings(folder):
+        return "run"
+    if any((folder / name).is_file() for name in WEIGHTS):
+        return "model"
+    if steps(folder) or (folder / "log.txt").is_file():
+        return "run"
+    return "model" if (folder / "config.json").is_file() else ""
+
+
+def find_run(path: Path) -> Path:
+    """The run of a run's folder, log.txt or checkpoint. Raises FileNotFoundError for anything else."""
+    folder = path.resolve().parent if path.is_file() or identify(path) == "checkpoint" else path
+    if identify(folder) != "run":
+        what = f"{path} is a model" if identify(path) else f"{path / 'log.txt'} is not there"
+        raise FileNotFoundError(f"{what}; give a run folder, log/<run>")
+    return folder
+
+
+def newest_run(log_root: Path = files.LOGS, what: str = "checkpoint") -> Path:
+    """The run with the youngest checkpoint, or with the youngest "log". Raises FileNotFoundError if there is
+    none."""
+    inside = log_root.iterdir() if log_root.is_dir() else ()
+    runs = [folder for folder in inside if identify(folder) == "run"]
+    youngest = {run: steps(run)[-1:] if what == "checkpoint" else [*run.glob("log.txt")] for run in runs}
+    ages = {run: paths[0].stat().st_mtime for run, paths in youngest.items() if paths}
+    if not ages:
+        raise FileNotFoundError(f"{log_root} holds no {what}; train a model: `python train_gpt2.py demo`")
+    return max(ages, key=lambda run: ages[run])
+
+
+def check_ownership(run: Path):
+    """Raises ValueError, naming what is there, if something else than a run of ours made the folder. An empty
+    folder passes, and one that holds only checkpoints and logs."""
+    if not run.is_dir() or (is_run := has_settings(run)):
+        return
+    ours = {"config.json"} if is_run is None else set()  # a run that was killed left it half-written
+    strange = [p.name for p in sorted(run.iterdir()) if not WRITTEN.fullmatch(p.name) and p.name not in ours]
+    if strange:
+        raise ValueError(
+            f"{run} was not made by a run: it holds {', '.join(strange[:4])}. A run writes only into its own "
+            "folder; to go on from a checkpoint there, copy it: log/<run>/step_<step>"
+        )
