@@ -18,6 +18,8 @@ last column is ours as a share of the machine's limit: the measured speed of lar
 hellaswag), or of reading the weights for a product with one row (generate).
 """
 
+import lib.startup  # noqa: F401
+
 import gc
 import multiprocessing
 import os
@@ -384,4 +386,4 @@ def main(cfg: Config) -> list[Result]:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(Config, __doc__)))
+    cli.run(lambda: main(cli.parse(Config, __doc__)), outlives_console=True)

@@ -24,6 +24,8 @@ last complete shard. Several machines share the parts. The shards' bytes are the
 FineWeb-Edu sample makes 10 billion tokens, 20 GB.
 """
 
+import lib.startup  # noqa: F401
+
 import contextlib
 import json
 import math
@@ -469,4 +471,4 @@ def main(cfg: Config):
 
 if __name__ == "__main__":
     again = "interrupted; the same command goes on from here"
-    cli.run(lambda: main(cli.parse(Config, __doc__)), interrupted=again)
+    cli.run(lambda: main(cli.parse(Config, __doc__)), interrupted=again, outlives_console=True)

@@ -10,6 +10,8 @@ generated. Several samples are generated as one batch and separated by empty lin
 and top-k are cautious, for small models.
 """
 
+import lib.startup  # noqa: F401
+
 import codecs
 import dataclasses
 import itertools

@@ -17,6 +17,8 @@ On disk: data/hellaswag/hellaswag_val.jsonl (12 MB), downloaded from its author'
 against its SHA-256.
 """
 
+import lib.startup  # noqa: F401
+
 import itertools
 import json
 import math

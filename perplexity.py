@@ -25,6 +25,8 @@ GPT-2 124M on WikiText-103's test set: 37.50 in the paper; 37.37 per word in lm_
 29.94 per token in Hugging Face's guide.
 """
 
+import lib.startup  # noqa: F401
+
 import dataclasses
 import math
 import re

@@ -9,6 +9,8 @@ are the published figures for the run's size, or for 124M if its shape is not a 
 which is on FineWeb-Edu, is drawn if a run comes within 1 of it.
 """
 
+import lib.startup  # noqa: F401
+
 import itertools
 import json
 import re

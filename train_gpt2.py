@@ -15,6 +15,8 @@ author reached a validation loss near 3.07 nats per token and 30.4% on HellaSwag
 higher rate and 4 billion tokens, was chosen by small runs and not run at this size.
 """
 
+import lib.startup  # noqa: F401
+
 import contextlib
 import dataclasses
 import functools
@@ -493,4 +495,4 @@ def run_script():
 
 
 if __name__ == "__main__":
-    cli.run(run_script)
+    cli.run(run_script, outlives_console=True)

@@ -12,16 +12,26 @@
 Exit codes: 0 done, 2 bad input (the reason is on standard error), 130 Ctrl-C.
 """
 
+import contextlib
 import dataclasses
+import errno
+import json
 import math
 import os
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
+import time
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
+
+from lib import console
 
 C = TypeVar("C")
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # a flag without its --no-
@@ -81,22 +91,65 @@ def check_bounds(cfg: Any):
 def format_path(path: str | Path) -> str:
     """Returns the path as one would type it here."""
     path = Path(path).absolute()
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    text = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return f".{os.sep}{text}" if text[0] in "-~" else text
 
 
-def run(main: Callable[[], Any], interrupted: str = ""):
+def format_command(*words: str | Path) -> str:
+    """Returns words, quoted, to be pasted into a shell here. A path is written as one would type it here; a
+    script (.py) follows the name of this Python."""
+    texts = [format_path(word) if isinstance(word, Path) else word for word in words]
+    if texts[0].endswith(".py"):
+        found = shutil.which("python")
+        is_this = found and Path(found).parent == Path(sys.executable).parent
+        texts.insert(0, "python" if is_this else format_path(sys.executable))
+    if os.name == "nt":
+        return subprocess.list2cmdline(texts)
+    quoted = [shlex.quote(text) for text in texts]
+    # Double quotes are easier to read if the text has an apostrophe, and if they suffice.
+    return " ".join(q if q == t or set(t) & set('"$`\\!') else f'"{t}"' for q, t in zip(quoted, texts))
+
+
+def run(main: Callable[[], Any], interrupted: str = "interrupted", outlives_console: bool = False):
     """Calls a script's main. Bad input ends it with exit code 2 and the reason (of several processes on a
-    machine, the first says it), Ctrl-C with 130 and the line `interrupted`, a closed pipe with 0."""
+    machine, the first says it), Ctrl-C with 130 and the line `interrupted`.
+
+    outlives_console: the script's work is on disk, so it goes on if standard output is lost. Otherwise it
+    ends there: with 0 if the reader of a pipe, say `head`, has enough, else with 2.
+    """
     script = Path(sys.argv[0]).name
+    console.protect(outlives_console)
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        print(f"\n{script}: {interrupted}" if interrupted else "", file=sys.stderr)
-        os._exit(130)  # without waiting for threads: a download may be under way
-    except BrokenPipeError:  # the reader, say `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (ValueError, OSError) as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            rank = os.environ.get("RANK", "0")
-            print(f"{script}{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
+            print(f"\n{script}: {interrupted}", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for threads: a download may be under way
+    except (ValueError, OSError) as error:
+        if isinstance(error, console.ConsoleError) and error.errno in (errno.EPIPE, errno.EINVAL):
+            return  # EINVAL: Windows
+        rank, reason = os.environ.get("RANK", "0"), str(error)
+        if len(reason) > 2000:  # a message of a library may hold a file's content
+            reason = f"{reason[:1500]} ... {reason[-400:]}"
+        reason = f"{script}{f' (rank {rank})' if rank != '0' else ''}: {reason}"
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(reason, file=sys.stderr)
+        report_to_torchrun(reason)
         sys.exit(2)
+    except SystemExit as end:
+        if end.code:
+            report_to_torchrun(f"{script}: exit code {end.code}; the reason is above")
+        raise
+
+
+def report_to_torchrun(reason: str):
+    """Writes why this process ends where torchrun looks for it. torchrun prints it last."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": reason, "timestamp": str(int(time.time()))}
+        content = {"message": {"message": reason, "extraInfo": extra}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(content), encoding="utf-8")

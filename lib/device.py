@@ -38,8 +38,10 @@ def pick_device(name: str, spare_memory: bool = False) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:  # torch raises either, by backend
-        reason = str(error).partition("\n")[0]
+        reason = re.split(r"\n|\. ", str(error))[0]  # torch lists all its backends after the first sentence
         raise ValueError(
             f"--device {name!r} cannot be used ({reason}); try cpu, cuda, cuda:1, mps or auto"
         ) from error

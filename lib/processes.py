@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import os
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -139,7 +140,7 @@ def join_group(device_name: str, timeout_seconds: float, spare_memory: bool) -> 
         device_name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = pick_device(device_name, spare_memory)
     if device.type == "mps":
-        raise ValueError("--device mps has one GPU and takes one process; several need --device cpu")
+        raise ValueError("mps has one GPU, which takes one process; several processes need --device cpu")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else rank 0 holds the store
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -185,14 +186,21 @@ def rendezvous(store: Store, rank: int, world_size: int, timeout_seconds: float)
 
 
 def launch(script: str, count: int, argv: list[str]):
-    """Runs a script in `count` processes on this machine; exits with their exit code."""
+    """Runs a script in `count` processes on this machine; exits with their exit code. The reason of the first
+    that failed is printed last."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    flags = ["--standalone", f"--nproc-per-node={count}"]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup
+        flags.append("--signals-to-handle=SIGTERM,SIGINT,SIGQUIT")
     try:
-        run.main(["--standalone", f"--nproc-per-node={count}", script, *argv])
-    except ChildFailedError as error:  # the processes have said why
-        sys.exit(max(1, error.get_first_failure()[1].exitcode))
+        run.main([*flags, script, *argv])
+    except ChildFailedError as error:
+        failure = error.get_first_failure()[1]
+        if isinstance(failure.error_file_data["message"], dict):  # as cli.report_to_torchrun writes it
+            print(failure.error_file_data["message"]["message"], file=sys.stderr)
+        sys.exit(max(1, failure.exitcode))
     except SignalException as error:  # it was passed on to the processes, and they have stopped
         sys.exit(128 + error.sigval)

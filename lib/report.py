@@ -1,15 +1,14 @@
 """The lines that a training run prints: its header, its steps, its summary and what to do next."""
 
 import math
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lib.cli import format_path
+from lib.cli import format_command, format_path
 from lib.device import peak_flops
+from lib.files import ROOT
 from model import GPTConfig
 
 
@@ -103,12 +102,11 @@ def summarize(log: Path, max_steps: int, total_batch_tokens: int) -> str:
 
 def suggest_next(run: Path, last_checkpoint: Path, prompt: str) -> str:
     """Commands to go on with, as one would type them here."""
-    model, python = format_path(last_checkpoint), format_path(sys.executable)
-    python = "python" if Path(python).is_absolute() else python  # .venv/bin/python, if it is not activated
-    prompt = shlex.quote(prompt) if set(prompt) & set('"$`\\!') else f'"{prompt}"'
+    generate, hellaswag, plot = (ROOT / f"{name}.py" for name in ("generate", "hellaswag", "plot"))
+    model = ("--model", last_checkpoint)
     return (
         f"What next:\n"
-        f"  {python} generate.py --model {model} --prompt {prompt}\n"
-        f"  {python} hellaswag.py --model {model} --limit 1000   # fetches 12 MB, once\n"
-        f"  {python} plot.py {format_path(run)} --out loss.png"
+        f"  {format_command(generate, *model, '--prompt', prompt)}\n"
+        f"  {format_command(hellaswag, *model, '--limit', '1000')}   # fetches 12 MB, once\n"
+        f"  {format_command(plot, run, '--out', 'loss.png')}"
     )

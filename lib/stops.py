@@ -10,6 +10,7 @@
 Exit codes of a stopped run: 3 too many steps that were not finite, 4 --max-hours, 128 + n signal n.
 """
 
+import contextlib
 import math
 import os
 import signal
@@ -24,7 +25,8 @@ import torch
 
 from lib.processes import Process
 
-STOP_SIGNALS = [getattr(signal, s) for s in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, s)]
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has two
 NOT_FINITE, OUT_OF_TIME = 3, 4  # exit codes
 SPIKE_WINDOW = 128  # steps, as in OLMo 2 (OLMo team, 2025, arXiv:2501.00656)
 
@@ -35,7 +37,7 @@ class Watch:
     def __init__(self, process: Process, max_hours: float, checkpoint_minutes: float, max_bad_steps: int):
         self.process, self.max_bad_steps = process, max_bad_steps
         self.max_hours, self.checkpoint_minutes = max_hours, checkpoint_minutes
-        self.signals = Signals()
+        self.signals = Signals(announces=process.rank == 0)
         self.exit_code, self.reason = 0, ""
         self.note_checkpoint()
 
@@ -69,13 +71,16 @@ class Watch:
 
 
 class Signals:
-    """Remembers the first SIGTERM, SIGINT or SIGUSR1. A second one ends the process at once, unless it comes
-    within a second: torchrun passes on the signal that the terminal has sent to all processes."""
+    """Remembers the first signal of STOP_SIGNALS. A second one ends the process at once, unless it comes
+    within a second: torchrun passes on the signal that the terminal has sent to all processes. A SIGHUP that
+    is ignored at the start, as under nohup, stays ignored."""
 
-    def __init__(self):
-        self.caught, self.when = 0, 0.0
+    def __init__(self, announces: bool = True):
+        self.caught, self.when, self.announces, self.before = 0, 0.0, announces, {}
         handled = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
-        self.before = {number: signal.signal(number, self.remember) for number in handled}
+        for number in handled:
+            if signal.Signals(number).name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.remember)
 
     def restore(self):
         """Puts the earlier handlers back: a notebook goes on after its run."""
@@ -83,10 +88,20 @@ class Signals:
             signal.signal(number, handler)
 
     def remember(self, number: int, frame: Any):
+        name = signal.Signals(number).name
         if self.caught and time.monotonic() - self.when > 1:
+            self.announce(f"a second signal ({name}): ended at once, without saving")
             os._exit(128 + number)
         if not self.caught:
             self.caught, self.when = number, time.monotonic()
+            again = "Ctrl-C again" if name == "SIGINT" else "a second signal"
+            self.announce(f"{name}: stopping after this step, then saving; {again} discards it")
+
+    def announce(self, text: str):
+        """Prints on standard error. print() must not be used here: it may be what the signal interrupted."""
+        if self.announces:
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{text}\n".encode())
 
 
 def z_score(loss: float, recent: Collection[float]) -> float:

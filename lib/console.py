@@ -1,0 +1,89 @@
+"""Standard output and error that do not end the work when they fail.
+
+    console.protect(outlive=True)      # once, before a script begins
+    print("28.59 ± 0.45")              # "28.59 +- 0.45" where the encoding has no ±
+
+A stream that was closed before the start becomes the null device. A write can fail because a pipe's reader or
+a terminal is gone, or because a disk is full. It is said on standard error, and later output is dropped.
+"""
+
+import codecs
+import contextlib
+import io
+import os
+import sys
+import time
+from typing import Any
+
+SPELLED = {"±": "+-", "°": " deg", **{bar: str(n) for n, bar in enumerate("▁▂▃▄▅▆▇█", 1)}}
+
+
+class ConsoleError(OSError):
+    """Standard output could not be written."""
+
+
+class ConsoleFile(io.RawIOBase):
+    """The file below standard output or error. After a write that failed it drops what it gets.
+
+    outlive: drop it from the first failure on. Otherwise the first failure raises ConsoleError.
+    """
+
+    def __init__(self, raw: io.RawIOBase, outlive: bool):
+        self.raw, self.outlive, self.failed, self.name = raw, outlive, False, getattr(raw, "name", "")
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.raw.fileno()
+
+    def isatty(self) -> bool:
+        return not self.failed and self.raw.isatty()
+
+    def write(self, data: Any) -> int:
+        if not self.failed:
+            try:
+                while (written := self.raw.write(data)) is None:  # not blocking, and full
+                    time.sleep(0.01)
+                return written
+            except OSError as error:
+                self.failed = True
+                if not self.outlive:
+                    raise ConsoleError(error.errno, f"standard output: {error.strerror}") from error
+                if self.raw.fileno() == 1:
+                    print(f"standard output is lost ({error.strerror}); the work goes on", file=sys.stderr)
+        return len(data)
+
+
+def spell(error: UnicodeError) -> tuple[str, int]:
+    """Replaces characters that an encoding lacks: an error handler for `codecs`."""
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(SPELLED.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+def protect(outlive: bool):
+    """Replaces sys.stdout and sys.stderr by streams that survive. outlive: standard output, too, is dropped
+    when it fails; otherwise it raises ConsoleError once. A stream that is not Python's own stays."""
+    for number in range(3):  # so that no file that is opened later gets the number of a closed stream
+        try:
+            os.fstat(number)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
+    codecs.register_error("spell", spell)
+    sys.stdout, sys.stderr = wrap(sys.stdout, outlive), wrap(sys.stderr, True)
+
+
+def wrap(stream: Any, outlive: bool) -> Any:
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")
+    if type(stream) is not io.TextIOWrapper:  # a test's, or a notebook's
+        return stream
+    stream.flush()
+    raw = ConsoleFile(getattr(stream.buffer, "raw", stream.buffer), outlive)
+    is_unbuffered = not hasattr(stream.buffer, "raw")
+    buffer: Any = raw if is_unbuffered else io.BufferedWriter(raw)
+    return io.TextIOWrapper(
+        buffer, stream.encoding, "spell", line_buffering=stream.line_buffering, write_through=is_unbuffered
+    )
