@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from lib import files, pretrained, tokenizer
 from lib.device import pick_device
-from lib.folders import OPTIMIZER, STATE, STEP_NAME, identify, newest_run, steps
+from lib.folders import OPTIMIZER, STATE, STEP_NAME, identify, list_steps, newest_run
 from model import END_OF_TEXT, GPT, HUB_NAMES, SIZE_NAMES, SIZES, GPTConfig, config_to_hf, to_hf
 
 
@@ -210,7 +210,7 @@ def load(folder: Path, dropout: float = 0.0, state: dict[str, Any] | None = None
 def find_newest_valid(run: Path) -> tuple[Found | None, list[str]]:
     """The newest checkpoint of a run that verifies, and why newer ones were passed over."""
     passed_over = []
-    for folder in reversed(steps(run)):
+    for folder in reversed(list_steps(run)):
         try:
             return Found(folder, verify(folder)), passed_over
         except ValueError as error:

@@ -32,7 +32,7 @@ def has_settings(folder: Path) -> bool | None:
     return isinstance(content, dict) and SETTING in content
 
 
-def steps(run: Path) -> list[Path]:
+def list_steps(run: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first, not verified. Links do not count."""
     inside = run.iterdir() if run.is_dir() else ()
     found = [p for p in inside if STEP_NAME.fullmatch(p.name) and not p.is_symlink()]
@@ -48,7 +48,7 @@ def identify(folder: Path) -> str:
         return "run"
     if any((folder / name).is_file() for name in WEIGHTS):
         return "model"
-    if steps(folder) or (folder / "log.txt").is_file():
+    if list_steps(folder) or (folder / "log.txt").is_file():
         return "run"
     return "model" if (folder / "config.json").is_file() else ""
 
@@ -67,7 +67,7 @@ def newest_run(log_root: Path = files.LOGS, what: str = "checkpoint") -> Path:
     none."""
     inside = log_root.iterdir() if log_root.is_dir() else ()
     runs = [folder for folder in inside if identify(folder) == "run"]
-    youngest = {run: steps(run)[-1:] if what == "checkpoint" else [*run.glob("log.txt")] for run in runs}
+    youngest = {run: list_steps(run)[-1:] if what == "checkpoint" else [*run.glob("log.txt")] for run in runs}
     ages = {run: paths[0].stat().st_mtime for run, paths in youngest.items() if paths}
     if not ages:
         raise FileNotFoundError(f"{log_root} holds no {what}; train a model: `python train_gpt2.py demo`")

@@ -28,7 +28,7 @@ from model import GPTConfig
 EVALUATIONS = ("val", "hella")  # streams that a step writes before its checkpoint; the others come after it
 
 
-def resolve(log_root: Path, name: str, origin: str = "--run-name") -> Path:
+def build_path(log_root: Path, name: str, origin: str = "--run-name") -> Path:
     """log_root/name. Raises ValueError, naming its origin, for a name that could lead out of log_root, or has
     links in it."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
@@ -49,7 +49,7 @@ def choose_folder(cfg: Any, model_config: GPTConfig, process: Process) -> Path:
     size, now = f"{model_config.num_params / 1e6:.0f}M", time.strftime("%Y-%m-%d_%H-%M-%S")
     name = process.broadcast(cfg.run_name or f"gpt2-{size}_{now}")
     if cfg.resume in ("", "newest"):  # a new run
-        run = resolve(Path(cfg.log_dir) if cfg.log_dir else files.LOGS, name)
+        run = build_path(Path(cfg.log_dir) if cfg.log_dir else files.LOGS, name)
     else:
         run = Path(cfg.resume).parent  # whatever its name is
     check_ownership(run)
@@ -84,7 +84,7 @@ def unlock(taken: FileLock):
     taken.release()
 
 
-def clean(run: Path):
+def remove_leftovers(run: Path):
     """Removes what a killed process left. A checkpoint that was set aside for a successor comes back if the
     successor is missing."""
     for left in [*run.glob(".tmp_step_*"), *run.glob(".old_step_*")]:
@@ -123,7 +123,7 @@ def prune(run: Path, keep_last: int, keep_every: int, in_use: Path | None = None
     for folder in found[:-keep_last] if keep_last else []:
         step = int(folder.name.removeprefix("step_"))
         if folder not in (best, in_use) and not (keep_every and step % keep_every == 0):
-            doomed = run / f".tmp_{folder.name}"  # `clean` never puts this name back, however much is left
+            doomed = run / f".tmp_{folder.name}"  # a name that is never put back
             shutil.rmtree(doomed, ignore_errors=True)
             shutil.rmtree(folder.rename(doomed))
 

@@ -253,7 +253,7 @@ def test_added_tokens_are_in_every_checkpoint_of_a_run_that_began_with_them(adde
     shape = dict(n_layer=None, n_head=None, n_embd=None, max_steps=2, checkpoint_every=1)
     run = train_gpt2.main(dataclasses.replace(config, init_from=str(added), **shape))
     train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run / "step_000001"), "--max-steps", "3"]))
-    for step in checkpoint.steps(run):
+    for step in checkpoint.list_steps(run):
         theirs = AutoTokenizer.from_pretrained(step)
         assert theirs("a<|end|> b<|pad|>")["input_ids"] == [64, VOCAB_SIZE + 1, 275, VOCAB_SIZE]
         assert theirs.pad_token_id == VOCAB_SIZE and len(theirs) == VOCAB_SIZE + 2
@@ -264,7 +264,7 @@ def test_added_tokens_are_in_every_checkpoint_of_a_run_that_began_with_them(adde
         ours, _ = checkpoint.load_model(str(step), "cpu")
         expected = logits_of(model, VOCAB_SIZE + 2)
         torch.testing.assert_close(logits_of(ours, VOCAB_SIZE + 2), expected, rtol=0, atol=1e-4)
-    assert len(checkpoint.steps(run)) == 3
+    assert len(checkpoint.list_steps(run)) == 3
 
 
 def edit_tokenizer(folder: Path, **entries):
