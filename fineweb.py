@@ -469,4 +469,4 @@ def main(cfg: Config):
 
 if __name__ == "__main__":
     again = "interrupted; the same command goes on from here"
-    cli.run(lambda: main(cli.parse(Config, __doc__)), interrupted=again)
+    cli.run(lambda: main(cli.parse(Config, __doc__)), interrupted=again, outlives_console=True)

@@ -428,7 +428,9 @@ def evaluate_only(cfg: Config, process: Process, found: checkpoint.Found | None)
     model = parallel.place(setup.model, process, cfg.fsdp, cfg.reduce_dtype)
     process.print(f"only evaluating {format_path(setup.folder)}; nothing is written")
     due = {job for job in JOBS if getattr(cfg, f"{job}_every")}
+    setup.optimizer_tensors = {}  # they are not needed
     evaluate(setup, model, setup.state.get("step", 0), due)
+    process.barrier()
     return setup.folder
 
 
@@ -493,4 +495,4 @@ def run_script():
 
 
 if __name__ == "__main__":
-    cli.run(run_script)
+    cli.run(run_script, outlives_console=True)

@@ -12,6 +12,7 @@
 Exit codes: 0 done, 2 bad input (the reason is on standard error), 130 Ctrl-C.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -84,7 +85,7 @@ def format_path(path: str | Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def run(main: Callable[[], Any], interrupted: str = ""):
+def run(main: Callable[[], Any], interrupted: str = "", outlives_console: bool = False):
     """Calls a script's main. Bad input ends it with exit code 2 and the reason (of several processes on a
     machine, the first says it), Ctrl-C with 130 and the line `interrupted`, a closed pipe with 0."""
     script = Path(sys.argv[0]).name
@@ -92,9 +93,14 @@ def run(main: Callable[[], Any], interrupted: str = ""):
         main()
     except KeyboardInterrupt:
         print(f"\n{script}: {interrupted}" if interrupted else "", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(130)  # without waiting for threads: a download may be under way
-    except BrokenPipeError:  # the reader, say `head`, has enough
+    except BrokenPipeError as error:  # the reader, say `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if outlives_console:
+            print(f"{script}: {error}", file=sys.stderr)
+            sys.exit(2)
     except (ValueError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             rank = os.environ.get("RANK", "0")

@@ -115,14 +115,16 @@ def pull(location: str, log_root: Path, run_name: str = "") -> Path:
         shutil.rmtree(incoming / ".incoming")
         checkpoint.verify(incoming)
         run_lock = run_folder.lock(run)
-        run.mkdir(exist_ok=True)
-        if "log.txt" in found:
-            hub.fetch(found["log.txt"], incoming)
-            (incoming / "log.txt").replace(run / "log.txt")
-            shutil.rmtree(incoming / ".incoming")
-        if final.exists():
-            shutil.rmtree(checkpoint.set_aside(final))
-        incoming.rename(final)
-        files.flush(run)
-        run_folder.unlock(run_lock)
+        try:
+            run.mkdir(exist_ok=True)
+            if "log.txt" in found:
+                hub.fetch(found["log.txt"], incoming)
+                (incoming / "log.txt").replace(run / "log.txt")
+                shutil.rmtree(incoming / ".incoming")
+            if final.exists():
+                shutil.rmtree(checkpoint.set_aside(final))
+            incoming.rename(final)
+            files.flush(run)
+        finally:
+            run_folder.unlock(run_lock)
     return final

@@ -44,7 +44,7 @@ def choose_folder(cfg: Any, model_config: GPTConfig, process: Process) -> Path:
     """The run's folder, the same on all processes; with --eval-only, the model's. Raises ValueError if a new
     run's exists already, or if a link in it leads elsewhere."""
     if cfg.eval_only:
-        return Path(cfg.resume or cfg.init_from)
+        return Path(cfg.init_from if cfg.resume in ("", "newest") else cfg.resume)
     size, now = f"{model_config.num_params / 1e6:.0f}M", time.strftime("%Y-%m-%d_%H-%M-%S")
     name = process.broadcast(cfg.run_name or f"gpt2-{size}_{now}")
     run = resolve(Path(cfg.log_dir) if cfg.log_dir else files.LOGS, name)

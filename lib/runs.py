@@ -114,15 +114,24 @@ class Run(contextlib.ExitStack):
         self.tracker = self.log_file = self.last_checkpoint = None
         if process.rank == 0:
             self.callback(run_folder.unlock, run_folder.lock(folder))
-            folder.mkdir(exist_ok=True)
-            run_folder.clean(folder)
-            (folder / "config.json").write_text(json.dumps(cfg, indent=2), encoding="utf-8")
-            self.log_file = run_folder.open_log(folder / "log.txt", resumed_step)
-            for moved in run_folder.move_newer(folder, resumed_step) if resumed_step is not None else ():
-                process.print(f"note   a newer checkpoint is now {cli.format_path(moved)}")
-            if resumed_step is not None:
-                self.last_checkpoint = folder / f"step_{resumed_step:06d}"
-                self.saver.send(self.last_checkpoint)  # the Hub may not have it
+            self.callback(self.saver.thread.shutdown)  # the folder stays locked while a checkpoint is written
+            try:
+                self.open()
+            except BaseException:
+                self.close()
+                raise
+
+    def open(self):
+        """Writes the settings and opens the log, cut back to the resumed step."""
+        self.folder.mkdir(exist_ok=True)
+        run_folder.clean(self.folder)
+        (self.folder / "config.json").write_text(json.dumps(self.settings, indent=2), encoding="utf-8")
+        self.log_file = self.enter_context(run_folder.open_log(self.folder / "log.txt", self.resumed_step))
+        if self.resumed_step is not None:
+            for moved in run_folder.move_newer(self.folder, self.resumed_step):
+                self.process.print(f"note   a newer checkpoint is now {cli.format_path(moved)}")
+            self.last_checkpoint = self.folder / f"step_{self.resumed_step:06d}"
+            self.saver.send(self.last_checkpoint)  # the Hub may not have it
 
     def log(self, step: int, **values: float):
         """Writes a line per value to log.txt, and the values to the tracker."""
