@@ -262,7 +262,7 @@ def find_the_oldest_on_rank_1():
     """Rank 1 finds the oldest checkpoint, as on a disk of its own."""
 
     def oldest(run: Path) -> tuple:
-        folder = checkpoint.steps(run)[0]
+        folder = checkpoint.list_steps(run)[0]
         return checkpoint.Found(folder, checkpoint.verify(folder)), []
 
     if rank() == 1:

@@ -139,7 +139,7 @@ def values(run: Path, stream: str = "train") -> list[float]:
 
 def end_of(run: Path) -> tuple[str, bytes, list[str]]:
     """Returns the last checkpoint's name and weights and every training loss: equal for the same end."""
-    last = checkpoint.steps(run)[-1]
+    last = checkpoint.list_steps(run)[-1]
     return last.name, (last / "model.safetensors").read_bytes(), lines_of(run)
 
 
