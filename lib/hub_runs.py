@@ -50,7 +50,7 @@ def push(repo: str, folder: Path):
     content: dict[str, Path | bytes] = {name: folder / name for name in (*state["files"], STATE)}
     with tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch) / "loss.png"
-        if run_folder.draw_curves(run, picture):
+        if not run_folder.draw_curves(run, picture):
             content["loss.png"] = picture.read_bytes()
     content["log.txt"] = (run / "log.txt").read_bytes()
     content["README.md"] = model_card(repo, state, "loss.png" in content).encode()

@@ -138,7 +138,8 @@ def open_log(path: Path, resumed_step: int | None) -> Any:
     return open(path, "a", encoding="utf-8")
 
 
-def draw_curves(run: Path, out: Path) -> bool:
-    """Draws a run's curves with plot.py; whether that succeeded."""
+def draw_curves(run: Path, out: Path) -> str:
+    """Draws a run's curves with plot.py. Returns what went wrong, "" if nothing did."""
     command = [sys.executable, str(files.ROOT / "plot.py"), str(run), "--out", str(out)]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stderr.strip() if done.returncode else ""

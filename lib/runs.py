@@ -170,8 +170,9 @@ class Run(contextlib.ExitStack):
         here, cfg = cli.format_path(self.folder), self.settings
         print("\n" + report.summarize(self.folder / "log.txt", cfg["max_steps"], cfg["total_batch_tokens"]))
         print(f"Done. The log is in {here}/log.txt.")
-        if cfg["val_every"] and run_folder.draw_curves(self.folder, self.folder / "loss.png"):
-            print(f"The curves are in {here}/loss.png.")
+        if cfg["val_every"]:
+            failure = run_folder.draw_curves(self.folder, self.folder / "loss.png")
+            print(f"plot.py failed: {failure}" if failure else f"The curves are in {here}/loss.png.")
         if self.last_checkpoint:
             print(report.suggest_next(self.folder, self.last_checkpoint, cfg["sample_prompt"]))
 
