@@ -171,7 +171,9 @@ def stream_pieces(model: GPT, ids: list[int], cfg: Config) -> Iterator[list[list
     generator = torch.Generator(device=device).manual_seed(cfg.seed)
     choice = (cfg.temperature, cfg.top_k or None, cfg.top_p, cfg.repetition_penalty)
     for tokens, logits in model.stream_with_logits(idx, cfg.max_tokens, *choice, generator=generator):
-        probabilities = logits.softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+        probabilities = torch.zeros(len(samples))
+        if cfg.show_probs:
+            probabilities = logits.softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
         new = zip(samples, tokens.tolist(), probabilities.tolist())
         yield [sample.add(token, probability) for sample, token, probability in new]
         if all(sample.done for sample in samples):

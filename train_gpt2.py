@@ -430,7 +430,9 @@ def evaluate_only(cfg: Config, process: Process, found: checkpoint.Found | None)
     model = parallel.place(setup.model, process, cfg.fsdp, cfg.reduce_dtype)
     process.print(f"only evaluating {format_path(setup.folder)}; nothing is written")
     due = {job for job in JOBS if getattr(cfg, f"{job}_every")}
+    setup.optimizer_tensors = {}  # they are not needed
     evaluate(setup, model, setup.state.get("step", 0), due)
+    process.barrier()
     return setup.folder
 
 

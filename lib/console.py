@@ -28,7 +28,7 @@ class ConsoleFile(io.RawIOBase):
     outlive: drop it from the first failure on. Otherwise the first failure raises ConsoleError.
     """
 
-    def __init__(self, raw: io.RawIOBase, outlive: bool):
+    def __init__(self, raw: Any, outlive: bool):
         self.raw, self.outlive, self.failed, self.name = raw, outlive, False, getattr(raw, "name", "")
 
     def writable(self) -> bool:

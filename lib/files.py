@@ -60,6 +60,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        if error.errno is None:  # of `write` itself, not of the file system
+            raise
         raise OSError(f"{path} could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)

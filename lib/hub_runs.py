@@ -50,7 +50,7 @@ def push(repo: str, folder: Path):
     content: dict[str, Path | bytes] = {name: folder / name for name in (*state["files"], STATE)}
     with tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch) / "loss.png"
-        if run_folder.draw_curves(run, picture):
+        if not run_folder.draw_curves(run, picture):
             content["loss.png"] = picture.read_bytes()
     content["log.txt"] = (run / "log.txt").read_bytes()
     content["README.md"] = model_card(repo, state, "loss.png" in content).encode()
@@ -117,14 +117,16 @@ def pull(location: str, log_root: Path, run_name: str = "") -> Path:
         shutil.rmtree(incoming / ".incoming")
         checkpoint.verify(incoming)
         run_lock = run_folder.lock(run)
-        run.mkdir(exist_ok=True)
-        if "log.txt" in found:
-            hub.fetch(found["log.txt"], incoming)
-            (incoming / "log.txt").replace(run / "log.txt")
-            shutil.rmtree(incoming / ".incoming")
-        if final.exists():
-            shutil.rmtree(checkpoint.set_aside(final))
-        incoming.rename(final)
-        files.flush(run)
-        run_folder.unlock(run_lock)
+        try:
+            run.mkdir(exist_ok=True)
+            if "log.txt" in found:
+                hub.fetch(found["log.txt"], incoming)
+                (incoming / "log.txt").replace(run / "log.txt")
+                shutil.rmtree(incoming / ".incoming")
+            if final.exists():
+                shutil.rmtree(checkpoint.set_aside(final))
+            incoming.rename(final)
+            files.flush(run)
+        finally:
+            run_folder.unlock(run_lock)
     return final

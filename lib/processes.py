@@ -68,9 +68,8 @@ class Process:
 
     def barrier(self):
         """Waits until all processes have called it."""
-        self.all_reduce(
-            0.0
-        )  # no process gets a sum before all have sent; dist.barrier needs a device under NCCL
+        # No process gets a sum before all have sent. dist.barrier would need a device under NCCL.
+        self.all_reduce(0.0)
 
     def disconnect(self):
         """Leaves the process group, if it has not yet. Delete DistributedDataParallel before: its destructor

@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lib import files
-from lib.folders import STATE, check_ownership, steps
+from lib.folders import STATE, check_ownership, list_steps
 from lib.processes import Process
 from model import GPTConfig
 
@@ -45,7 +45,7 @@ def choose_folder(cfg: Any, model_config: GPTConfig, process: Process) -> Path:
     """The run's folder, the same on all processes; with --eval-only, the model's. Raises ValueError if a new
     run's exists already, if no run made it, or if a link in it leads elsewhere."""
     if cfg.eval_only:
-        return Path(cfg.resume or cfg.init_from)
+        return Path(cfg.init_from if cfg.resume in ("", "newest") else cfg.resume)
     size, now = f"{model_config.num_params / 1e6:.0f}M", time.strftime("%Y-%m-%d_%H-%M-%S")
     name = process.broadcast(cfg.run_name or f"gpt2-{size}_{now}")
     if cfg.resume in ("", "newest"):  # a new run
@@ -101,7 +101,7 @@ def move_newer(run: Path, step: int) -> list[Path]:
     """Moves checkpoints newer than the resumed step into run/abandoned; returns their new places. They are
     damaged, or of steps that are trained again."""
     moved = []
-    for folder in steps(run):
+    for folder in list_steps(run):
         if int(folder.name.removeprefix("step_")) > step:
             (run / "abandoned").mkdir(exist_ok=True)
             moved.append(run / "abandoned" / folder.name)
@@ -113,7 +113,7 @@ def move_newer(run: Path, step: int) -> list[Path]:
 def prune(run: Path, keep_last: int, keep_every: int, in_use: Path | None = None):
     """Removes checkpoints. The newest `keep_last` (0: all) stay, those whose step `keep_every` divides (0:
     none), the one with the lowest validation loss, and the one in use."""
-    found = steps(run)
+    found = list_steps(run)
     losses = {}
     for folder in found:
         with contextlib.suppress(OSError, ValueError):
@@ -144,7 +144,8 @@ def open_log(path: Path, resumed_step: int | None) -> Any:
     return open(path, "a", encoding="utf-8")
 
 
-def draw_curves(run: Path, out: Path) -> bool:
-    """Draws a run's curves with plot.py; whether that succeeded."""
+def draw_curves(run: Path, out: Path) -> str:
+    """Draws a run's curves with plot.py. Returns what went wrong, "" if nothing did."""
     command = [sys.executable, str(files.ROOT / "plot.py"), str(run), "--out", str(out)]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stderr.strip() if done.returncode else ""

@@ -113,15 +113,24 @@ class Run(contextlib.ExitStack):
         self.tracker = self.log_file = self.last_checkpoint = None
         if process.rank == 0:
             self.callback(run_folder.unlock, run_folder.lock(folder))
-            folder.mkdir(exist_ok=True)
-            run_folder.remove_leftovers(folder)
-            files.write_json(folder / "config.json", cfg)
-            self.log_file = run_folder.open_log(folder / "log.txt", resumed_step)
-            for moved in run_folder.move_newer(folder, resumed_step) if resumed_step is not None else ():
-                process.print(f"note   a newer checkpoint is now {cli.format_path(moved)}")
-            if resumed_step is not None:
-                self.last_checkpoint = folder / f"step_{resumed_step:06d}"
-                self.saver.send(self.last_checkpoint)  # the Hub may not have it
+            self.callback(self.saver.thread.shutdown)  # the folder stays locked while a checkpoint is written
+            try:
+                self.open()
+            except BaseException:
+                self.close()
+                raise
+
+    def open(self):
+        """Writes the settings and opens the log, cut back to the resumed step."""
+        self.folder.mkdir(exist_ok=True)
+        run_folder.remove_leftovers(self.folder)
+        files.write_json(self.folder / "config.json", self.settings)
+        self.log_file = self.enter_context(run_folder.open_log(self.folder / "log.txt", self.resumed_step))
+        if self.resumed_step is not None:
+            for moved in run_folder.move_newer(self.folder, self.resumed_step):
+                self.process.print(f"note   a newer checkpoint is now {cli.format_path(moved)}")
+            self.last_checkpoint = self.folder / f"step_{self.resumed_step:06d}"
+            self.saver.send(self.last_checkpoint)  # the Hub may not have it
 
     def log(self, step: int, **values: float):
         """Writes a line per value to log.txt, and the values to the tracker."""
@@ -160,8 +169,9 @@ class Run(contextlib.ExitStack):
         here, cfg = cli.format_path(self.folder), self.settings
         print("\n" + report.summarize(self.folder / "log.txt", cfg["max_steps"], cfg["total_batch_tokens"]))
         print(f"Done. The log is in {here}/log.txt.")
-        if cfg["val_every"] and run_folder.draw_curves(self.folder, self.folder / "loss.png"):
-            print(f"The curves are in {here}/loss.png.")
+        if cfg["val_every"]:
+            failure = run_folder.draw_curves(self.folder, self.folder / "loss.png")
+            print(f"plot.py failed: {failure}" if failure else f"The curves are in {here}/loss.png.")
         if self.last_checkpoint:
             print(report.suggest_next(self.folder, self.last_checkpoint, cfg["sample_prompt"]))
 

@@ -185,7 +185,8 @@ class Folder:
         entry["tokens"] = len(open_shard(self.path(entry), entry.get("tokens")))
 
     def describe_source(self) -> str:
-        """Where the text came from. Of a local file, only the name: its folder may be private."""
+        """Returns the text's source: a Hub name, or a local file's name without its folder, which may be
+        private."""
         source = (read_manifest(self.folder) or {}).get("source", self.name)
         return source if ":" in source else Path(source).name
 

@@ -46,7 +46,7 @@ class Watch:
         self.saved_at, self.wants_checkpoint = time.monotonic(), False
 
     def votes(self) -> list[float]:
-        """What this process has seen. One process's vote is enough."""
+        """This process's votes. One process's vote is enough."""
         now, minutes, hours = time.monotonic(), self.checkpoint_minutes, self.max_hours
         is_old = minutes > 0 and now - self.saved_at > 60 * minutes and self.process.rank == 0
         is_late = hours > 0 and now - self.process.began > 3600 * hours

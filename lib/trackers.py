@@ -7,8 +7,8 @@
 On disk: log/<run>/tensorboard, log/<run>/wandb, or Trackio's own folder (TRACKIO_DIR).
 
 Each tool is a package of its own, which only its own class imports. Curves have the same names in all tools,
-against the step and the tokens seen before it. The project is gpt2, for wandb WANDB_PROJECT if that is set.
-The tools' own environment variables (WANDB_ENTITY, TRACKIO_SPACE_ID, ...) have their usual effect.
+against the step; wandb and Trackio also know the tokens seen before it. The project is gpt2, for wandb
+WANDB_PROJECT if that is set. The tools' own environment variables (WANDB_ENTITY, ...) work as usual.
 
 A resumed run continues its curves, and first sends what the tool lacks of its log. It repeats the steps after
 its checkpoint: TensorBoard replaces their old values, wandb keeps the old values, Trackio shows both.
@@ -59,8 +59,7 @@ def check_login(name: Name):
 
 
 class TensorBoard:
-    """Writes events into the run's folder. TensorBoard has a single x, the step. Therefore a second run, in
-    by_tokens, has the losses against the tokens."""
+    """Writes events into the run's folder, against the step: TensorBoard has no other x."""
 
     def __init__(self, run: Path, run_id: str, settings: dict[str, Any], first_step: int, is_new: bool):
         from torch.utils.tensorboard.summary import hparams
@@ -68,24 +67,18 @@ class TensorBoard:
 
         self.where = run / "tensorboard"
         self.first_missing = first_step if self.where.exists() else 0
-        first_token = first_step * settings["total_batch_tokens"]
-        self.by_step = SummaryWriter(str(self.where), purge_step=first_step)
-        self.by_tokens = SummaryWriter(f"{self.where}/by_tokens", purge_step=first_token)
+        self.writer = SummaryWriter(str(self.where), purge_step=first_step)
         plain = {key: "" if value is None else value for key, value in settings.items()}
         for summary in hparams(plain, {"train/loss": 0, "val/loss": 0}):
-            self.by_step._get_file_writer().add_summary(summary)
+            self.writer._get_file_writer().add_summary(summary)
 
     def write(self, step: int, tokens: int, values: dict[str, float]):
         for name, value in values.items():
-            self.by_step.add_scalar(name, value, step)
-            if name in ("train/loss", "val/loss", "hellaswag/acc_norm"):
-                self.by_tokens.add_scalar(f"{name}_by_tokens", value, tokens)
-        self.by_step.flush()
-        self.by_tokens.flush()
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
 
     def close(self, exit_code: int):
-        self.by_step.close()
-        self.by_tokens.close()
+        self.writer.close()
 
 
 class Wandb:

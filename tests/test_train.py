@@ -253,6 +253,15 @@ def test_processes_that_share_a_validation_find_exactly_what_one_finds(config, m
         assert min(shared) > 0 and sum(shared) == one
 
 
+def test_a_picture_that_cannot_be_drawn_is_said(config, capsys):
+    cfg = dataclasses.replace(config, val_every=2, checkpoint_every=2, max_steps=2)
+    picture = train_gpt2.main(cfg) / "loss.png"
+    picture.unlink()
+    picture.mkdir()
+    train_gpt2.main(dataclasses.replace(cfg, max_steps=4, resume="newest"))
+    assert "plot.py failed: plot.py: " in capsys.readouterr().out
+
+
 def test_the_run_folder_holds_what_the_contract_says(config):
     cfg = dataclasses.replace(config, val_every=5, checkpoint_every=5, max_steps=5)
     run = train_gpt2.main(cfg)
