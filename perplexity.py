@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib import cli, files, shards, tokenizer
+from lib import cli, documents, files, shards, tokenizer
 from lib.checkpoint import load_model
 from model import GPT
 
@@ -61,10 +61,11 @@ def load_ids(cfg: Config) -> np.ndarray:
         parts = [s for s in shards.list_shards(path) if s["split"] == cfg.split]
         if not parts:
             raise ValueError(f"{path} has no shard of the split {cfg.split!r}")
-        opened = [shards.open_shard(path / s["file"], s.get("tokens")) for s in parts]
+        opened = [shards.open_entry(path, entry) for entry in parts]
         ids = np.concatenate([shard[: cfg.limit or None] for shard in opened])
-    elif path.is_file():
-        ids = np.array(tokenizer.encode(path.read_text(encoding="utf-8")), dtype=np.uint16)
+    elif path.exists():  # the same stream of tokens as its shards have
+        batches = (tokenizer.encode_corpus(b.texts, b.continues) for b in documents.read_file(path))
+        ids = np.concatenate([np.empty(0, np.uint16), *batches])
     else:
         raise FileNotFoundError(f"--data {cfg.data!r} is neither a text file nor a folder of shards")
     ids = ids[: cfg.limit or None]

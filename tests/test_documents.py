@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,21 @@ from corpora import (
     to_wikitext,
 )
 from helpers import ROOT
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import fineweb
 from lib import shards, tokenizer
-from lib.documents import Batch, batch_documents, cut_text, extract_prose, read_pydocs, read_wikitext
+from lib.documents import (
+    Batch,
+    batch_documents,
+    cut_text,
+    decode_text,
+    extract_prose,
+    read_pydocs,
+    read_wikitext,
+    unify_line_ends,
+)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +65,7 @@ def test_rows_are_documents(tmp_path, name, data, text_field):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.md", "a.md.gz", "a.md.zst", "a.raw"])
-@pytest.mark.parametrize("text", DOCUMENTS)
+@pytest.mark.parametrize("text", filter(None, DOCUMENTS))
 def test_a_text_file_is_one_document_exactly_as_it_is(tmp_path, name, text):
     (tmp_path / name).write_bytes(compress(text.encode(), name))
     assert read_documents(tmp_path / name) == [text]
@@ -128,7 +138,7 @@ def cut(text: str, batch_bytes: int) -> list[Batch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lib.documents.BATCH_BYTES", batch_bytes)
         stream = io.BytesIO(text.encode())
-        return list(cut_text(stream, stream))
+        return list(cut_text(decode_text(stream, Path("a.txt")), stream))
 
 
 AWKWARD = st.lists(
@@ -146,7 +156,8 @@ AWKWARD = st.lists(
 @settings(max_examples=400, deadline=None)
 @given(AWKWARD, st.integers(1, 50))
 def test_a_text_in_pieces_has_the_ids_of_the_whole(text, batch_bytes):
-    text = text.lstrip("\ufeff")  # one is taken for a byte order mark
+    text = unify_line_ends(text.lstrip("\ufeff"))  # one is taken for a byte order mark
+    assume(text and "\0" not in text)
     batches = cut(text, batch_bytes)
     assert "".join(batch.texts[0] for batch in batches) == text
     assert [batch.continues for batch in batches] == [False] + [True] * (len(batches) - 1)
@@ -158,7 +169,7 @@ def test_pieces_are_small_where_there_are_blanks_and_whole_where_there_are_none(
     assert len(pieces) > 40
     assert max(len(batch.texts[0]) for batch in pieces) <= 80
     assert encode_batches(cut("あ" * 3000, 50)) == [50256, *tokenizer.encode("あ" * 3000)]
-    assert cut("", 50)[0].texts == [""]
+    assert cut("", 50) == []
 
 
 # -----------------------------------------------------------------------------
@@ -170,8 +181,8 @@ POEM = "\ufeffOne line\r\n\n \t\nanother line \n  \n\n\u2028third\n a fourth, in
 @pytest.mark.parametrize(
     ("documents", "expected"),
     [
-        ("auto", [POEM[1:]]),
-        ("file", [POEM[1:]]),
+        ("auto", [POEM[1:].replace("\r\n", "\n")]),
+        ("file", [POEM[1:].replace("\r\n", "\n")]),
         ("line", ["One line", "another line ", "\u2028third", " a fourth, indented"]),
         ("block", ["One line", "another line ", "\u2028third\n a fourth, indented"]),
     ],
