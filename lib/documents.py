@@ -119,10 +119,9 @@ def decode_text(stream: BinaryIO, path: Path) -> Iterator[str]:
         raise ValueError(
             f"it looks like UTF-16 or UTF-32 without a byte order mark; {fix.format('utf-16le')}"
         )
-    data = data[len(mark) :]
     while True:
         try:
-            text = decoder.decode(data, final=not data)
+            text = decoder.decode(data[len(mark) :], final=not data)
         except UnicodeDecodeError as error:
             line += error.object[: error.start].count(b"\n")
             origin = "windows-1252" if re.search(rb"[\x80-\x9f]", error.object) else "latin1"
@@ -132,7 +131,7 @@ def decode_text(stream: BinaryIO, path: Path) -> Iterator[str]:
         line += text.count("\n")
         if not data:
             return
-        data = stream.read(BATCH_BYTES)
+        data, mark = stream.read(BATCH_BYTES), b""
 
 
 def split_lines(pieces: Iterable[str]) -> Iterator[str]:
@@ -197,7 +196,7 @@ def batch_parquet(stream: BinaryIO, size: int, text_field: str) -> Iterator[Batc
     import pyarrow.compute
     import pyarrow.parquet as pq
 
-    pc: Any = pa.compute
+    pc: Any = pyarrow.compute
 
     if not isinstance(stream, io.BufferedReader) or not stream.seekable():  # compressed: parquet must seek
         unpacked = tempfile.TemporaryFile()

@@ -70,9 +70,7 @@ def load_manifest(path: Path) -> dict:
             check_fields(entry, where, {"file": str, "split": str, "tokens": int, "sha256": str}, facts)
             file, name = entry["file"], SHARD_NAME.fullmatch(entry["file"])
             if not name or Path(file).name != file or file in seen:
-                raise ValueError(
-                    f"{where}.file is {file!r}, which names no shard in its folder, or one again"
-                )
+                raise ValueError(f"{where}.file is {file!r}, not the name of a shard here, or there twice")
             if entry["split"] != name[1] or entry["tokens"] < 1:
                 raise ValueError(f"{where}: {file} with split {entry['split']!r}, {entry['tokens']} tokens")
             seen.add(file)

@@ -88,6 +88,12 @@ def test_batches_keep_every_document_in_order(monkeypatch, characters):
         assert len(batches) >= 4
 
 
+def to_columns(names: list[str]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * len(names), names=names), buffer)
+    return buffer.getvalue()
+
+
 GOOD = b'{"text": "fine"}\n'
 BAD_FILES = {
     "bad JSON": ("a.jsonl", GOOD + b'\n{"text": "cut\n' + GOOD, r"a\.jsonl: line 3"),
@@ -96,13 +102,29 @@ BAD_FILES = {
         GOOD + b'{"body": "x", "url": "y"}\n',
         r"a\.jsonl: line 2.*'text'.*body, url.*--text-field",
     ),
-    "text that is a number": ("a.jsonl", GOOD * 2 + b'{"text": 5}', r"a\.jsonl: line 3"),
-    "a row that is a list": ("a.jsonl", GOOD + b"[1]", r"a\.jsonl: line 2"),
+    "text that is a number": (
+        "a.jsonl",
+        GOOD * 2 + b'{"text": 5}',
+        r"line 3: the field 'text' is 5, not text",
+    ),
+    "a row that is a list": ("a.jsonl", GOOD + b"[1]", r"a\.jsonl: line 2: the row is \[1\]; .* an object"),
     "a row that is a word": ("a.jsonl", b'"text"', r"a\.jsonl: line 1"),
     "a row nested too deep": ("a.jsonl", GOOD + b"[" * 100_000, r"a\.jsonl: line 2"),
     "jsonl that is not UTF-8": ("a.jsonl", GOOD + b'{"text": "\xff"}', r"a\.jsonl: line 2"),
     "bad JSON in gzip": ("a.jsonl.gz", gzip.compress(GOOD + b"{"), r"a\.jsonl\.gz: line 2"),
-    "text that is not UTF-8": ("a.txt", "naïve".encode("latin-1"), r"a\.txt: .*utf-8"),
+    "text in latin-1": (
+        "a.txt",
+        "\nnaïve".encode("latin-1"),
+        r"a\.txt: line 2: .*0xef .*a\.txt \| iconv .*latin1",
+    ),
+    "text of Windows": (
+        "a.txt",
+        b"\x93so\x94",
+        r"a\.txt: line 1: .*iconv -t utf-8 -f windows-1252 > utf8\.txt",
+    ),
+    "packed latin-1": ("a.txt.gz", gzip.compress(b"na\xefve"), r"gzip -dc .*a\.txt\.gz \| iconv .*latin1"),
+    "UTF-16 without a mark": ("a.txt", "One text".encode("utf-16-le"), r"a\.txt: .*UTF-16.*iconv .*utf-16le"),
+    "half a character": ("a.txt", "text é".encode()[:-1], r"a\.txt: line 1: .*utf-8"),
     "no gzip": ("a.jsonl.gz", GOOD, r"a\.jsonl\.gz"),
     "text that is no gzip": ("a.txt.gz", b"plain", r"a\.txt\.gz"),
     "a cut gzip": ("a.txt.gz", gzip.compress(os.urandom(1000))[:500], r"a\.txt\.gz"),
@@ -113,6 +135,11 @@ BAD_FILES = {
         "a.parquet",
         to_parquet(["x"], "body"),
         r"a\.parquet.*'text'.*id, body.*--text-field",
+    ),
+    "parquet with two columns of one name": (
+        "a.parquet",
+        to_columns(["text", "id", "text"]),
+        r"a\.parquet: several columns 'text'; it has text, id, text",
     ),
     "a column of numbers": ("a.parquet", to_parquet([1, 2]), r"a\.parquet"),
     "a column of lists": ("a.parquet", to_parquet([["a"], ["b"]]), r"a\.parquet"),
@@ -237,6 +264,30 @@ def test_wikitexts_articles_are_found_and_are_the_text_to_the_byte(tmp_path, mon
         assert is_title(lines[1] + "\n")
     out = prepare(tmp_path / "wiki.test.raw", tmp_path / "out", documents="article", val_tokens=0)
     assert decode_shards(out) == articles
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", ["wiki.test.raw", "wiki.test.tokens"])
+def test_wikitexts_articles_do_not_depend_on_the_line_ends(tmp_path, name, newline):
+    (tmp_path / name).write_bytes("".join(ARTICLES).replace("\n", newline).encode())
+    assert read_documents(tmp_path / name, documents="article") == ARTICLES
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 2, 3, 10**6])
+def test_every_line_end_is_a_newline_in_every_format_and_batch(tmp_path, monkeypatch, batch_bytes):
+    monkeypatch.setattr("lib.documents.BATCH_BYTES", batch_bytes)
+    text = "\ufeff" + "a\r\nb\rc\nd\r\r\n\n\re\r"
+    for name, data in {
+        "a.txt": text.encode(), "b.txt": text.encode("utf-16-le"), "c.txt": text.encode("utf-32-be"),
+        "d.jsonl": to_jsonl([text[1:]]).replace(b"\n", b"\r"), "e.parquet": to_parquet([text[1:], None]),
+        "f.parquet": to_parquet(pa.array([text[1:]]).dictionary_encode()),
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(data)
+    expected = "a\nb\nc\nd\n\n\n\ne\n"
+    assert read_documents(tmp_path) == [expected] * 5 + ["", expected]
+    lines = ["a", "b", "c", "d", "e"]
+    assert read_documents(tmp_path / "b.txt", documents="line") == lines
+    assert read_documents(tmp_path / "a.txt", documents="block") == ["a\nb\nc\nd", "e"]
 
 
 @pytest.mark.parametrize("place", [0.21, 0.5, 0.83])
