@@ -27,6 +27,8 @@ from itertools import groupby
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+import numpy as np
+
 from lib import files
 
 Unit = Literal["auto", "file", "line", "block", "article"]  # one document of a text file
@@ -225,7 +227,8 @@ def batch_parquet(stream: BinaryIO, size: int, text_field: str) -> Iterator[Batc
         texts = batch.column(0)
         texts.validate(full=True)  # UTF-8
         texts = texts.cast(pa.large_string())
-        if pc.any(pc.match_substring(texts, "\r")).as_py():
+        characters = np.frombuffer(texts.buffers()[2] or b"", dtype=np.uint8)
+        if (characters == ord("\r")).any():  # a look at the bytes costs a fifth of match_substring
             texts = pc.replace_substring(pc.replace_substring(texts, "\r\n", "\n"), "\r", "\n")
         done += len(texts)
         yield Batch(texts, False, size * done // rows)
