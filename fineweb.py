@@ -16,7 +16,7 @@ Sources:
     fineweb-edu-10B-gpt2, fineweb-10B-gpt2, fineweb-100B-gpt2     huggingface.co/kjj0, llm.c's .bin shards
     hf://datasets/org/name                        shards from --push-to, or others' .bin shards
     hf:org/name[@revision]                        any data set with a text column
-    files, folders, globs                         .txt .md .raw .jsonl .parquet, each also .gz or .zst
+    files, folders, globs                         .txt .md .raw .tokens .jsonl .parquet, each also .gz or .zst
 
 On disk: data/<name>/<name>_{val,train}_000000.npy and manifest.json (format: lib/shards.py).
 The source is divided into parts of whole files, about 1 GB each. An interrupted run resumes after its part's
@@ -348,7 +348,9 @@ def check_disk(cfg: Config, parts: list[list[Input]]):
     """Raises OSError if the disk has no room for the shards and the downloads."""
     # English has 4.4 bytes per token, a shard has 2, and FineWeb-Edu's parquet files have 2.9.
     packed = (".parquet", *documents.COMPRESSED)
-    sizes = [f.size * (0.7 if Path(f.name).suffix in packed else 0.45) for part in parts for f in part]
+    sizes = [
+        f.size * (0.7 if Path(f.name).suffix.lower() in packed else 0.45) for part in parts for f in part
+    ]
     downloads = [sum(f.size for f in part if f.download and not f.download.exists()) for part in parts]
     kept = sum(sorted(downloads)[-3:] if cfg.clear_cache else downloads)
     check_room(cfg.folder, sum(sizes) + kept, "use --clear-cache, which keeps few downloads at a time")
@@ -421,14 +423,14 @@ def inspect(folder: Path, most_shards: int = 20):
     facts = {key: value for key, value in manifest.items() if key != "shards"}
     print(json.dumps(facts, indent=2, ensure_ascii=False))
     for shard in manifest["shards"]:
-        shard.setdefault("tokens", len(shards.open_shard(folder / shard["file"])))
+        shard.setdefault("tokens", len(shards.open_entry(folder, shard)))
     summarize(manifest, folder)
 
     draw = random.Random(0)
     entries = draw.sample(manifest["shards"], min(most_shards, len(manifest["shards"])))
     lengths, counts, texts = [], np.zeros(2**16, dtype=np.int64), []
     for shard in tqdm(entries, desc="reading", unit=" shards", disable=None, leave=False):
-        ids = shards.open_shard(folder / shard["file"])
+        ids = shards.open_entry(folder, shard)
         starts = np.flatnonzero(ids == tokenizer.END_OF_TEXT)
         lengths.append(np.diff(starts) - 1)  # of the documents that end in their shard
         counts += np.bincount(ids, minlength=2**16)

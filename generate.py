@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 import tyro
 
-from lib import cli, files, terminal, tokenizer
+from lib import cli, documents, files, terminal, tokenizer
 from lib.checkpoint import load_model
 from lib.device import autocast, cast_linears, pick_dtype
 from model import GPT
@@ -92,15 +92,13 @@ def check(cfg: Config):
 
 
 def read_prompt(cfg: Config) -> str:
-    """The text to continue. Raises OSError for a file that cannot be read, ValueError if it is not UTF-8."""
+    """The text to continue. Raises OSError for a file that cannot be read, ValueError if it is not a text."""
     if not cfg.prompt_file:
         return cfg.prompt
-    is_stdin = cfg.prompt_file == "-"
-    try:
-        with open(0 if is_stdin else cfg.prompt_file, encoding="utf-8", closefd=not is_stdin) as file:
-            return file.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file {cfg.prompt_file}: {error}") from error
+    if cfg.prompt_file != "-":
+        return documents.read_text(Path(cfg.prompt_file)).removesuffix("\n")
+    with open(0, "rb", closefd=False) as stdin:
+        return "".join(documents.decode_text(stdin, Path("-"))).removesuffix("\n")
 
 
 def encode_prompt(prompt: str, cfg: Config) -> list[int]:

@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from lib import cli, files, tokenizer
+from lib import cli, documents, files, tokenizer
 from lib.checkpoint import load_model
 from lib.device import autocast, cast_linears, pick_dtype
 from lib.processes import Process
@@ -78,7 +78,7 @@ def load_items(path: str | Path = "", limit: int = 0) -> list[dict]:
     ValueError for any other file."""
     path = Path(path) if path else download()
     try:
-        items = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        items = [json.loads(line) for line in documents.read_lines(path) if line.strip()]
         for item in items:
             if missing := {"ctx", "ctx_a", "ctx_b", "activity_label", "endings", "label"} - item.keys():
                 raise ValueError(f"an item without {', '.join(sorted(missing))}")

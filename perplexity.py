@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib import cli, files, shards, tokenizer
+from lib import cli, documents, files, shards, tokenizer
 from lib.checkpoint import load_model
 from model import GPT
 
@@ -63,15 +63,17 @@ def load_ids(cfg: Config) -> np.ndarray:
         parts = [s for s in shards.list_shards(path) if s["split"] == cfg.split]
         if not parts:
             raise ValueError(f"{path} has no shard of the split {cfg.split!r}")
-        opened = [shards.open_shard(path / s["file"], s.get("tokens")) for s in parts]
-        ids = np.concatenate([shard[: cfg.limit or None] for shard in opened])
-    elif path.is_file():
-        ids = np.array(tokenizer.encode(path.read_text(encoding="utf-8")), dtype=np.uint16)
+        opened = [shards.open_entry(path, entry) for entry in parts]
+        ids = np.concatenate([shard[: cfg.limit + 1 if cfg.limit else None] for shard in opened])
+    elif path.exists():  # the same stream of tokens as its shards have
+        batches = (tokenizer.encode_corpus(b.texts, b.continues) for b in documents.read_file(path))
+        ids = np.concatenate([np.empty(0, np.uint16), *batches])
     else:
         raise FileNotFoundError(f"--data {cfg.data!r} is neither a text file nor a folder of shards")
-    ids = ids[: cfg.limit or None]
+    begin = int(len(ids) > 0 and ids[0] == tokenizer.END_OF_TEXT)  # before a text's first token is nothing
+    ids = ids[begin : cfg.limit + begin if cfg.limit else None]
     if len(ids) < 2:
-        raise ValueError(f"{path} has {len(ids)} tokens; at least 2 are needed")
+        raise ValueError(f"{path} has no text to score: {len(ids)} tokens; at least 2 are needed")
     return ids
 
 

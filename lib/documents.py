@@ -4,8 +4,9 @@
         batch.texts                             # list[str], or from parquet an Arrow array
     list(documents.read_pydocs())               # prose that is on every machine
 
-Formats: .txt .md .raw .jsonl .parquet, each also .gz or .zst. A batch has a few MB of text, so memory stays
-bounded; a long text file spans several batches. On disk: nothing.
+Formats: .txt .md .raw .tokens .jsonl .parquet, each also .gz or .zst, in UTF-8 or with a byte order mark.
+Every line end (CRLF, CR) is read as a newline, in rows of .jsonl and .parquet, too. So the same text has the
+same tokens in every format. A batch has a few MB of text: memory stays bounded. On disk: nothing.
 """
 
 import codecs
@@ -15,6 +16,7 @@ import io
 import json
 import random
 import re
+import shlex
 import shutil
 import sysconfig
 import tempfile
@@ -22,16 +24,24 @@ import zlib
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
 
 from lib import files
 
 Unit = Literal["auto", "file", "line", "block", "article"]  # one document of a text file
 
-SUFFIXES = (".txt", ".md", ".raw", ".jsonl", ".parquet")
-COMPRESSED = (".gz", ".zst")
+SUFFIXES = (".txt", ".md", ".raw", ".tokens", ".jsonl", ".parquet")
+COMPRESSED = {".gz": "gzip -dc", ".zst": "zstd -dc"}  # and the command that unpacks it
 BATCH_BYTES = 8_000_000  # of text per batch
+# UTF-32's little-endian mark begins with UTF-16's.
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    **{codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be"},
+    **{codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"},
+}
 
 
 class Batch(NamedTuple):
@@ -41,40 +51,106 @@ class Batch(NamedTuple):
 
 
 def read_file(path: Path, unit: Unit = "auto", text_field: str = "text") -> Iterator[Batch]:
-    """Yields the documents of a local file. Raises ValueError with the file (and in .jsonl the line) if it is
-    not valid UTF-8, JSON or parquet, or lacks the text field."""
-    try:
-        with open_text(path) as (stream, raw):
-            kind = Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix
-            if kind == ".parquet":
-                yield from batch_parquet(stream, path.stat().st_size, text_field)
-            elif kind == ".jsonl":
-                yield from batch_documents(read_jsonl_rows(stream, text_field), raw)
-            elif unit == "line":
-                lines = (line.rstrip("\r\n") for line in decode_lines(stream))
-                yield from batch_documents((line for line in lines if line.strip()), raw)
-            elif unit == "block":
-                yield from batch_documents(split_blocks(decode_lines(stream)), raw)
-            elif unit == "article":
-                yield from batch_articles(decode_lines(stream), raw)
-            else:
-                yield from cut_text(stream, raw)
-    except (ValueError, AttributeError, RecursionError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: {error}") from error
+    """Yields the documents of a local file; a file without text has none. Raises ValueError with the file
+    (and the line, if it has lines) if it is not valid text, JSON or parquet, or lacks the text field."""
+    kind = find_kind(path.name)
+    with open_file(path) as (stream, raw):
+        if kind == ".parquet":
+            yield from batch_parquet(stream, path.stat().st_size, text_field)
+            return
+        text = decode_text(stream, path)
+        if kind == ".jsonl":
+            yield from batch_documents(read_jsonl_rows(split_lines(text), text_field), raw)
+        elif unit == "line":
+            lines = (line.rstrip("\n") for line in split_lines(text))
+            yield from batch_documents((line for line in lines if line.strip()), raw)
+        elif unit == "block":
+            yield from batch_documents(split_blocks(split_lines(text)), raw)
+        elif unit == "article":
+            yield from batch_articles(split_lines(text), raw)
+        else:
+            yield from cut_text(text, raw)
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Yields the lines of a text file, with a newline at their ends."""
+    with open_file(path) as (stream, _):
+        yield from split_lines(decode_text(stream, path))
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a file. Raises ValueError if it holds several documents."""
+    batches = list(read_file(path))
+    found = sum(len(batch.texts) - batch.continues for batch in batches)
+    if found > 1:
+        raise ValueError(f"{path} holds {found:,} documents; it must hold one")
+    texts = [batch.texts if isinstance(batch.texts, list) else batch.texts.to_pylist() for batch in batches]
+    return "".join(text or "" for some in texts for text in some)
 
 
 @contextlib.contextmanager
-def open_text(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Yields the file's decompressed stream, and the file itself, whose position is the progress."""
+def open_file(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Yields the file's decompressed stream, and the file itself, whose position is the progress. Names the
+    file in the block's errors."""
     with open(path, "rb") as raw:
-        if path.suffix == ".gz":
-            yield gzip.open(raw), raw  # type: ignore[misc]
-        elif path.suffix == ".zst":
-            import pyarrow as pa
+        try:
+            if path.suffix.lower() == ".gz":
+                yield gzip.open(raw), raw  # type: ignore[misc]
+            elif path.suffix.lower() == ".zst":
+                import pyarrow as pa
 
-            yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), "zstd")), raw  # type: ignore
-        else:
-            yield raw, raw
+                unpacked = pa.CompressedInputStream(pa.PythonFile(raw), "zstd")
+                yield io.BufferedReader(unpacked), raw  # type: ignore[misc]
+            else:
+                yield raw, raw
+        except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def decode_text(stream: BinaryIO, path: Path) -> Iterator[str]:
+    """Yields a text in pieces. UTF-8 is assumed unless a byte order mark says UTF-16 or UTF-32. Every line
+    end, CRLF and CR too, becomes a newline. Raises ValueError, with the line and the fix, for other bytes."""
+    data, line = stream.read(max(4, BATCH_BYTES)), 1
+    mark = next((mark for mark in BYTE_ORDER_MARKS if data.startswith(mark)), b"")
+    decoder = codecs.getincrementaldecoder(BYTE_ORDER_MARKS.get(mark, "utf-8"))()
+    decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
+    unpack = COMPRESSED.get(path.suffix.lower(), "cat")
+    fix = f"convert it, for example: {unpack} {shlex.quote(str(path))} | iconv -t utf-8 -f {{}} > utf8.txt"
+    few, many = sorted((data[::2].count(0), data[1::2].count(0)))  # UTF-16 of English has zeros at one side
+    if not mark and 4 * many > len(data) and 2 * few <= many:
+        raise ValueError(
+            f"it looks like UTF-16 or UTF-32 without a byte order mark; {fix.format('utf-16le')}"
+        )
+    while True:
+        try:
+            text = decoder.decode(data[len(mark) :], final=not data)
+        except UnicodeDecodeError as error:
+            line += error.object[: error.start].count(b"\n")
+            origin = "windows-1252" if re.search(rb"[\x80-\x9f]", error.object) else "latin1"
+            reason = f"line {line}: byte 0x{error.object[error.start]:02x} is not {error.encoding}"
+            raise ValueError(f"{reason} ({error.reason}); {fix.format(origin)}") from error
+        yield text
+        line += text.count("\n")
+        if not data:
+            return
+        data, mark = stream.read(BATCH_BYTES), b""
+
+
+def split_lines(pieces: Iterable[str]) -> Iterator[str]:
+    """Yields the lines with their ends. Only a newline ends a line."""
+    begun: list[str] = []
+    for piece in pieces:
+        *lines, rest = piece.split("\n")
+        for line in lines:
+            yield "".join([*begun, line, "\n"])
+            begun.clear()
+        begun.append(rest)
+    if last := "".join(begun):
+        yield last
+
+
+def unify_line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def batch_documents(documents: Iterable[str], raw: BinaryIO | None = None) -> Iterator[Batch]:
@@ -90,31 +166,39 @@ def batch_documents(documents: Iterable[str], raw: BinaryIO | None = None) -> It
         yield Batch(texts, False, raw.tell() if raw else 0)
 
 
-def read_jsonl_rows(stream: BinaryIO, text_field: str) -> Iterator[str]:
+def read_jsonl_rows(lines: Iterable[str], text_field: str) -> Iterator[str]:
     """Yields the text of each row. Raises ValueError with the line's number."""
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 yield extract_text(json.loads(line), text_field)
-            except (ValueError, AttributeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number}: {error}") from error
 
 
-def extract_text(row: dict, text_field: str) -> str:
+def extract_text(row: Any, text_field: str) -> str:
     """Returns the row's text. Raises ValueError if the field is missing or is not a string."""
-    if row.get(text_field, "") is None:  # a null is an empty document, as in parquet
+    if not isinstance(row, dict):
+        raise ValueError(f"the row is {row!r:.60}; it must be an object, such as {{{text_field!r}: ...}}")
+    if text_field not in row:
+        fields = ", ".join(map(str, row))
+        raise ValueError(f"no field {text_field!r}; it has {fields} (fineweb.py --text-field chooses one)")
+    if (text := row[text_field]) is None:  # a null is an empty document, as in parquet
         return ""
-    if not isinstance(row.get(text_field), str):
+    if not isinstance(text, str):
         raise ValueError(
-            f"no text under {text_field!r}; the fields are {', '.join(row)} (choose with --text-field)"
+            f"the field {text_field!r} is {text!r:.60}, not text (fineweb.py --text-field chooses another)"
         )
-    return row[text_field]
+    return unify_line_ends(text)
 
 
 def batch_parquet(stream: BinaryIO, size: int, text_field: str) -> Iterator[Batch]:
     """Yields the text column as Arrow arrays of a few MB, without one Python object per document."""
     import pyarrow as pa
+    import pyarrow.compute
     import pyarrow.parquet as pq
+
+    pc: Any = pyarrow.compute
 
     if not isinstance(stream, io.BufferedReader) or not stream.seekable():  # compressed: parquet must seek
         unpacked = tempfile.TemporaryFile()
@@ -122,12 +206,17 @@ def batch_parquet(stream: BinaryIO, size: int, text_field: str) -> Iterator[Batc
         stream = unpacked  # type: ignore[assignment]
     file = pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)
     columns = file.schema_arrow.names
-    if text_field not in columns:
-        raise ValueError(f"no column {text_field!r}; it has {', '.join(columns)} (choose with --text-field)")
+    if columns.count(text_field) != 1:
+        how_many = "several columns" if text_field in columns else "no column"
+        raise ValueError(
+            f"{how_many} {text_field!r}; it has {', '.join(columns)} (fineweb.py --text-field chooses one)"
+        )
     kind = file.schema_arrow.field(text_field).type
     text_types = (pa.string(), pa.large_string(), pa.string_view())
     if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in text_types:
-        raise ValueError(f"column {text_field!r} is {kind}, not text (choose with --text-field)")
+        raise ValueError(
+            f"column {text_field!r} is {kind}, not text (fineweb.py --text-field chooses another)"
+        )
     leaf = columns.index(text_field) if file.metadata.num_columns == len(columns) else None
     groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
     sizes = [g.total_byte_size if leaf is None else g.column(leaf).total_uncompressed_size for g in groups]
@@ -137,21 +226,19 @@ def batch_parquet(stream: BinaryIO, size: int, text_field: str) -> Iterator[Batc
     for batch in file.iter_batches(batch_size=at_once, columns=[text_field]):
         texts = batch.column(0)
         texts.validate(full=True)  # UTF-8
+        texts = texts.cast(pa.large_string())
+        characters = np.frombuffer(texts.buffers()[2] or b"", dtype=np.uint8)
+        if (characters == ord("\r")).any():  # a look at the bytes costs a fifth of match_substring
+            texts = pc.replace_substring(pc.replace_substring(texts, "\r\n", "\n"), "\r", "\n")
         done += len(texts)
         yield Batch(texts, False, size * done // rows)
-
-
-def decode_lines(stream: BinaryIO) -> Iterator[str]:
-    """Yields the lines with their ends. Only a newline ends a line."""
-    for number, line in enumerate(stream):
-        yield line.decode("utf-8-sig" if number == 0 else "utf-8")
 
 
 def split_blocks(lines: Iterable[str]) -> Iterator[str]:
     """Yields the blocks that blank lines separate."""
     for blank, block in groupby(lines, lambda line: not line.strip()):
         if not blank:
-            yield "".join(block).rstrip("\r\n")
+            yield "".join(block).rstrip("\n")
 
 
 def batch_articles(lines: Iterable[str], raw: BinaryIO | None = None) -> Iterator[Batch]:
@@ -177,20 +264,21 @@ def batch_articles(lines: Iterable[str], raw: BinaryIO | None = None) -> Iterato
         begins = True
 
 
-def cut_text(stream: BinaryIO, raw: BinaryIO) -> Iterator[Batch]:
-    """Cuts a text file, which is one document, into batches of a few MB. A cut lies before a blank that
-    follows a non-blank: there GPT-2's tokenizer always begins a new word (tokenizer.SPLIT_PATTERN). A text
-    without blanks stays whole."""
-    decoder, rest, continues = codecs.getincrementaldecoder("utf-8-sig")(), "", False
-    while data := stream.read(BATCH_BYTES):
-        text = rest + decoder.decode(data)
+def cut_text(pieces: Iterable[str], raw: BinaryIO) -> Iterator[Batch]:
+    """Batches the pieces of a text file, which is one document. A cut lies before a blank that follows a
+    non-blank: there GPT-2's tokenizer always begins a new word (tokenizer.SPLIT_PATTERN). A text without
+    blanks stays whole."""
+    rest, continues = "", False
+    for piece in pieces:
+        text = rest + piece
         found = re.match(r"(?s).*\S(?=[ \n])", text)
         cut = found.end() if found else 0
         if cut:
             yield Batch([text[:cut]], continues, raw.tell())
             continues = True
         rest = text[cut:]
-    yield Batch([rest + decoder.decode(b"", final=True)], continues, raw.tell())
+    if rest:
+        yield Batch([rest], continues, raw.tell())
 
 
 def read_wikitext(path: Path) -> Iterator[Batch]:
@@ -200,8 +288,21 @@ def read_wikitext(path: Path) -> Iterator[Batch]:
     yield from batch_articles(row or " \n" for row in rows)
 
 
+def find_kind(name: str) -> str:
+    """Returns the file's suffix in lower case, without a suffix of compression."""
+    path = PurePath(name.lower())
+    return PurePath(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
 def is_readable(name: str) -> bool:
-    return name.removesuffix(".gz").removesuffix(".zst").endswith(SUFFIXES)
+    return find_kind(name) in SUFFIXES
+
+
+def is_empty(path: Path) -> bool:
+    """Tells whether a file holds no bytes once it is unpacked. Raises ValueError or OSError if it cannot be
+    read."""
+    with open_file(path) as (stream, _):
+        return not stream.read(1)
 
 
 # -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -105,6 +106,13 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
         places.release()
 
 
+def has_no_address(error: BaseException | None) -> bool:
+    """Tells whether the error comes from a host name that does not resolve, as without a network."""
+    while error is not None and not isinstance(error, socket.gaierror):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def download(url: str, path: Path, sha256: str, tries: int = 4) -> Path:
     """Downloads a file of known content to path, unless it exists. Resumes after a broken connection. Raises
     OSError with the URL if all tries fail."""
@@ -126,6 +134,10 @@ def download(url: str, path: Path, sha256: str, tries: int = 4) -> Path:
                         for block in response.iter_content(1 << 16):
                             bar.update(f.write(block))
             except requests.RequestException as error:
+                if not f.tell() and has_no_address(error):
+                    raise OSError(
+                        f"{url} was not read: the name of its server has no address (no network?)"
+                    ) from error
                 failure = f"{type(error).__name__}: {error}"
                 continue
             f.flush()

@@ -6,7 +6,8 @@
     upload("org/name", "model", {"README.md": text, ...}, "what changed")   # one commit
 
 A file gets its final name after its hash is checked. A broken or stalled connection is retried until PATIENCE
-seconds (DOWNLOAD_PATIENCE in the environment) are over. The client is huggingface_hub; it reads HF_TOKEN (or
+seconds (DOWNLOAD_PATIENCE in the environment) are over. If the Hub's name has no address before anything was
+read, there is no network: that is not retried. The client is huggingface_hub; it reads HF_TOKEN (or
 `hf auth login`), HF_ENDPOINT and HF_HUB_OFFLINE. On disk: the fetched files, and .incoming/ beside them.
 """
 
@@ -28,6 +29,7 @@ from lib import files
 HUB_PREFIX = "hf://datasets/"
 PREFIXES = {"dataset": HUB_PREFIX, "model": "hf://"}
 PATIENCE = float(os.environ.get("DOWNLOAD_PATIENCE", 600))  # seconds spent waiting before giving up
+was_reached = False  # whether this process has had an answer: a name that fails later may come back
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -90,8 +92,10 @@ def is_final(error: BaseException) -> bool:
 
 def format_reason(error: BaseException) -> str:
     """Returns the error's type and the first line of its message."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
+    if files.has_no_address(error):
+        return f"no network: the name of {constants.ENDPOINT} has no address"
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
         return format_reason(error.__cause__)
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -100,15 +104,19 @@ def format_reason(error: BaseException) -> str:
 def retry(what: str, attempt: Callable[[], Any], failed: str = "could not be read from") -> Any:
     """Calls attempt() until it succeeds, with growing pauses. Raises Unavailable (an OSError) with `what` and
     the reason if a retry is useless or PATIENCE is over."""
+    global was_reached
     waited, pause = 0.0, 1.0
     while True:
         try:
-            return attempt()
+            result = attempt()
+            was_reached = True
+            return result
         except Unavailable:
             raise
         except Exception as error:  # the Hub's client raises errors of many families
             reason = format_reason(error)
-            if is_final(error) or waited + pause > PATIENCE:
+            is_offline = files.has_no_address(error) and not was_reached
+            if is_final(error) or is_offline or waited + pause > PATIENCE:
                 raise Unavailable(f"{what} {failed} the Hugging Face Hub ({reason})") from error
             print(f"{what}: {reason}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
         time.sleep(pause)

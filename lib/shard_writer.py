@@ -249,7 +249,8 @@ def _merge(folder: Path) -> dict:
         raise ValueError(f"{folder / PARTS} was removed while its parts were joined")
     if strangers := [n for n, part in enumerate(parts) if part["plan"] != hash_plan(manifest)]:
         raise ValueError(f"{folder}: parts {strangers} are of another source or other flags than {MANIFEST}")
-    if not any(shard["split"] == "train" for part in parts for shard in part["shards"]):
+    found = [shard for part in parts for shard in part["shards"] if shard["split"] == "train"]
+    if all(shard["tokens"] == shard["documents"] for shard in found):  # no more than a 50256 per document
         clear(folder)
         raise ValueError(f"{manifest.get('source')} has no text for training")
     entries = []

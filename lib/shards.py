@@ -9,13 +9,15 @@
     x, y = reader.batch(step=0, micro_step=0, batch_size=4, sequences=64)    # each (4, 1024) int64
 
 lib/shard_writer.py writes shards; lib/hub_shards.py reads them from the Hugging Face Hub. Folders without a
-manifest work too, and so do llm.c's .bin shards (1,024 bytes of header, then uint16).
+manifest work too, and so do llm.c's .bin shards (1,024 bytes of header, then uint16), and the bare uint16 of
+nanoGPT's train.bin and val.bin and of datatrove's .ds.
 """
 
 import contextlib
 import functools
 import hashlib
 import json
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,29 +35,48 @@ MANIFEST = "manifest.json"
 END_OF_TEXT = 50256
 DEFAULT_VAL_TOKENS = 10_485_760  # as in build-nanogpt's evaluation: 20 batches of 524,288
 SHARD_NAME = re.compile(r".+_(train|val|test)_(\d+)\.(npy|bin)")
+PEERS_NAME = re.compile(r"(.+_)?(train|val|test)\.bin")  # nanoGPT's; with a prefix llm.c's
 SPLITS = ("val", "train", "test")
 BIN_HEADER_BYTES, BIN_MAGIC, BIN_VERSION = 1024, 20240520, 1  # llm.c, dev/data/data_common.py
 NPY_HEADER_BYTES = 128  # of a one-dimensional array, as NumPy pads it
 HEAD_TOKENS = 8192  # a shard's first tokens have their own hash: they can be downloaded alone
 
 
+def check_fields(row: Any, where: str, fields: dict[str, type], optional: dict[str, type]):
+    """Raises ValueError, with the field, if a JSON object lacks a field or has one of another type."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is {row!r:.60}; it must be an object")
+    for field, kind in {**fields, **optional}.items():
+        if field not in row and field not in optional:
+            raise ValueError(f"{where}.{field} is missing")
+        if field in row and type(row[field]) is not kind:
+            raise ValueError(f"{where}.{field} is {row[field]!r:.60}; its type must be {kind.__name__}")
+
+
 def load_manifest(path: Path) -> dict:
     """Reads a manifest, complete or not. Raises ValueError if it is damaged or has another format."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        entries = [(s["file"], s["split"], s["tokens"], s["sha256"]) for s in manifest["shards"]]
-        version, _ = manifest["format"], manifest["complete"]
-        if any(list(map(type, entry)) != [str, str, int, str] for entry in entries):
-            raise ValueError("a shard's file, split, tokens or sha256 has the wrong type")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error!r}); remove its folder and make the shards again with fineweb.py"
-        ) from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format {version}; this code reads format {FORMAT_VERSION}")
-    for file, *_ in entries:
-        if Path(file).name != file or not SHARD_NAME.fullmatch(file):
-            raise ValueError(f"{path} lists {file!r}, which is not the name of a shard in its folder")
+        check_fields(manifest, "manifest", {"format": int}, {})
+        if manifest["format"] != FORMAT_VERSION:
+            raise ValueError(f"format is {manifest['format']}; this code reads format {FORMAT_VERSION}")
+        about = {**dict.fromkeys(("name", "source", "revision"), str), "tokenizer": dict, "request": dict}
+        check_fields(manifest, "manifest", {"complete": bool, "shards": list}, about)
+        if (vocabulary := manifest.get("tokenizer", {}).get("name", "gpt2")) != "gpt2":
+            raise ValueError(f"tokenizer.name is {vocabulary!r}; this code reads GPT-2's tokens")
+        seen = set()
+        for number, entry in enumerate(manifest["shards"]):
+            where, facts = f"shards[{number}]", {"documents": int, "head_sha256": str}
+            check_fields(entry, where, {"file": str, "split": str, "tokens": int, "sha256": str}, facts)
+            file, name = entry["file"], SHARD_NAME.fullmatch(entry["file"])
+            if not name or Path(file).name != file or file in seen:
+                raise ValueError(f"{where}.file is {file!r}, not the name of a shard here, or there twice")
+            if entry["split"] != name[1] or entry["tokens"] < 1:
+                raise ValueError(f"{where}: {file} with split {entry['split']!r}, {entry['tokens']} tokens")
+            seen.add(file)
+    except (ValueError, RecursionError) as error:
+        fix = "remove its folder and make the shards again with fineweb.py"
+        raise ValueError(f"{path} cannot be read: {error}. If it is damaged, {fix}") from error
     return manifest
 
 
@@ -134,6 +155,66 @@ def open_shard(path: Path, tokens: int | None = None) -> np.ndarray:
     return ids
 
 
+def open_entry(folder: Path, entry: dict) -> np.ndarray:
+    """Memory-maps a shard of `list_shards`, (N,) uint16. Raises the errors of `open_shard`."""
+    path = folder / entry["file"]
+    if "begin" not in entry:
+        return open_shard(path, entry.get("tokens"))
+    if path.stat().st_size < 2 * (end := entry["begin"] + entry["tokens"]):
+        raise ValueError(f"{path} has become shorter than {end:,} tokens")
+    return np.memmap(path, dtype="<u2", mode="r", shape=(end,))[entry["begin"] :]
+
+
+def find_peers_shards(folder: Path) -> list[dict]:
+    """Lists nanoGPT's train.bin and val.bin, llm.c's <name>_train.bin, or datatrove's .ds, if the folder has
+    them. Of .ds files, the first tokens are for validation, as with fineweb.py."""
+    names = sorted(path.name for path in folder.iterdir())
+    if matches := [match for name in names if (match := PEERS_NAME.fullmatch(name))]:
+        entries = [{"file": m[0], "split": m[2]} for m in matches]
+        bare = [{"tokens": count_bare_tokens(folder / m[0]), "begin": 0} if not m[1] else {} for m in matches]
+        return sorted(map(operator.or_, entries, bare), key=lambda entry: SPLITS.index(entry["split"]))
+    names = [name for name in names if name.endswith(".ds")]
+    if len({name.endswith("_unshuffled.ds") for name in names}) > 1:
+        raise ValueError(f"{folder} holds datatrove's files before and after its shuffling; keep one kind")
+    sizes = {name: count_bare_tokens(folder / name) for name in names}
+    left, val, train = min(DEFAULT_VAL_TOKENS, sum(sizes.values()) // 10), [], []
+    for name, size in sizes.items():
+        cut = min(left, size)
+        left -= cut
+        val += [{"file": name, "split": "val", "tokens": cut, "begin": 0}] if cut else []
+        train += [{"file": name, "split": "train", "tokens": size - cut, "begin": cut}] if cut < size else []
+    return val + train
+
+
+def count_bare_tokens(path: Path) -> int:
+    """Returns the number of tokens in a file of uint16 without a header: nanoGPT's train.bin, or datatrove's
+    .ds. Raises ValueError if they are not GPT-2's, as far as the first 100 million and the files beside it
+    tell; `ShardReader.read` checks the others."""
+    metadata, index = path.with_name(path.name + ".metadata"), path.with_name(path.name + ".index")
+    name, said = "gpt2", ""
+    if metadata.is_file():  # tokenizer|bytes per token, number of tokens, the same in words
+        name, said, *_ = [*metadata.read_text(encoding="utf-8").splitlines(), "", ""]
+    elif index.is_file():  # where each document ends, in tokens
+        said = str(np.fromfile(index, dtype="<u8")[-1])
+    needed, size = "GPT-2's shards are uint16, by its own tokenizer", path.stat().st_size
+    if path.with_name("meta.pkl").exists():
+        raise ValueError(f"{path} lies beside a meta.pkl of nanoGPT: its tokens are characters; {needed}")
+    if not re.search("gpt-?2|unknown", name, re.IGNORECASE):
+        raise ValueError(f"{metadata} names the tokenizer {name.partition('|')[0]!r}; {needed}")
+    if path.with_name(path.name + ".loss").exists():
+        raise ValueError(f"{path}.loss masks losses, which training here does not; move it away to ignore it")
+    if size % 2 or not size:
+        raise ValueError(f"{path} has {size:,} bytes; it must have 2 for each of its tokens, and some tokens")
+    ids = np.memmap(path, dtype="<u2", mode="r")
+    if 4 * int(said or 0) == size or (len(ids) % 2 == 0 and not ids[1:100_000:2].any()):
+        fix = f"np.fromfile({str(path)!r}, 'uint32').astype('uint16').tofile(...)"
+        raise ValueError(f"{path} has tokens of 4 bytes; {needed}. If they are GPT-2's, convert them: {fix}")
+    if said and int(said) != len(ids):
+        raise ValueError(f"{path} has {len(ids):,} tokens; by the file beside it, it has {int(said):,}")
+    count_documents(path, ids[:100_000_000])
+    return len(ids)
+
+
 def list_shards(folder: Path) -> list[dict]:
     """Lists a data set's shards in order: dicts with file and split and, from a manifest, tokens and sha256.
     Raises FileNotFoundError, with the command that makes shards, if there are none, and ValueError for shards
@@ -144,6 +225,10 @@ def list_shards(folder: Path) -> list[dict]:
     if manifest is not None:
         return manifest["shards"]
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if names and not any(map(SHARD_NAME.fullmatch, names)) and (entries := find_peers_shards(folder)):
+        return entries
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; give the folder that holds it")
     return find_shards(names, folder)
 
 
@@ -182,7 +267,7 @@ class Folder:
 
     def check(self, entry: dict):
         """Raises ValueError or FileNotFoundError, with the file, if the shard is damaged or missing."""
-        entry["tokens"] = len(open_shard(self.path(entry), entry.get("tokens")))
+        entry["tokens"] = len(open_entry(self.path(entry).parent, entry))
 
     def describe_source(self) -> str:
         """Returns the text's source: a Hub name, or a local file's name without its folder, which may be
@@ -313,9 +398,10 @@ class ShardReader:
         return float(-(p * np.log(p)).sum())
 
     def _open_shard(self, i: int) -> np.ndarray:
+        entry = self.entries[i]
         with contextlib.suppress(FileNotFoundError):  # another run with the same cache removed it just now
-            return open_shard(self.folder.path(self.entries[i]), self.sizes[i])
-        return open_shard(self.folder.path(self.entries[i]), self.sizes[i])
+            return open_entry(self.folder.path(entry).parent, entry)
+        return open_entry(self.folder.path(entry).parent, entry)
 
     def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """Returns the order of the shards, the cumulative number of windows in that order, each shard's first

@@ -12,7 +12,9 @@ On disk: the downloaded files, in the given folder.
 import glob
 import hashlib
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -45,6 +47,8 @@ TOKENIZED_SOURCES = {
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 OUR_SPLITS = {"train": "train", "validation": "val", "test": "test"}
+WIKITEXT_FILE = re.compile(r"wiki\.(train|valid|test)\.(?:raw|tokens)(?:\.|$)")
+EDITORS_COPY = re.compile(r".*~|#.*#|~\$.*|.*\.(?:bak|swp|swo|orig|tmp)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -97,31 +101,79 @@ def find_inputs(source: Source, revision: str | None = None) -> tuple[list[Input
         locate = lambda: files.download(SHAKESPEARE_URL, path, SHAKESPEARE_SHA256)  # noqa: E731
         whole = [Input(path.name, 1_115_394, SHAKESPEARE_SHA256, locate, read, download=path)]
         return whole, {"source": SHAKESPEARE_URL, "revision": SHAKESPEARE_SHA256}
+    paths = find_local_files(source.name)
+    splits = find_wikitext_splits(paths)
     inputs = []
-    for path in find_local_files(source.name):
-        facts = path.stat()
-        inputs.append(Input(str(path), facts.st_size, str(facts.st_mtime_ns), lambda path=path: path, read))
+    for path in paths:
+        facts, locate = path.stat(), lambda path=path: path
+        entry = Input(str(path), facts.st_size, str(facts.st_mtime_ns), locate, read, splits.get(path, ""))
+        inputs.append(entry)
     return inputs, {"source": source.name, "revision": f"{len(inputs)} files"}
 
 
 def find_local_files(source: str) -> list[Path]:
-    """Returns the readable files that a path or glob names, sorted. Raises FileNotFoundError if it names
-    nothing, and ValueError if no file can be read."""
+    """Returns the files to read that a path, folder or glob names, sorted; prints how many it takes, and how
+    many it leaves out for which reason. A file that links lead to twice is taken once. Raises
+    FileNotFoundError if the source names nothing, ValueError if it has no text, and OSError or ValueError if
+    a file cannot be read."""
     path = Path(source).expanduser()
-    found = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-    found = found or [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-    if not found:
+    if not source or not (path.exists() or glob.glob(str(path), recursive=True)):
         raise FileNotFoundError(
             f"--source is {source!r}; it must be a file, folder or glob that exists, or one of "
             f"{', '.join([*HUB_SOURCES, *TOKENIZED_SOURCES])}, tiny-shakespeare, pydocs, hf:org/name"
         )
-    readable = [p for p in found if p.is_file() and documents.is_readable(p.name)]
-    if not readable:
+    if path.is_dir():
+        found = sorted(walk(path, set()))
+    else:  # a glob leaves hidden files out by itself, unless its pattern names them
+        found = [path] if path.exists() else list(map(Path, sorted(glob.glob(str(path), recursive=True))))
+    taken: dict[Path, Path] = {}  # by the path that links lead to
+    left_out: Counter = Counter()
+    for p in found:
+        if path.is_dir() and p.name.startswith("."):
+            left_out["hidden"] += 1
+        elif p != path and EDITORS_COPY.fullmatch(p.name):
+            left_out["copies of editors"] += 1
+        elif p.is_dir():
+            left_out["folders"] += 1
+        elif not documents.is_readable(p.name):
+            left_out[documents.find_kind(p.name) or p.suffix or "without a suffix"] += 1
+        elif not p.is_file() and p.exists():
+            left_out["neither files nor folders"] += 1
+        elif documents.is_empty(p):  # raises an error for a link to nothing, too
+            left_out["empty"] += 1
+        elif taken.setdefault(p.resolve(), p) is not p:
+            left_out["linked twice"] += 1
+    others = ", ".join(f"{count:,} {what}" for what, count in left_out.most_common())
+    if not taken:
         raise ValueError(
-            f"--source is {source!r}; it must have files in {', '.join(documents.SUFFIXES)}, or these with "
+            f"--source is {source!r}, which has no text for training (found: {others or 'nothing'}). It must "
+            f"have files in {', '.join(documents.SUFFIXES)}, or these with "
             f"{' or '.join(documents.COMPRESSED)} appended"
         )
-    return readable
+    size = sum(p.stat().st_size for p in taken.values())
+    print(f"{source}: {len(taken):,} files, {size:,} bytes{others and f'; left out: {others}'}", flush=True)
+    return list(taken.values())
+
+
+def walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Yields the files below a folder, and the hidden folders in place of their files. It follows links, and
+    enters no folder twice. Raises OSError for a folder that cannot be listed."""
+    if (real := folder.resolve()) in seen:
+        return
+    seen.add(real)
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            yield from walk(path, seen)
+        else:
+            yield path
+
+
+def find_wikitext_splits(paths: list[Path]) -> dict[Path, str]:
+    """Returns the split of each file if WikiText's own files are among them, as it is distributed."""
+    ours = {"train": "train", "valid": "val", "test": "test"}
+    found = {path: ours[match[1]] for path in paths if (match := WIKITEXT_FILE.match(path.name))}
+    has_splits = {"train", "val"} <= set(found.values())
+    return {path: found.get(path, "train") for path in paths} if has_splits else {}
 
 
 def find_hub_inputs(source: Source, revision: str | None) -> tuple[list[Input], dict]:

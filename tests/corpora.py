@@ -24,7 +24,7 @@ from lib.documents import Batch
 DOCUMENTS = [
     "The first document.",
     "",
-    "naïve 日本語 🙂\n\n  indented\r\n",
+    "naïve 日本語 🙂\n\n  indented\n",
     "<|endoftext|> is text here",
     "x " * 500,
 ]

@@ -150,6 +150,12 @@ def test_a_download_recovers_from_one_bad_answer(serve, pauses, tmp_path, plan):
         assert 0 < int(second.removeprefix("bytes=").removesuffix("-")) <= len(BODY) // 2
 
 
+def test_a_name_without_an_address_is_not_tried_again(pauses, tmp_path):
+    with pytest.raises(OSError, match=r"nowhere\.invalid/x was not read: .* no address"):
+        files.download("http://nowhere.invalid/x", tmp_path / "x", DIGEST)
+    assert not any(pauses)
+
+
 @pytest.mark.parametrize(
     ("trouble", "reason"),
     [

@@ -210,7 +210,7 @@ def test_every_difficult_document_is_there_once_with_the_ids_of_its_text(tmp_pat
         (tmp_path / "in" / "a.parquet").write_bytes(to_parquet(WITHOUT_SURROGATES))
     else:
         for number, text in enumerate(WITHOUT_SURROGATES):
-            (tmp_path / "in" / f"{number:02}.txt").write_bytes(text.encode())
+            (tmp_path / "in" / f"{number:02}.txt").write_bytes(text.encode())  # an empty one is left out
         if kind == "txt in pieces":
             monkeypatch.setattr("lib.documents.BATCH_BYTES", 50)
             (tmp_path / "in" / "02.txt").write_bytes((" " * 10_000).encode())
@@ -218,8 +218,9 @@ def test_every_difficult_document_is_there_once_with_the_ids_of_its_text(tmp_pat
     stream = read_stream(out)
     documents = np.split(stream, np.flatnonzero(stream == 50256))
     assert len(documents.pop(0)) == 0
-    assert len(documents) == len(STRANGE)
-    for document, text in zip(documents, STRANGE):
+    texts = [text for text in STRANGE if text or "txt" not in kind]
+    assert len(documents) == len(texts)
+    for document, text in zip(documents, texts):
         if kind == "txt in pieces" and len(text) == 1_000_000:
             text = text[:10_000]
         assert document[1:].tolist() == tokenizer.encode(text)
@@ -556,6 +557,7 @@ def test_flags_that_would_do_nothing_are_refused(tmp_path, flags):
 def test_a_disk_that_is_too_small_is_refused_with_both_numbers_before_the_work(tmp_path, monkeypatch):
     for name, gigabytes in (("a.txt", 10), ("b.jsonl.gz", 2)):
         with open(tmp_path / name, "wb") as f:
+            f.write(gzip.compress(b"x"))
             f.truncate(gigabytes * 10**9)  # takes no room
     monkeypatch.setattr("lib.documents.read_file", lambda *args: pytest.fail("has been read"))
     usage = shutil.disk_usage(tmp_path)

@@ -221,7 +221,7 @@ def test_a_stop_string_may_name_a_line_end_and_an_empty_one_stops_nothing():
 
 def test_a_prompt_comes_from_a_file_or_from_standard_input(scripted, tmp_path, capsys):
     path = tmp_path / "prompt.txt"
-    path.write_bytes("日 is\r\n".encode())  # 3 tokens, as the scripted model expects
+    path.write_bytes(b"\xef\xbb\xbf" + "日 is\r\n".encode())  # 3 tokens, as the scripted model expects
     assert len(tokenizer.encode("日 is")) == 3
     out = tmp_path / "out.json"
     text = generated(capsys, scripted, prompt_file=str(path), temperature=0, json=str(out))
@@ -236,7 +236,8 @@ def test_a_prompt_comes_from_a_file_or_from_standard_input(scripted, tmp_path, c
     ("args", "reason"),
     [
         (["--prompt-file", "{tmp}/none.txt"], "none.txt"),
-        (["--prompt-file", "{tmp}/latin1.txt"], "latin1.txt: 'utf-8' codec can't decode"),
+        (["--prompt-file", "{tmp}/latin1.txt"], "latin1.txt: line 1: byte 0xef is not utf-8"),
+        (["--prompt-file", "{tmp}/two.jsonl"], "two.jsonl holds 2 documents"),
         (["--prompt-file", "a.txt", "--prompt", "b"], "--prompt and --prompt-file"),
         (["--interactive", "--prompt", "b"], "leave --prompt out"),
         (["--interactive", "--prompt-file", "a.txt"], "leave --prompt-file out"),
@@ -246,6 +247,7 @@ def test_a_prompt_comes_from_a_file_or_from_standard_input(scripted, tmp_path, c
 )
 def test_a_prompt_that_cannot_be_had_exits_2_with_the_reason(script, tmp_path, args, reason):
     (tmp_path / "latin1.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "two.jsonl").write_bytes(b'{"text": "a"}\n{"text": "b"}')
     done = script("generate.py", *(arg.format(tmp=tmp_path) for arg in args))
     assert (done.returncode, done.stdout) == (2, "")
     assert reason in done.stderr and done.stderr.startswith("generate.py: ")

@@ -345,6 +345,10 @@ def test_the_command_prints_and_writes_both_protocols(script, folder, tmp_path):
 def test_items_are_read_and_limited(tmp_path):
     data = write_items(tmp_path / "items.jsonl", ITEMS)
     assert hellaswag.load_items(data) == ITEMS
+    for encoding in ("utf-8-sig", "utf-16"):
+        text = data.read_text(encoding="utf-8").replace("\n", "\r\n")
+        (tmp_path / "windows.jsonl").write_bytes(text.encode(encoding))
+        assert hellaswag.load_items(tmp_path / "windows.jsonl") == ITEMS
     assert hellaswag.load_items(data, limit=5) == ITEMS[:5]
 
 

@@ -99,6 +99,22 @@ def test_what_the_hub_does_not_have_is_refused_at_once(client, server, location)
     assert answer["slept"] == []
 
 
+@pytest.mark.parametrize("reached", [False, True])
+def test_a_name_without_an_address_is_retried_only_after_the_hub_was_reached(client, server, repo, reached):
+    code = """
+import socket
+from huggingface_hub import close_session
+hub.was_reached, real = reached, socket.getaddrinfo
+def fail(*args, **kwargs): raise socket.gaierror(-3, "Temporary failure in name resolution")
+close_session()
+socket.getaddrinfo = fail
+try: hub.list_hub(repo)
+finally: socket.getaddrinfo = real"""
+    answer = client.refusal(code, "OSError", repo=repo, reached=reached)
+    assert "no network: the name of http" in answer["message"]
+    assert bool(answer["slept"]) == reached
+
+
 @pytest.mark.parametrize(
     ("location", "found"),
     [

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from corpora import compress, prepare, to_jsonl, to_parquet
 from helpers import VOCAB_SIZE, random_model, save_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -259,7 +260,7 @@ def test_a_split_of_shards_is_scored_as_one_stream_and_counted_document_by_docum
     shard(tmp_path / "data", "tiny_val_000001.npy", documents[2:])
     shard(tmp_path / "data", "tiny_train_000000.npy", ["not this"])
     result = perplexity.main(Config(data=str(tmp_path / "data"), model=str(folder), device="cpu"))
-    ids = [id for document in documents for id in (50256, *tokenizer.encode(document))]
+    ids = [id for document in documents for id in (50256, *tokenizer.encode(document))][1:]  # as of a file
     total, count = strided_recipe(folder, ids, CONTEXT // 2)
     assert result["tokens"] == count == len(ids) - 1
     assert result["token_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
@@ -269,12 +270,36 @@ def test_a_split_of_shards_is_scored_as_one_stream_and_counted_document_by_docum
     assert perplexity.main(cfg)["words"] == 2
 
 
+@pytest.mark.parametrize("protocol", ["stride", "rolling"])
+def test_a_text_has_the_same_figures_in_every_format_and_encoding(folder, tmp_path, protocol):
+    text = TEXT.replace(".\n", ".\n\n")
+    crlf = text.replace("\n", "\r\n")
+    files = {
+        "a.txt": text.encode(), "crlf.txt": crlf.encode(), "mac.TXT": text.replace("\n", "\r").encode(),
+        "bom.txt": b"\xef\xbb\xbf" + text.encode(), "utf16.md": crlf.encode("utf-16"),
+        "be.txt": b"\xfe\xff" + text.encode("utf-16-be"), "utf32.txt": text.encode("utf-32"),
+        "a.jsonl": to_jsonl([crlf]), "a.parquet": to_parquet([crlf]), "no suffix": text.encode(),
+        **{f"a{end}.txt{end}": compress(crlf.encode(), end) for end in (".gz", ".zst")},
+    }  # fmt: skip
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    prepare(tmp_path / "crlf.txt", tmp_path / "shards", val_tokens=0)
+    figures = []
+    for name in (*files, "shards"):
+        cfg = Config(
+            data=str(tmp_path / name), model=str(folder), device="cpu", protocol=protocol, split="train"
+        )
+        figures.append({key: value for key, value in perplexity.main(cfg).items() if key != "data"})
+    assert figures[0]["bytes"] == len(text.encode())
+    assert all(result == figures[0] for result in figures)
+
+
 @pytest.mark.parametrize(
     ("options", "reasons"),
     [
         (dict(data="nowhere.txt"), ["nowhere.txt"]),
         (dict(data="{tmp}/short.txt"), ["short.txt", "1 tokens"]),
-        (dict(data="{tmp}/latin1.txt"), []),
+        (dict(data="{tmp}/latin1.txt"), ["line 1: byte 0xef is not utf-8", "| iconv -t utf-8 -f latin1 >"]),
         (dict(data="{tmp}/text.txt", stride="33"), ["--stride is 33", "32"]),
         (dict(data="{tmp}/text.txt", stride="-1"), ["--stride is -1"]),
         (dict(data="{tmp}/text.txt", stride="8", protocol="wikitext"), ["--stride is 8", "wikitext"]),

@@ -445,7 +445,7 @@ def test_several_parts_that_leave_nothing_for_training_are_refused(tmp_path):
 def test_of_several_that_begin_one_writes_the_manifest(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         found = list(
-            pool.map(lambda n: shard_writer.begin(tmp_path / "a", {**ABOUT, "source": n}), range(40))
+            pool.map(lambda n: shard_writer.begin(tmp_path / "a", {**ABOUT, "source": str(n)}), range(40))
         )
     assert all(manifest == found[0] for manifest in found)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["manifest.json"]

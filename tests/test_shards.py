@@ -425,6 +425,11 @@ BAD_MANIFESTS = {
     ),
     "a file name that is a number": lambda m: json.dumps(m | {"shards": [m["shards"][0] | {"file": 5}]}),
     "a length that is a word": lambda m: json.dumps(m | {"shards": [m["shards"][0] | {"tokens": "x"}]}),
+    "two columns": lambda m: json.dumps(m | {"shards": [m["shards"][0]] * 2}),
+    "of another split": lambda m: json.dumps(m | {"shards": [m["shards"][0] | {"split": "test"}]}),
+    "of negative length": lambda m: json.dumps(m | {"shards": [m["shards"][0] | {"tokens": -1}]}),
+    "a source that is a number": lambda m: json.dumps(m | {"source": 5}),
+    "of another tokenizer": lambda m: json.dumps(m | {"tokenizer": {"name": "llama"}}),
     "incomplete": lambda m: json.dumps(m | {"complete": False}),
     "complete is a word": lambda m: json.dumps(m | {"complete": "no"}),
     "of another format": lambda m: json.dumps(m | {"format": 2}),
@@ -443,6 +448,90 @@ def test_a_damaged_manifest_is_refused_by_name(tmp_path, damage):
     for check in (shards.verify, lambda folder: ShardReader(folder, "train", 4), shards.Folder):
         with pytest.raises(ValueError, match=r"manifest\.json"):
             check(tmp_path)
+
+
+def test_a_manifests_fault_is_named_by_its_field(tmp_path):
+    manifest = write(tmp_path, count_up(300))
+    del manifest["shards"][1]["tokens"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"manifest\.json cannot be read: shards\[1\]\.tokens is missing"):
+        shards.Folder(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# from a peer
+
+
+def write_datatrove(
+    folder: Path, name: str, ids: np.ndarray, metadata: str | None = None, dtype: str = "<u2"
+):
+    """A file as datatrove's DocumentTokenizer writes it."""
+    ids.astype(dtype).tofile(folder / name)
+    np.array([len(ids)], dtype="<u8").tofile(folder / f"{name}.index")
+    if metadata != "":
+        text = metadata or f"gpt2|2\n{len(ids)}\n0.3 kT"
+        (folder / f"{name}.metadata").write_text(text, encoding="utf-8")
+
+
+def test_nanogpts_files_are_read(tmp_path):
+    count_up(300, 7).tofile(tmp_path / "train.bin")
+    count_up(50, 400).tofile(tmp_path / "val.bin")
+    reader = ShardReader(tmp_path, "train", 299)
+    x, y = reader.batch(0, 0, 1, 1)
+    assert x.tolist() == [[*range(7, 306)]] and y.tolist() == [[*range(8, 307)]]
+    assert ShardReader(tmp_path, "val", 49).num_tokens == 50
+    assert isinstance(shards.open_entry(tmp_path, reader.entries[0]), np.memmap)
+
+
+def test_llmcs_small_files_are_read(tmp_path):
+    (tmp_path / "tiny_train.bin").write_bytes(to_bin(count_up(300)))
+    assert ShardReader(tmp_path, "train", 299).batch(0, 0, 1, 1)[1].tolist() == [[*range(1, 300)]]
+
+
+@pytest.mark.parametrize("sizes", [[1000], [30, 500, 470], [100, 900], [999, 1]])
+@pytest.mark.parametrize("metadata", ["", None])
+def test_datatroves_files_are_read_and_the_first_tokens_are_for_validation(tmp_path, sizes, metadata):
+    first = 0
+    for number, size in enumerate(sizes):
+        write_datatrove(tmp_path, f"{number:05d}_00000_shuffled.ds", count_up(size, first), metadata)
+        first += size
+    for split, begin, end in (("val", 0, 100), ("train", 100, 1000)):
+        reader = ShardReader(tmp_path, split, end - begin - 1)
+        assert reader.read([0])[0].tolist() == [[*range(begin, end - 1)]]
+    assert shards.Folder(tmp_path).fingerprint() == shards.Folder(tmp_path).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("write_files", "message"),
+    [
+        (lambda p: (p / "train.bin").write_bytes(b"\1\0\2"), r"train\.bin has 3 bytes; .* 2 for each"),
+        (lambda p: (p / "train.bin").write_bytes(b""), r"train\.bin has 0 bytes"),
+        (lambda p: count_up(300, 50100).tofile(p / "train.bin"), r"train\.bin holds token 50399 at"),
+        (lambda p: np.arange(300, dtype="<u4").tofile(p / "train.bin"), r"train\.bin has tokens of 4 bytes"),
+        (
+            lambda p: (count_up(300).tofile(p / "train.bin"), (p / "meta.pkl").write_bytes(b"")),
+            r"meta\.pkl of nanoGPT: its tokens are characters",
+        ),
+        (lambda p: write_datatrove(p, "a.ds", count_up(99), "llama-3|2\n99"), r"the tokenizer 'llama-3'"),
+        (lambda p: write_datatrove(p, "a.ds", count_up(99), "gpt2|4\n99", "<u4"), r"a\.ds has tokens of 4"),
+        (lambda p: write_datatrove(p, "a.ds", count_up(99), "", "<u4"), r"a\.ds has tokens of 4 bytes"),
+        (lambda p: write_datatrove(p, "a.ds", count_up(99), "gpt2|2\n100"), r"has 99 tokens; .* it has 100"),
+        (
+            lambda p: (write_datatrove(p, "a.ds", count_up(99)), (p / "a.ds.loss").write_bytes(b"\1" * 99)),
+            r"a\.ds\.loss masks losses",
+        ),
+    ],
+)  # fmt: skip
+def test_peers_files_that_cannot_be_gpt2s_are_refused(tmp_path, write_files, message):
+    write_files(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        shards.Folder(tmp_path)
+
+
+def test_a_file_in_place_of_its_folder_is_refused(tmp_path):
+    count_up(300).tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match=r"train\.bin is a file; give the folder"):
+        shards.Folder(tmp_path / "train.bin")
 
 
 def test_verify_passes_what_was_written_and_needs_a_manifest(tmp_path):

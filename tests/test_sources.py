@@ -6,7 +6,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from corpora import decode_shards, read_documents, to_jsonl, to_parquet, to_wikitext, wait_until
+from corpora import ARTICLES as CORPUS
+from corpora import (
+    compress,
+    decode_shards,
+    prepare,
+    read_documents,
+    to_jsonl,
+    to_parquet,
+    to_wikitext,
+    wait_until,
+)
 from hub_server import COMMIT, list_files
 
 from lib import shards
@@ -51,6 +61,78 @@ def test_folders_and_globs_are_read_in_sorted_order(folder, pattern, documents):
     assert read_documents(folder / pattern) == documents
 
 
+def test_what_is_taken_and_what_is_left_out_is_said(tmp_path, capsys):
+    outside, folder = tmp_path / "outside", tmp_path / "texts"
+    for path, data in {
+        outside / "a.txt": b"linked folder", outside / "file.txt": b"linked file",
+        folder / "B.TXT": b"capitals", folder / "c" / "d.JsonL.GZ": gzip.compress(to_jsonl(["packed"])),
+        folder / ".ipynb_checkpoints" / "B-checkpoint.txt": b"no", folder / ".hidden.txt": b"no",
+        folder / "B.txt~": b"no", folder / ".#B.txt": b"no", folder / "#B.txt#": b"no",
+        folder / "p.pdf": b"%PDF", folder / "q.PDF": b"%PDF", folder / "r.html": b"<p>",
+        folder / "README": b"", folder / "empty.txt": b"", folder / "empty.txt.gz": gzip.compress(b""),
+    }.items():  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (folder / "linked").symlink_to(outside)
+    (folder / "one.txt").symlink_to(outside / "file.txt")
+    (folder / "twice.md").symlink_to(folder / "B.TXT")
+    (folder / "loop").symlink_to(folder)
+    (outside / "back").symlink_to(folder / "c")
+    assert sorted(read_documents(folder)) == ["capitals", "linked file", "linked folder", "packed"]
+    said = capsys.readouterr().out
+    assert said.startswith(f"{folder}: 4 files, ")
+    for part in ("3 hidden", "2 copies of editors", "2 .pdf", "1 .html", "1 without a suffix", "2 empty"):
+        assert part in said
+    assert "2 linked twice" in said
+    assert read_documents(folder / ".hidden.txt") == ["no"]  # it was asked for
+
+
+@pytest.mark.parametrize("names", [["a.txt"], ["a.txt", "b.jsonl", "c/d.md", "e.txt.gz"]])
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_source_of_empty_files_is_refused(tmp_path, names, as_folder):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
+    with pytest.raises(
+        ValueError, match=rf"no text for training \(found: {len(names) if as_folder else 1} empty"
+    ):
+        read_documents(tmp_path if as_folder else tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", b"\n\n"),
+        ("a.jsonl", b'{"text": ""}'),
+        ("a.txt", b"\xef\xbb\xbf"),
+        ("a.parquet", to_parquet([""])),
+    ],
+)
+def test_a_source_without_any_text_makes_no_data_set(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match="no text for training"):
+        prepare(tmp_path / name, tmp_path / "out")
+    assert not shards.is_complete(tmp_path / "out") and not list(tmp_path.rglob("*.npy"))
+
+
+def test_no_source_and_files_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--source is ''"):
+        read_documents("")
+    (tmp_path / "good.txt").write_text("good", encoding="utf-8")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
+        read_documents(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["raw", "tokens", "raw.gz"])
+def test_wikitexts_own_files_keep_their_splits(tmp_path, suffix):
+    for n, name in enumerate(("test", "train", "valid")):
+        data = compress(CORPUS[n].replace("\n", "\r\n").encode(), suffix)
+        (tmp_path / f"wiki.{name}.{suffix}").write_bytes(data)
+    out = prepare(tmp_path, tmp_path / "out", documents="article")
+    assert ["".join(decode_shards(out, split)) for split in ("test", "train", "val")] == CORPUS
+
+
 def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
     (tmp_path / "a[1].txt").write_text("this", encoding="utf-8")
     (tmp_path / "a1.txt").write_text("not this", encoding="utf-8")
@@ -67,7 +149,7 @@ def test_a_source_that_is_not_there_is_refused_with_the_names_that_exist(tmp_pat
 
 def test_a_source_of_other_files_only_is_refused_with_the_endings_that_are_read(tmp_path):
     (tmp_path / "a.docx").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"\.txt, \.md, \.raw, \.jsonl, \.parquet.*\.gz or \.zst"):
+    with pytest.raises(ValueError, match=r"found: 1 \.docx.*\.txt, \.md, \.raw, .*\.gz or \.zst"):
         read_documents(tmp_path)
 
 
