@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import hellaswag
 from lib import checkpoint, cli, parallel, plan, processes, report, runs, shards, stops, tokenizer, trackers
-from lib.cli import format_path, knob
+from lib.cli import format_command, format_path, knob
 from lib.device import autocast, pick_dtype, versions
 from lib.hub_runs import check_targets
 from lib.hub_shards import open_data
@@ -169,9 +169,8 @@ def make_optimizers(cfg: Config, model: GPT) -> list[torch.optim.Optimizer]:
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     lr, decay = cfg.learning_rate, cfg.weight_decay
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    ]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
@@ -230,9 +229,10 @@ def evaluate(setup: "Setup", model: GPT, step: int, due: set[str]) -> tuple[floa
         if "hellaswag" in due and setup.hellaswag_items:
             scores = hellaswag.evaluate(whole, setup.hellaswag_items, protocols=("completion",))
             acc_norm = scores["completion"]["acc_norm"]
-            process.print(f"step {step:>6} | HellaSwag acc_norm {acc_norm:.2%} of {scores['n']:,} items")
+            process.print(report.describe_hellaswag(step, acc_norm, scores["n"]))
         if "sample" in due and process.rank == 0:
-            print_samples(whole, cfg, step, process.device)
+            with report.note_not_finite():
+                print_samples(whole, cfg, step, process.device)
     return val_loss, acc_norm
 
 
@@ -416,7 +416,7 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
     if rank == 0:
         run.finish(watch.exit_code)
     if watch.exit_code:
-        process.print(f"Stopped at step {step}. To go on: --resume {format_path(folder)}")
+        process.print(f"Stopped at step {step}. To go on: {format_command('--resume', folder)}")
         sys.exit(watch.exit_code)
     return folder
 

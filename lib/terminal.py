@@ -7,6 +7,7 @@ On disk: ~/.cache/gpt2_generate_history (or under XDG_CACHE_HOME), which only it
 """
 
 import atexit
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ def read_lines() -> Iterator[str]:
     is_typed = sys.stdin.isatty() and sys.stdout.isatty()
     if is_typed:
         keep_history()
+    elif isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8")  # like every file, whatever the terminal's encoding is
     while True:
         try:
             yield input("> " if is_typed else "")

@@ -185,7 +185,7 @@ def note_saves(folder: Path):
 
 def score_items(file: Path):
     """HellaSwag's items come from this file."""
-    hellaswag.download.__defaults__ = (hellaswag.URL, file, hellaswag.SHA256, 1)
+    hellaswag.download.__defaults__ = (hellaswag.URL, file, files.hash_file(file), 1)
 
 
 def note_sequences(file: Path):
@@ -299,7 +299,7 @@ def two_hours_pass(step: int, on_rank: int):
 
 def take_hellaswag_from(file: Path):
     """Items of a test's own in place of HellaSwag's."""
-    hellaswag.download.__defaults__ = (hellaswag.URL, file, hellaswag.SHA256, 1)
+    hellaswag.download.__defaults__ = (hellaswag.URL, file, files.hash_file(file), 1)
 
 
 def pretend_memory(*available: float):
