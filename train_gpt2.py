@@ -401,13 +401,13 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
         for line in verdict.explain():
             process.print(f"step {step:>6} | {line}")
         progress.note_step(mean_loss, verdict, optimizers.can_overflow())
-        watch.count(votes, progress.bad_steps)
+        watch.tally(votes, progress.bad_steps)
         if watch.exit_code:
             process.print(f"stopping: {watch.reason}")
-        run.report(step)
+        run.print_news(step)
         process.print(console.describe_step(step, mean_loss, lr, norm.item(), seconds))
 
-    run.report(step, wait=True)
+    run.print_news(step, wait=True)
     run.close_tracker(watch.exit_code)  # before the others may end: torchrun gives rank 0 no time after that
     process.barrier()  # if rank 0 failed to write its last checkpoint, it is gone, and the others fail here
     watch.signals.restore()
@@ -463,14 +463,14 @@ def parse_args(argv: list[str]) -> tuple[Config, checkpoint.Found | None]:
     settings."""
     cfg = read_flags(argv)
     if found := runs.find_checkpoint(cfg):
-        cfg = runs.locate(read_flags(argv, runs.read_settings(cfg, found)), found)
+        cfg = runs.set_location(read_flags(argv, runs.read_settings(cfg, found)), found)
     return cfg, found
 
 
 def main(cfg: Config, found: checkpoint.Found | None = None) -> Path:
     """Does what cfg says; returns the run's folder. found: cfg.resume's checkpoint, if verified already."""
     found = found or runs.find_checkpoint(cfg)
-    cfg = runs.locate(cfg, found)
+    cfg = runs.set_location(cfg, found)
     connection = processes.connect(cfg.device, cfg.timeout_seconds, spare_memory=cfg.fsdp)
     with connection as process, contextlib.ExitStack() as stack:
         if process.device.type == "cuda":

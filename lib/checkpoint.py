@@ -205,7 +205,7 @@ def load(folder: Path, dropout: float = 0.0, state: dict[str, Any] | None = None
     return Checkpoint(GPT.from_pretrained(folder, dropout), optimizer, state)
 
 
-def steps(run: Path) -> list[Path]:
+def list_steps(run: Path) -> list[Path]:
     """The checkpoints of a run folder, oldest first, not verified. Links do not count."""
     inside = run.iterdir() if run.is_dir() else ()
     found = [p for p in inside if STEP_NAME.fullmatch(p.name) and not p.is_symlink()]
@@ -215,7 +215,7 @@ def steps(run: Path) -> list[Path]:
 def find_newest_valid(run: Path) -> tuple[Found | None, list[str]]:
     """The newest checkpoint of a run that verifies, and why newer ones were passed over."""
     passed_over = []
-    for folder in reversed(steps(run)):
+    for folder in reversed(list_steps(run)):
         try:
             return Found(folder, verify(folder)), passed_over
         except ValueError as error:
@@ -225,10 +225,10 @@ def find_newest_valid(run: Path) -> tuple[Found | None, list[str]]:
 
 def newest_run(log_root: Path = files.LOGS) -> Path:
     """The run folder with the youngest checkpoint. Raises FileNotFoundError if there is none."""
-    runs = [p for p in log_root.iterdir() if p.is_dir() and steps(p)] if log_root.is_dir() else []
+    runs = [p for p in log_root.iterdir() if p.is_dir() and list_steps(p)] if log_root.is_dir() else []
     if not runs:
         raise FileNotFoundError(f"{log_root} holds no checkpoint; train one: `python train_gpt2.py demo`")
-    return max(runs, key=lambda run: steps(run)[-1].stat().st_mtime)
+    return max(runs, key=lambda run: list_steps(run)[-1].stat().st_mtime)
 
 
 def build_model(cfg: Any) -> GPT:
@@ -260,7 +260,7 @@ def load_model(
     name, a Hub id, or "" for the newest run. Raises ValueError or FileNotFoundError for anything else.
     """
     path = Path(name) if name else newest_run()
-    if path.is_dir() and steps(path):
+    if path.is_dir() and list_steps(path):
         found, passed_over = find_newest_valid(path)
         if found is None:
             raise ValueError(f"{path} has no valid checkpoint: {'; '.join(passed_over)}")

@@ -3,7 +3,7 @@
     commit, files = list_hub("org/name")                   # the files of a repository at one commit
     path = fetch(files["sample/10BT/000_00000.parquet"], folder)
     push("org/name", folder, ["manifest.json", ...])
-    send("org/name", "model", {"README.md": text, ...}, "what changed")   # one commit
+    upload("org/name", "model", {"README.md": text, ...}, "what changed")   # one commit
 
 A file gets its final name after its hash is checked. A broken or stalled connection is retried until PATIENCE
 seconds (DOWNLOAD_PATIENCE in the environment) are over. The client is huggingface_hub; it reads HF_TOKEN (or
@@ -200,10 +200,10 @@ def push(repo: str, folder: Path, files: list[str]):
     first, last = files[:-1], files[-1:]
     for group in [*(first[i : i + 50] for i in range(0, len(first), 50)), last]:
         message = f"{group[0]} to {group[-1]}" if len(group) > 1 else group[0]
-        send(repo, "dataset", {name: folder / name for name in group}, message)
+        upload(repo, "dataset", {name: folder / name for name in group}, message)
 
 
-def send(repo: str, repo_type: str, files: dict[str, Path | bytes], message: str):
+def upload(repo: str, repo_type: str, files: dict[str, Path | bytes], message: str):
     """Uploads files in one commit, so that readers see all of them or none. The keys of `files` are paths in
     the repository. Raises Unavailable (an OSError)."""
     from huggingface_hub import CommitOperationAdd, HfApi

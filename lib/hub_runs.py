@@ -54,7 +54,7 @@ def push(repo: str, folder: Path):
             content["loss.png"] = picture.read_bytes()
     content["log.txt"] = (run / "log.txt").read_bytes()
     content["README.md"] = model_card(repo, state, "loss.png" in content).encode()
-    hub.send(repo, "model", content, f"step {state['step']}")
+    hub.upload(repo, "model", content, f"step {state['step']}")
 
 
 def model_card(repo: str, state: dict[str, Any], has_picture: bool) -> str:
@@ -102,7 +102,7 @@ def pull(location: str, log_root: Path, run_name: str = "") -> Path:
     with FileLock(incoming.with_suffix(".lock")):
         hub.fetch(found[STATE], incoming)
         state = checkpoint.verify_state(incoming)
-        run = run_folder.resolve(log_root, run_name or state.get("config", {}).get("run_name", ""))
+        run = run_folder.build_path(log_root, run_name or state.get("config", {}).get("run_name", ""))
         final = run / f"step_{state['step']:06d}"
         with contextlib.suppress(ValueError):
             if checkpoint.verify(final) == state:  # another process has fetched it, or it was made here

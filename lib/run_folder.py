@@ -29,7 +29,7 @@ from model import GPTConfig
 EVALUATIONS = ("val", "hella")  # streams that a step writes before its checkpoint; the others come after it
 
 
-def resolve(log_root: Path, name: str) -> Path:
+def build_path(log_root: Path, name: str) -> Path:
     """log_root/name. Raises ValueError for a name that could lead out of log_root, or has links in it."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(
@@ -48,7 +48,7 @@ def choose_folder(cfg: Any, model_config: GPTConfig, process: Process) -> Path:
         return Path(cfg.resume or cfg.init_from)
     size, now = f"{model_config.num_params / 1e6:.0f}M", time.strftime("%Y-%m-%d_%H-%M-%S")
     name = process.broadcast(cfg.run_name or f"gpt2-{size}_{now}")
-    run = resolve(Path(cfg.log_dir) if cfg.log_dir else files.LOGS, name)
+    run = build_path(Path(cfg.log_dir) if cfg.log_dir else files.LOGS, name)
     is_new = process.rank == 0 and not cfg.resume
     if is_new and run.exists() and any(run.iterdir()):
         raise ValueError(
@@ -79,7 +79,7 @@ def unlock(taken: FileLock):
     taken.release()
 
 
-def clean(run: Path):
+def remove_leftovers(run: Path):
     """Removes what a killed process left. A checkpoint that was set aside for a successor comes back if the
     successor is missing."""
     for left in [*run.glob(".tmp_step_*"), *run.glob(".old_step_*")]:
@@ -96,7 +96,7 @@ def move_newer(run: Path, step: int) -> list[Path]:
     """Moves checkpoints newer than the resumed step into run/abandoned; returns their new places. They are
     damaged, or of steps that are trained again."""
     moved = []
-    for folder in checkpoint.steps(run):
+    for folder in checkpoint.list_steps(run):
         if int(folder.name.removeprefix("step_")) > step:
             (run / "abandoned").mkdir(exist_ok=True)
             moved.append(run / "abandoned" / folder.name)
@@ -108,7 +108,7 @@ def move_newer(run: Path, step: int) -> list[Path]:
 def prune(run: Path, keep_last: int, keep_every: int, in_use: Path | None = None):
     """Removes checkpoints. The newest `keep_last` (0: all) stay, those whose step `keep_every` divides (0:
     none), the one with the lowest validation loss, and the one in use."""
-    found = checkpoint.steps(run)
+    found = checkpoint.list_steps(run)
     losses = {}
     for folder in found:
         with contextlib.suppress(OSError, ValueError):
@@ -118,7 +118,7 @@ def prune(run: Path, keep_last: int, keep_every: int, in_use: Path | None = None
     for folder in found[:-keep_last] if keep_last else []:
         step = int(folder.name.removeprefix("step_"))
         if folder not in (best, in_use) and not (keep_every and step % keep_every == 0):
-            doomed = run / f".tmp_{folder.name}"  # `clean` never puts this name back, however much is left
+            doomed = run / f".tmp_{folder.name}"  # a name that is never put back
             shutil.rmtree(doomed, ignore_errors=True)
             shutil.rmtree(folder.rename(doomed))
 

@@ -126,7 +126,7 @@ class Run:
         if process.rank == 0:
             self.stack.callback(run_folder.unlock, run_folder.lock(folder))
             folder.mkdir(exist_ok=True)
-            run_folder.clean(folder)
+            run_folder.remove_leftovers(folder)
             (folder / "config.json").write_text(json.dumps(cfg, indent=2), encoding="utf-8")
             self.log_file = run_folder.open_log(folder / "log.txt", resumed_step)
             for moved in run_folder.move_newer(folder, resumed_step) if resumed_step is not None else ():
@@ -152,7 +152,7 @@ class Run:
     def save(self, step: int, model: GPT, optimizers: Optimizers, progress: Progress):
         """Copies weights and optimizer state (all ranks take part) and writes them in the background."""
         begin = time.perf_counter()
-        self.report(step, wait=True)
+        self.print_news(step, wait=True)
         weights, tensors = checkpoint.gather_state(model, optimizers.members)
         self.last_checkpoint = self.folder / f"step_{step:06d}"
         if self.process.rank == 0:
@@ -163,7 +163,7 @@ class Run:
         folder = cli.format_path(self.last_checkpoint)
         self.process.print(f"step {step:>6} | saving {folder}; training paused for {milliseconds:.0f} ms")
 
-    def report(self, step: int, wait: bool = False):
+    def print_news(self, step: int, wait: bool = False):
         """Prints what was saved and sent since the last call. Raises OSError if saving failed."""
         for news in self.saver.poll(wait):
             self.process.print(f"step {step:>6} | {news}")
@@ -232,8 +232,8 @@ def find_checkpoint(cfg: Any) -> Found | None:
         if is_checkpoint:
             return Found(run.resolve(), checkpoint.verify(run))
     else:
-        run = run_folder.resolve(log_root, run_name) if run_name else checkpoint.newest_run(log_root)
-        if not checkpoint.steps(run):
+        run = run_folder.build_path(log_root, run_name) if run_name else checkpoint.newest_run(log_root)
+        if not checkpoint.list_steps(run):
             return None
     found, passed_over = checkpoint.find_newest_valid(run)
     for reason in passed_over:
@@ -256,7 +256,7 @@ def read_settings(cfg: Any, found: Found) -> Any:
     return kind(**saved)
 
 
-def locate(cfg: Any, found: Found | None) -> Any:
+def set_location(cfg: Any, found: Found | None) -> Any:
     """cfg with resume, run_name and log_dir set to the checkpoint that was found."""
     if not found:
         return cfg

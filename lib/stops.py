@@ -4,7 +4,7 @@
     total, *votes = process.all_reduce(loss, *watch.votes())     # the one all-reduce of a step
     verdict = judge(total / world_size, norm, recent_losses, spike_zscore=6, skip_spikes=False)
     if verdict.is_healthy: ...                                   # step
-    watch.count(votes, bad_steps)
+    watch.tally(votes, bad_steps)
     if watch.exit_code: ...                                      # stop; watch.reason says why
 
 Exit codes of a stopped run: 3 too many steps that were not finite, 4 --max-hours, 128 + n signal n.
@@ -53,7 +53,7 @@ class Watch:
         caught = [self.signals.caught == number for number in STOP_SIGNALS]
         return [is_old, is_late, self.process.is_orphan.is_set(), *caught]
 
-    def count(self, votes: list[float], bad_steps: int):
+    def tally(self, votes: list[float], bad_steps: int):
         """Decides by the sums of all processes' votes and by the bad steps in a row. The last `if` that
         holds wins."""
         old, late, orphans, *signaled = votes

@@ -259,7 +259,7 @@ def find_the_oldest_on_rank_1():
     """As if this process saw another disk."""
 
     def oldest(run: Path) -> tuple:
-        folder = checkpoint.steps(run)[0]
+        folder = checkpoint.list_steps(run)[0]
         return (folder, checkpoint.verify(folder)), []
 
     if rank() == 1:

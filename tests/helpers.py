@@ -120,7 +120,7 @@ def values(run: Path, stream: str = "train") -> list[float]:
 
 def end_of(run: Path) -> tuple[str, bytes, list[str]]:
     """What two runs with the same end have in common: the last checkpoint's weights, every training loss."""
-    last = checkpoint.steps(run)[-1]
+    last = checkpoint.list_steps(run)[-1]
     return last.name, (last / "model.safetensors").read_bytes(), lines_of(run)
 
 

@@ -231,7 +231,7 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_is_replaced(run):
     shutil.copytree(run / "step_000002", run / ".old_step_000004")
     for other in ("step_3", "step_000003.tmp", "log.txt"):
         (run / other).mkdir()
-    assert checkpoint.steps(run) == [run / "step_000001", run / "step_000002"]
+    assert checkpoint.list_steps(run) == [run / "step_000001", run / "step_000002"]
     folder = save(run, 3)
     assert names(folder) == sorted(FILES)
     assert not (run / ".tmp_step_000003").exists()
@@ -241,7 +241,7 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_is_replaced(run):
 def test_steps_are_ordered_as_numbers(tmp_path):
     for step in (1_000_000, 999_999, 5):
         save(tmp_path, step)
-    assert [path.name for path in checkpoint.steps(tmp_path)] == [
+    assert [path.name for path in checkpoint.list_steps(tmp_path)] == [
         "step_000005",
         "step_999999",
         "step_1000000",
@@ -326,7 +326,7 @@ def test_the_kernel_sees_the_same_order_in_training_and_only_then_saved_is_said(
             calls.append((match[1].replace("sync", "fsync"), match[2]))
         elif match := re.search(r"write\(1<.*?\| saved (step_\d+)", call):
             calls.append(("saved", match[1]))
-    for folder in checkpoint.steps(run):
+    for folder in checkpoint.list_steps(run):
         assert assert_order_of_save(calls, folder) < calls.index(("saved", folder.name))
     assert [name for call, name in calls if call == "saved"] == ["step_000001", "step_000002"]
 

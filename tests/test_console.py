@@ -71,7 +71,7 @@ def test_training_outlives_its_console(launch, toy, tmp_path, how):
     words = [*flags(toy), "--log-dir", str(tmp_path), "--run-name", "run", "--sample-every", "6"]
     training = launch(None, *words, "--sample-prompt", "日本 ±", patches=[partial(lose_streams, how)])
     assert training.wait() == [0], training.printed()
-    assert checkpoint.steps(tmp_path / "run")[-1].name == "step_000012"
+    assert checkpoint.list_steps(tmp_path / "run")[-1].name == "step_000012"
     if how == "disk full":
         assert "standard output is lost (No space left on device); the work goes on" in training.printed()
     if how == "ascii":
@@ -124,7 +124,7 @@ def test_sighup_saves_and_stops_with_its_code(launch, toy, tmp_path):
     training.wait_for("SIGHUP: stopping after this step, then saving; a second signal discards it")
     (tmp_path / "go").touch()
     assert training.wait() == [128 + signal.SIGHUP]
-    assert checkpoint.steps(tmp_path / "run")[-1].name == "step_000007"
+    assert checkpoint.list_steps(tmp_path / "run")[-1].name == "step_000007"
 
 
 def ignore_sighup():

@@ -50,7 +50,7 @@ def links(run: Path, to: Path, *steps: int) -> Path:
 
 def steps_of(run: Path) -> list[int]:
     """The steps of a run's checkpoints, each of which is whole."""
-    return [checkpoint.verify(folder)["step"] for folder in checkpoint.steps(run)]
+    return [checkpoint.verify(folder)["step"] for folder in checkpoint.list_steps(run)]
 
 
 def left_by_saving(run: Path) -> list[str]:
@@ -90,7 +90,7 @@ def test_a_run_that_is_killed_again_and_again_has_the_same_end(
             steps_of(run)  # all are whole
         assert end_of(run) == end
         # One more than --keep-last, if the last kill came between the last checkpoint and its pruning.
-        assert len(checkpoint.steps(run)) in (2, 3) and left_by_saving(run) == []
+        assert len(checkpoint.list_steps(run)) in (2, 3) and left_by_saving(run) == []
         chain.count = kills
         shutil.rmtree(run)
 
@@ -123,15 +123,15 @@ def test_pruning_that_is_killed_leaves_what_is_to_stay_and_the_run_goes_on(
         process.join(60)
         assert process.exitcode in (0, -signal.SIGKILL)
         attempt.count = int(process.exitcode != 0)  # there were fewer operations
-        assert {40, 48} <= {checkpoint.verify(folder)["step"] for folder in checkpoint.steps(run)[:-1]}
+        assert {40, 48} <= {checkpoint.verify(folder)["step"] for folder in checkpoint.list_steps(run)[:-1]}
         found, passed_over = checkpoint.find_newest_valid(run)
         assert (
             found
             and found[0] == run / "step_000048"
             and "step_000049/model.safetensors is missing" in passed_over[0]
         )
-        run_folder.clean(run)  # puts back what was set aside, but nothing that is no longer whole
-        for folder in checkpoint.steps(run)[:-1]:
+        run_folder.remove_leftovers(run)  # puts back what was set aside, but nothing that is no longer whole
+        for folder in checkpoint.list_steps(run)[:-1]:
             checkpoint.verify(folder)
         assert (run / "step_000020").is_dir() and left_by_saving(run) == []
 
@@ -148,11 +148,11 @@ def test_old_checkpoints_are_removed_but_for_the_best_and_the_marked(tmp_path):
     for step, loss in enumerate([5.0, 3.0, 4.0, None, 3.5, 3.2, None, 3.1]):
         save_checkpoint(tmp_path, model, step=step, val_loss=loss)
     run_folder.prune(tmp_path, 0, 3)
-    assert len(checkpoint.steps(tmp_path)) == 8
+    assert len(checkpoint.list_steps(tmp_path)) == 8
     run_folder.prune(tmp_path, 2, 3)
-    assert [int(p.name[5:]) for p in checkpoint.steps(tmp_path)] == [0, 1, 3, 6, 7]
+    assert [int(p.name[5:]) for p in checkpoint.list_steps(tmp_path)] == [0, 1, 3, 6, 7]
     run_folder.prune(tmp_path, 1, 0)
-    assert [int(p.name[5:]) for p in checkpoint.steps(tmp_path)] == [1, 7]
+    assert [int(p.name[5:]) for p in checkpoint.list_steps(tmp_path)] == [1, 7]
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -164,7 +164,7 @@ def test_what_a_killed_process_left_is_cleaned_and_nothing_whole_is_lost(tmp_pat
     (tmp_path / "step_000003").rename(tmp_path / ".old_step_000003")  # killed before its successor's rename
     (tmp_path / "step_000001").rename(tmp_path / ".tmp_step_000001")  # killed while it was pruned
     (tmp_path / ".tmp_step_000004").mkdir()
-    run_folder.clean(tmp_path)
+    run_folder.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000003"]
     checkpoint.verify(tmp_path / "step_000003")
 
@@ -514,7 +514,7 @@ def test_a_run_that_is_resumed_at_any_step_and_then_again_has_the_same_end(every
         run = links(every_step, tmp_path / f"run{step}", step)
         train_gpt2.main(*train_gpt2.parse_args(["--resume", str(run), "--checkpoint-every", "3"]))
         assert end_of(run) == end_of(every_step)
-        if earlier := checkpoint.steps(run)[1:-1]:  # the second resume, from a checkpoint of the first
+        if earlier := checkpoint.list_steps(run)[1:-1]:  # the second resume, from a checkpoint of the first
             shutil.rmtree(run / "step_000050")
             for folder in earlier[2:]:
                 shutil.rmtree(folder)
@@ -634,7 +634,7 @@ def test_a_run_whose_files_have_another_shape_is_refused_with_file_and_field(
 ):
     run = tmp_path / "run"
     shutil.copytree(whole(), run)
-    for folder in checkpoint.steps(run)[:-1]:
+    for folder in checkpoint.list_steps(run)[:-1]:
         shutil.rmtree(folder)
     damage(run)
     training = launch(None, "--resume", str(run), "--max-steps", "14")
@@ -706,6 +706,6 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_is_unharmed(
 
 def test_checkpoints_by_the_clock(config):
     run = train_gpt2.main(dataclasses.replace(config, checkpoint_every=0, checkpoint_minutes=1e-6))
-    assert len(checkpoint.steps(run)) >= 11
+    assert len(checkpoint.list_steps(run)) >= 11
     hourly = dataclasses.replace(config, checkpoint_every=0, checkpoint_minutes=60, max_steps=3, run_name="h")
     assert steps_of(train_gpt2.main(hourly)) == [3]  # the end is saved anyhow

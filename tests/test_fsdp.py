@@ -204,7 +204,7 @@ def test_an_overflow_in_one_shard_halves_the_scale_of_all(launch, config, rank):
     launch(cfg, world_size=2, patches=[partial(faults.poison_an_element, "inf", rank, 2)]).finish()
     run = Path(config.log_dir) / "run"
     assert lines_of(run, "skip") == ["2 skip 1"]
-    scales = [checkpoint.verify(folder)["scaler"]["scale"] for folder in checkpoint.steps(run)]
+    scales = [checkpoint.verify(folder)["scaler"]["scale"] for folder in checkpoint.list_steps(run)]
     assert scales == [2.0**16] * 2 + [2.0**15] * 4
     config = dataclasses.replace(cfg, fsdp=False, run_name="one", device="cpu")
     assert values(train_gpt2.main(config))[:3] == pytest.approx(values(run)[:3], rel=1e-3)

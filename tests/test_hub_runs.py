@@ -273,8 +273,8 @@ def test_of_the_checkpoints_that_wait_only_the_newest_is_sent_and_none_is_remove
     training = start(dataclasses.replace(config, checkpoint_every=1, keep_last=1))
     training.wait_for("waiting for step_000001 to reach me/toy")
     run = tmp_path / "log" / "run"
-    assert {1, 12} <= {checkpoint.verify(folder)["step"] for folder in checkpoint.steps(run)}
-    assert len(checkpoint.steps(run)) <= 3
+    assert {1, 12} <= {checkpoint.verify(folder)["step"] for folder in checkpoint.list_steps(run)}
+    assert len(checkpoint.list_steps(run)) <= 3
     server.let_go()
     training.finish()
     assert steps_on(server) == [1, 12]

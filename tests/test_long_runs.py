@@ -55,7 +55,7 @@ def evaluations(printed: str, step: int) -> list[str]:
 
 
 def state_of(run: Path) -> dict:
-    return checkpoint.verify(checkpoint.steps(run)[-1])
+    return checkpoint.verify(checkpoint.list_steps(run)[-1])
 
 
 # -----------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def test_a_run_that_has_had_its_hours_saves_stops_and_goes_on_to_the_same_end(
     assert training.wait() == [4] * world_size, training.printed()
     run, printed = Path(config.log_dir) / "run", training.printed(0)
     assert "stopping: it has run for --max-hours 1\n" in printed and "To go on: --resume" in printed
-    assert [path.name for path in checkpoint.steps(run)] == ["step_000004", "step_000007"]
+    assert [path.name for path in checkpoint.list_steps(run)] == ["step_000004", "step_000007"]
 
     again = launch(None, "--resume", str(run), world_size=world_size)  # with an hour of its own
     assert again.finish() and f"resumed at step {7}" in again.printed(0) and "note" not in again.printed(0)

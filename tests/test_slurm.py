@@ -72,10 +72,10 @@ def test_a_job_that_is_signaled_saves_is_queued_again_and_goes_on(config, tmp_pa
         os.kill(int(task), signal.SIGUSR1)
     assert first.wait(60) == 0, printed()
     assert requeued.read_text(encoding="utf-8").split() == [str(os.getpid())]
-    (saved,) = checkpoint.steps(run)
+    (saved,) = checkpoint.list_steps(run)
     step = checkpoint.verify(saved)["step"]
 
     tasks.unlink()
     assert job("--max-steps", str(step + 3)).wait(60) == 0, printed()
-    assert checkpoint.steps(run)[-1].name == f"step_{step + 3:06d}"
+    assert checkpoint.list_steps(run)[-1].name == f"step_{step + 3:06d}"
     assert len(requeued.read_text(encoding="utf-8").split()) == 1
