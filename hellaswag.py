@@ -27,14 +27,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from lib import cli, documents, files, tokenizer
+from lib import cli, documents, files, schema, tokenizer
 from lib.checkpoint import load_model
 from lib.device import autocast, cast_linears, pick_dtype
 from lib.processes import Process
@@ -77,18 +77,31 @@ def load_items(path: str | Path = "", limit: int = 0) -> list[dict]:
     """The first `limit` items (0: all) of a HellaSwag JSONL file, by default the downloaded one. Raises
     ValueError for any other file."""
     path = Path(path) if path else download()
-    try:
-        items = [json.loads(line) for line in documents.read_lines(path) if line.strip()]
-        for item in items:
-            if missing := {"ctx", "ctx_a", "ctx_b", "activity_label", "endings", "label"} - item.keys():
-                raise ValueError(f"an item without {', '.join(sorted(missing))}")
-            if len(item["endings"]) != 4 or not 0 <= int(item["label"]) < 4:
-                raise ValueError(f"an item with {len(item['endings'])} endings and label {item['label']}")
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not a HellaSwag JSONL file: {error!r}") from error
+    items = []
+    for number, line in enumerate(documents.read_lines(path), 1):
+        if line.strip():
+            try:
+                item = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path} is not a HellaSwag JSONL file: line {number}: {error}") from error
+            check_item(item, f"{path}, line {number}")
+            items.append(item)
     if not items:
         raise ValueError(f"{path} is empty; `python hellaswag.py --download` fetches the data")
     return items[:limit] if limit else items
+
+
+def check_item(item: Any, where: str):
+    """Raises ValueError, naming the field, if an item lacks what the two protocols read."""
+    texts = dict.fromkeys(("ctx", "ctx_a", "ctx_b", "activity_label"), str)
+    labels = Literal[0, 1, 2, 3, "0", "1", "2", "3"]
+    schema.check_fields(item, {**texts, "endings": list[str], "label": labels}, where)
+    if len(item["endings"]) != 4:
+        raise ValueError(f"{where}: the field endings has {len(item['endings'])} texts; it must have 4")
+    if not all(text.strip() for text in (item["ctx"], *item["endings"])):
+        raise ValueError(
+            f"{where}: the field {'endings' if item['ctx'].strip() else 'ctx'} has an empty text"
+        )
 
 
 def load_for_training(process: Process, limit: int, is_needed: bool) -> list[dict]:
@@ -98,7 +111,7 @@ def load_for_training(process: Process, limit: int, is_needed: bool) -> list[dic
     if process.rank == 0:
         try:
             download()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             problem = str(error)
     if not (problem := process.broadcast(problem)):
         return load_items(limit=limit)
@@ -119,7 +132,7 @@ def render(item: dict, protocol: str) -> tuple[list[Row], list[int]]:
     # Like lm_eval: tokenize context and ending together, and cut them where the context's ids end.
     cut = len(tokenizer.encode(text.rstrip()))
     whole = [tokenizer.encode(text + " " + ending) for ending in endings]
-    return [(ids[:cut], ids[cut:]) for ids in whole], [len(ending) for ending in endings]
+    return [(ids[:cut], ids[cut:]) for ids in whole], [max(1, len(ending)) for ending in endings]
 
 
 def clean(text: str) -> str:
@@ -206,7 +219,8 @@ def evaluate(
     protocols: Sequence[str] = PROTOCOLS,
     show: bool = True,
 ) -> dict:
-    """{"n": ..., protocol: {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr"}, ...}, accuracies in 0 to 1.
+    """{"n": ..., protocol: {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr"}, ...}, accuracies in 0 to 1,
+    or nan if a score is not finite.
 
     Under torch.distributed each process scores its share of the items, and all return the sum.
     """
@@ -218,10 +232,12 @@ def evaluate(
         hide = None if show and rank == 0 else True  # None: show the bar on a terminal only
         with tqdm(total=len(rows), desc=f"HellaSwag, {protocol}", unit="row", disable=hide) as progress:
             scores = score(model, rows, batch_size, progress)
-        right = torch.zeros(2, dtype=torch.int64)
+        right = torch.zeros(2)  # exact for millions of items
         for n, ((_, lengths), label) in enumerate(mine):
             four = np.array(scores[4 * n : 4 * n + 4])
-            right += torch.tensor([four.argmax() == label, (four / lengths).argmax() == label])
+            # A score that is not finite makes both counts nan, on all processes.
+            wins = [four.argmax() == label, (four / lengths).argmax() == label]
+            right += torch.tensor(wins) if np.isfinite(four).all() else math.nan
         if world_size > 1:
             right = right.to(model.wte.weight.device)
             dist.all_reduce(right)
@@ -247,14 +263,16 @@ def main(cfg: Config) -> dict:
     begin = time.perf_counter()
     with autocast(device, dtype):
         result = {"model": source, **evaluate(model, items, cfg.batch_size)}
+    if not math.isfinite(sum(result[protocol]["acc"] for protocol in PROTOCOLS)):
+        raise ValueError(f"{source}: the scores are not finite: its products overflow in {str(dtype)[6:]}")
     seconds = time.perf_counter() - begin
+    if cfg.json:  # first: a figure is not to be lost because it cannot be printed
+        files.write_json(Path(cfg.json), result)
     print(f"HellaSwag, {result['n']:,} items, {source}, {str(dtype)[6:]}, {seconds:.0f} s")
     for protocol in PROTOCOLS:
         s = {key: f"{100 * value:.2f}" for key, value in result[protocol].items()}
         figures = [f"{key} {s[key]} ± {s[f'{key}_stderr']}" for key in ("acc", "acc_norm")]
         print(f"{protocol:10}  {'   '.join(figures)}")
-    if cfg.json:
-        files.write_json(Path(cfg.json), result)
     return result
 
 

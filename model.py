@@ -295,6 +295,8 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             x = self.hidden(unread, cache) if cache else self.hidden(context)
             logits = self.lm_head(x[:, -1])[:, :choices]  # (B, V)
+            if not logits.isfinite().all():
+                raise ValueError("the logits are not finite: the weights are damaged, or their sums overflow")
             adjusted = logits
             if repetition_penalty != 1.0:
                 penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)

@@ -170,6 +170,14 @@ def sum_losses(model: GPT, windows: list[Window], batch_size: int = 8) -> tuple[
 # -----------------------------------------------------------------------------
 
 
+def exponentiate(x: float) -> float:
+    """exp(x), infinite from where float64 ends (x near 709.8)."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
 def measure(model: GPT, ids: np.ndarray, cfg: Config) -> dict:
     """The figures of a stream of tokens (N,), by cfg's protocol."""
     context = model.config.block_size
@@ -187,6 +195,10 @@ def measure(model: GPT, ids: np.ndarray, cfg: Config) -> dict:
     else:
         windows = [window for part in parts for window in make_rolling_windows(part, context)]
     total, count = sum_losses(model, windows, cfg.batch_size)
+    if not count:
+        raise ValueError(f"{cfg.data} holds no token that has one before it")
+    if not math.isfinite(total):
+        raise ValueError(f"the model's losses are not finite (their sum is {total}): its products overflow")
     # With `stride`, a window's unscored first token counts as the average.
     whole = total / count * (len(ids) - 1) if cfg.protocol == "stride" else total
     size = sum(map(len, texts))
@@ -201,8 +213,8 @@ def measure(model: GPT, ids: np.ndarray, cfg: Config) -> dict:
         "tokens": count,
         "words": words,
         "bytes": size,
-        "token_perplexity": math.exp(total / count),
-        "word_perplexity": math.exp(min(700.0, whole / max(1, words))),
+        "token_perplexity": exponentiate(total / count),
+        "word_perplexity": exponentiate(whole / words) if words else math.nan,
         "bits_per_byte": whole / math.log(2) / size,
     }
 
@@ -214,13 +226,13 @@ def main(cfg: Config) -> dict:
     ids = load_ids(cfg)
     model, source = load_model(cfg.model, cfg.device)
     result = {"model": source, "data": cfg.data, **measure(model, ids, cfg)}
+    if cfg.json:  # first: a figure is not to be lost because it cannot be printed
+        files.write_json(Path(cfg.json), result)
     how = f"{result['protocol']}, context {result['context']}, stride {result['stride']}"
     print(f"{cfg.data}, {source}: protocol {how}")
     print(f"token perplexity {result['token_perplexity']:10.2f}   over {result['tokens']:,} tokens")
     print(f"word perplexity  {result['word_perplexity']:10.2f}   over {result['words']:,} words")
     print(f"bits per byte    {result['bits_per_byte']:10.4f}   over {result['bytes']:,} bytes")
-    if cfg.json:
-        files.write_json(Path(cfg.json), result)
     return result
 
 

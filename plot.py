@@ -12,9 +12,8 @@ which is on FineWeb-Edu, is drawn if a run comes within 1 of it.
 import lib.startup  # noqa: F401
 
 import itertools
-import json
-import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from lib import cli, files
+from lib import cli, files, run_log, schema
 from lib.folders import check_ownership, find_run, newest_run
 
 Runs = Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -54,6 +53,14 @@ THEMES = {
 }
 GREY = "#808890"
 
+# The settings that are read here.
+SETTINGS = {
+    "total_batch_tokens": int,
+    "init_from": str | None,
+    "model_size": str | None,
+    "n_layer": int | None,
+}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -77,10 +84,7 @@ class Run:
     def __init__(self, folder: Path):
         self.folder, self.log = folder, read_log(folder)
         path = folder / "config.json"
-        try:
-            self.settings: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        self.settings = schema.read_json(path, SETTINGS, optional=True) if path.exists() else {}
 
     def curve(self, stream: str, unit: str, window: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """The x of a stream, in the unit, and its smoothed values, without those that are not finite."""
@@ -99,7 +103,7 @@ class Run:
             return steps * batch_tokens
         if "toks" not in self.log:
             raise ValueError(f"--x hours needs the stream toks in {self.folder / 'log.txt'}")
-        logged, toks = self.log["toks"].T
+        logged, toks = self.log["toks"][self.log["toks"][:, 1] > 0].T
         hours = np.cumsum(batch_tokens / toks) / 3600  # when each of the logged steps ended
         return np.interp(steps, [logged[0], *(logged + 1)], [0, *hours])
 
@@ -125,12 +129,8 @@ def read_log(run: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; give a run folder, log/<run>")
     streams: dict[str, list[tuple[int, float]]] = {}
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # without an incomplete last line
-    for number, line in enumerate(lines, 1):
-        match = re.fullmatch(r"(\d+) (\w+) (-?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|inf|nan))", line)
-        if not match:
-            raise ValueError(f"{path}, line {number}: {line!r} is not `<step> <stream> <value>`")
-        streams.setdefault(match[2], []).append((int(match[1]), float(match[3])))
+    for step, stream, value, _ in run_log.read(path):
+        streams.setdefault(stream, []).append((step, value))
     if not streams:
         raise ValueError(f"{path} has no lines yet")
     return {name: np.array(points) for name, points in streams.items()}
@@ -239,6 +239,8 @@ def draw(runs: list[Run], cfg: Config) -> Any:
         loss.set_ylabel("loss (nats per token)")
         if cfg.max_loss is not None:
             lowest, top = loss.dataLim.y0, cfg.max_loss
+            if not np.isfinite(lowest):
+                raise ValueError(f"--max-loss is {top}, but no loss is finite: leave it out")
             if not top > lowest:
                 raise ValueError(f"--max-loss is {top}; it must be above the lowest loss, {lowest:.3f}")
             loss.set_ylim(lowest - 0.05 * (top - lowest), top)
@@ -287,6 +289,13 @@ def main(cfg: Config) -> Path | None:
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--out {out} ends in {out.suffix}; it must be one of .png, .svg, .pdf")
     runs = [Run(folder) for folder in folders]
+    for run in runs:
+        for stream, points in run.log.items():
+            if count := np.count_nonzero(~np.isfinite(points[:, 1])):
+                print(
+                    f"{run.folder}: {count} of {len(points)} values of {stream} are not finite",
+                    file=sys.stderr,
+                )
     if cfg.text:
         width = max(10, shutil.get_terminal_size().columns - 40)
         for run, name in zip(runs, name_runs(runs)):

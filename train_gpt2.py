@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import hellaswag
 from lib import checkpoint, cli, parallel, plan, processes, report, runs, shards, stops, tokenizer, trackers
-from lib.cli import format_path, knob
+from lib.cli import format_command, format_path, knob
 from lib.device import autocast, pick_dtype, versions
 from lib.hub_runs import check_targets
 from lib.hub_shards import open_data
@@ -169,9 +169,8 @@ def make_optimizers(cfg: Config, model: GPT) -> list[torch.optim.Optimizer]:
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     lr, decay = cfg.learning_rate, cfg.weight_decay
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    ]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden.values(), lr, decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
@@ -249,15 +248,16 @@ def evaluate(setup: Setup, model: GPT, step: int, due: set[str]) -> dict[str, fl
     with setup.autocast:
         if "val" in due and setup.val_data:
             figures["val"] = validation_loss(whole, setup.val_data, cfg.val_tokens, process)
-            entropy = f"(unigram entropy {setup.entropy:.2f})"
-            process.print(f"step {step:>6} | validation loss {figures['val']:.4f} {entropy}")
+            loss = report.format_finite(figures["val"], ".4f")
+            process.print(f"step {step:>6} | validation loss {loss} (unigram entropy {setup.entropy:.2f})")
         if "hellaswag" in due and setup.hellaswag_items:
             scores = hellaswag.evaluate(whole, setup.hellaswag_items, protocols=("completion",))
             figures["hella"] = scores["completion"]["acc_norm"]
-            of_items = f"{figures['hella']:.2%} of {scores['n']:,} items"
+            of_items = f"{report.format_finite(figures['hella'], '.2%')} of {scores['n']:,} items"
             process.print(f"step {step:>6} | HellaSwag acc_norm {of_items}")
         if "sample" in due and process.rank == 0:
-            print_samples(whole, cfg, step, process.device)
+            with report.note_not_finite():
+                print_samples(whole, cfg, step, process.device)
     return figures
 
 
@@ -415,7 +415,7 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
     if rank == 0:
         run.finish(watch.exit_code)
     if watch.exit_code:
-        process.print(f"Stopped at step {step}. To go on: --resume {format_path(folder)}")
+        process.print(f"Stopped at step {step}. To go on: {format_command('--resume', folder)}")
         sys.exit(watch.exit_code)
     return folder
 

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lib import files, pretrained, tokenizer
+from lib import files, pretrained, schema, tokenizer
 from lib.device import pick_device
 from lib.folders import OPTIMIZER, STATE, STEP_NAME, identify, list_steps, newest_run
 from model import END_OF_TEXT, GPT, HUB_NAMES, SIZE_NAMES, SIZES, GPTConfig, config_to_hf, to_hf
@@ -185,6 +185,7 @@ def verify_state(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing or damaged ({type(error).__name__})") from error
     if files.hash_json(body) != seal or text != json.dumps({**body, "sha256": seal}, indent=2):
         raise ValueError(f"{path} is damaged: its own SHA-256 does not fit")
+    schema.check_fields(body, {"step": int, "files": dict[str, str]}, path)
     step = STEP_NAME.fullmatch(folder.resolve().name)
     if step and int(step[1]) != body["step"]:
         raise ValueError(f"{path} is of step {body['step']}, not of {folder.name}")
@@ -280,4 +281,15 @@ def load_model(
         )
     model.tokenizer_files = tokenizer.read_hf_files(where)
     tokenizer.check_hf_files(where, model.tokenizer_files)
+    check_finite(model, source)
     return model.to(pick_device(device, spare_memory)).eval(), source
+
+
+def check_finite(model: GPT, source: str):
+    """Raises ValueError, naming the first, if a weight is not finite."""
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            bad = f"{(~weight.isfinite()).sum():,} of {weight.numel():,} values of {name}"
+            raise ValueError(
+                f"{source}: the model is not finite: {bad} are nan or infinite; take an earlier checkpoint"
+            )

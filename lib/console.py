@@ -28,8 +28,10 @@ class ConsoleFile(io.RawIOBase):
     outlive: drop it from the first failure on. Otherwise the first failure raises ConsoleError.
     """
 
-    def __init__(self, raw: Any, outlive: bool):
-        self.raw, self.outlive, self.failed, self.name = raw, outlive, False, getattr(raw, "name", "")
+    def __init__(self, stream: io.TextIOWrapper, outlive: bool):
+        self.stream = stream  # it would close the file if it were collected
+        self.raw: Any = getattr(stream.buffer, "raw", stream.buffer)  # unbuffered streams have no raw
+        self.outlive, self.failed, self.name = outlive, False, stream.name
 
     def writable(self) -> bool:
         return True
@@ -81,8 +83,8 @@ def wrap(stream: Any, outlive: bool) -> Any:
     if type(stream) is not io.TextIOWrapper:  # a test's, or a notebook's
         return stream
     stream.flush()
-    raw = ConsoleFile(getattr(stream.buffer, "raw", stream.buffer), outlive)
-    is_unbuffered = not hasattr(stream.buffer, "raw")
+    raw = ConsoleFile(stream, outlive)
+    is_unbuffered = raw.raw is stream.buffer
     buffer: Any = raw if is_unbuffered else io.BufferedWriter(raw)
     return io.TextIOWrapper(
         buffer, stream.encoding, "spell", line_buffering=stream.line_buffering, write_through=is_unbuffered

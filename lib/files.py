@@ -69,8 +69,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]):
     flush(path.parent)
 
 
+def replace_not_finite(value: Any) -> Any:
+    """A JSON value with null for infinities and nan, which JSON does not have."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
+
+
 def write_json(path: Path, value: Any):
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    """Writes a JSON value, with null for what is not finite."""
+    text = json.dumps(replace_not_finite(value), indent=2, ensure_ascii=False)
     if path.exists() and not path.is_file():  # /dev/stdout must not be replaced by a file
         path.write_text(text, encoding="utf-8")
         return
@@ -115,7 +121,7 @@ def has_no_address(error: BaseException | None) -> bool:
 
 def download(url: str, path: Path, sha256: str, tries: int = 4) -> Path:
     """Downloads a file of known content to path, unless it exists. Resumes after a broken connection. Raises
-    OSError with the URL if all tries fail."""
+    OSError with the URL if all tries fail, ValueError if another file is at the path."""
     import requests
     from tqdm import tqdm
 
@@ -147,7 +153,12 @@ def download(url: str, path: Path, sha256: str, tries: int = 4) -> Path:
             f.seek(0)
         raise OSError(f"{url} failed in all {tries} tries; the last error is {failure}")
 
-    if not path.is_file():
+    if path.is_file():
+        if (found := hash_file(path)) != sha256:
+            raise ValueError(
+                f"{path} is not the file of {url}: its SHA-256 is {found}, not {sha256}; remove it"
+            )
+    else:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, fill)
     return path

@@ -1,11 +1,14 @@
 """The lines that a training run prints: its header, its steps, its summary and what to do next."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lib import run_log
 from lib.cli import format_command, format_path
 from lib.device import peak_flops
 from lib.files import ROOT
@@ -59,7 +62,22 @@ def describe_run(
     return "\n".join([*lines, f"run    {format_path(folder)}{resumed}"])
 
 
+@contextlib.contextmanager
+def note_not_finite() -> Iterator[None]:
+    """Prints why no sample can be drawn, and lets training go on."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"  sample | none: {error}", flush=True)
+
+
+def format_finite(figure: float, form: str) -> str:
+    return format(figure, form) if math.isfinite(figure) else f"is not finite ({figure})"
+
+
 def format_seconds(seconds: float) -> str:
+    if not seconds < 1e9:  # 30 years
+        return "years"
     minutes, hours = int(seconds // 60), int(seconds // 3600)
     return f"{hours}h{minutes % 60:02d}m" if hours else f"{minutes}m{int(seconds % 60):02d}s"
 
@@ -88,10 +106,10 @@ class Console:
 def summarize(log: Path, max_steps: int, total_batch_tokens: int) -> str:
     """One line about the whole run, however often it was resumed, from its log.txt."""
     streams: dict[str, list[tuple[float, int]]] = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        step, stream, value = line.split()
-        streams.setdefault(stream, []).append((float(value), int(step)))
-    seconds = sum(total_batch_tokens / toks for toks, _ in streams.get("toks", []))
+    for step, stream, value, _ in run_log.read(log):
+        if math.isfinite(value):
+            streams.setdefault(stream, []).append((value, step))
+    seconds = sum(total_batch_tokens / toks for toks, _ in streams.get("toks", []) if toks > 0)
     text = f"{max_steps:,} steps of {total_batch_tokens:,} tokens, {format_seconds(seconds)} of training"
     if "val" in streams:
         text += "; best validation loss {:.4f} at step {}".format(*min(streams["val"]))

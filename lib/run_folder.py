@@ -10,6 +10,7 @@ log/.<run>.lock                # while a process uses the folder
 
 import contextlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lib import files
+from lib import files, run_log
 from lib.folders import STATE, check_ownership, list_steps
 from lib.processes import Process
 from model import GPTConfig
@@ -118,7 +119,7 @@ def prune(run: Path, keep_last: int, keep_every: int, in_use: Path | None = None
     for folder in found:
         with contextlib.suppress(OSError, ValueError):
             losses[folder] = json.loads((folder / STATE).read_text(encoding="utf-8")).get("val_loss")
-    losses = {folder: loss for folder, loss in losses.items() if loss is not None}
+    losses = {folder: loss for folder, loss in losses.items() if loss is not None and math.isfinite(loss)}
     best = min(losses, key=lambda folder: losses[folder]) if losses else None
     for folder in found[:-keep_last] if keep_last else []:
         step = int(folder.name.removeprefix("step_"))
@@ -129,18 +130,17 @@ def prune(run: Path, keep_last: int, keep_every: int, in_use: Path | None = None
 
 
 def open_log(path: Path, resumed_step: int | None) -> Any:
-    """Opens a log to append to: empty for a new run, cut back to the resumed checkpoint for an old one."""
+    """Opens a log to append to: empty for a new run, cut back to the resumed checkpoint for an old one.
+    Raises ValueError, with file and line, if it is damaged."""
     if resumed_step is None:
         return open(path, "w", encoding="utf-8")
-
-    def is_before(line: str) -> bool:
-        step, stream, _ = line.split()
-        return int(step) < resumed_step or (int(step) == resumed_step and stream in EVALUATIONS)
-
     if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if len(line.split()) == 3]
-        kept = "".join(f"{line}\n" for line in lines if is_before(line))
-        files.write_atomically(path, lambda f: f.write(kept.encode("utf-8")))
+        kept = [
+            f"{line}\n"
+            for step, stream, _, line in run_log.read(path)
+            if step < resumed_step or (step == resumed_step and stream in EVALUATIONS)
+        ]
+        files.write_atomically(path, lambda f: f.write("".join(kept).encode("utf-8")))
     return open(path, "a", encoding="utf-8")
 
 

@@ -11,10 +11,12 @@ On disk: a run's folder (run_folder.py); on the Hub, with --hub-repo, a model re
 import contextlib
 import dataclasses
 import importlib
+import math
 import secrets
 import sys
 import threading
 import time
+import typing
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,14 +27,21 @@ from typing import Any
 
 import torch
 
-from lib import checkpoint, cli, files, folders, hub, hub_runs, report, run_folder, tokenizer
-from lib.checkpoint import Found
+from lib import checkpoint, cli, files, folders, hub, hub_runs, report, run_folder, schema, tokenizer
+from lib.checkpoint import STATE, Found
 from lib.optimizers import Optimizers
 from lib.processes import Process
 from lib.shards import Folder, ShardReader
 from lib.stops import SPIKE_WINDOW, Verdict
 from lib.trackers import Tracker
 from model import GPT, GPTConfig
+
+# The entries of a checkpoint's state that resuming reads.
+STATE_FIELDS = {
+    **{"config": dict, "world_size": int, "data": Any, "dtype": str | None, "scaler": dict | None},
+    **{"evaluated": bool | None, "val_loss": float | None, "best_val_loss": float | None},
+    **{"bad_steps": int | None, "recent_losses": list[float] | None, "tracker_id": str | None},
+}
 
 
 @dataclass
@@ -61,8 +70,8 @@ class Progress:
         return progress
 
     def to_state(self) -> dict[str, Any]:
-        """The entries of a checkpoint's state, as JSON values."""
-        return {**vars(self), "recent_losses": list(self.recent_losses)}
+        """The entries of a checkpoint's state, as JSON values; None for what is not finite."""
+        return files.replace_not_finite({**vars(self), "recent_losses": list(self.recent_losses)})
 
     def begin_step(self, step: int):
         self.step, self.val_loss, self.hellaswag = step, None, None
@@ -70,7 +79,7 @@ class Progress:
     def note_evaluation(self, figures: dict[str, float]):
         """Keeps the figures that checkpoints show. figures: by the log's streams."""
         self.val_loss, self.hellaswag = figures.get("val"), figures.get("hella")
-        losses = [loss for loss in (self.val_loss, self.best_val_loss) if loss is not None]
+        losses = [x for x in (self.val_loss, self.best_val_loss) if x is not None and math.isfinite(x)]
         self.best_val_loss = min(losses, default=None)
 
     def note_step(self, loss: float, verdict: Verdict, may_be_overflow: bool):
@@ -241,11 +250,13 @@ def find_checkpoint(cfg: Any) -> Found | None:
 def read_settings(cfg: Any, found: Found) -> Any:
     """The settings that a checkpoint was saved with, as an object like cfg. Raises ValueError for settings of
     a later version."""
-    kind, saved = type(cfg), found.state.get("config", {})
+    schema.check_fields(found.state, STATE_FIELDS, found.folder / STATE)
+    kind, saved = type(cfg), found.state["config"]
     if unknown := saved.keys() - {field.name for field in dataclasses.fields(kind)}:
         raise ValueError(f"{found.folder} has settings that are not known here: {', '.join(sorted(unknown))}")
     if cfg.resume.startswith(hub.PREFIXES["model"]):  # may be somebody else's run: its targets are not ours
         saved = saved | {"hub_repo": "", "tracker": "none"}
+    schema.check_fields(saved, typing.get_type_hints(kind), f"{found.folder / STATE}, config", optional=True)
     return kind(**saved)
 
 
@@ -379,4 +390,5 @@ class Saver:
             yield from self.poll()
         self._prune()  # an upload may have held an old checkpoint
         if self.unsent:
-            yield f"{self.unsent.name} is not on the Hub; to send it: --resume {self.run}"
+            again = cli.format_command("--resume", self.run)
+            yield f"{self.unsent.name} is not on the Hub; to send it: {again}"

@@ -7,6 +7,7 @@ On disk: nothing.
 """
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ def format_legend() -> str:
 def read_lines() -> Iterator[str]:
     """Yields lines, typed on a terminal with line editing and a history, or piped, until the input ends."""
     is_typed = sys.stdin.isatty() and sys.stdout.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper) and not is_typed:
+        sys.stdin.reconfigure(encoding="utf-8")  # like every file, whatever the terminal's encoding is
     with contextlib.suppress(ImportError):  # Windows, whose console edits lines itself
         import readline  # noqa: F401
     while True:

@@ -188,7 +188,7 @@ def set_variables(environment: dict[str, str]):
 
 def score_items(file: Path):
     """Reads HellaSwag's items from this file."""
-    hellaswag.download.__defaults__ = (hellaswag.URL, file, hellaswag.SHA256, 1)
+    hellaswag.download.__defaults__ = (hellaswag.URL, file, files.hash_file(file), 1)
 
 
 def note_sequences(file: Path):

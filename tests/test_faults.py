@@ -6,6 +6,8 @@ of the table in docs/reliability.md. faults.py holds what is done to the process
 
 import dataclasses
 import errno
+import json
+import math
 import os
 import re
 import shutil
@@ -27,6 +29,7 @@ from helpers import (
     lines_of,
     links,
     random_model,
+    resealed,
     resume,
     save_checkpoint,
     train,
@@ -590,6 +593,57 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both_and_k_of_them
         for one, other in zip(*(one.model.state_dict().values() for one in loaded)):
             assert torch.equal(one, other) and one.isfinite().all()
         assert all(torch.equal(t, loaded[1].optimizer[name]) for name, t in loaded[0].optimizer.items())
+
+
+def test_a_model_that_overflows_is_said_by_each_evaluation_and_the_run_is_saved(config, capsys):
+    cfg = dataclasses.replace(
+        config, learning_rate=1e38, grad_clip=0.0, val_every=2, sample_every=2, max_steps=4
+    )
+    run = train_gpt2.main(cfg)
+    printed = capsys.readouterr().out
+    assert "validation loss is not finite (nan)" in printed
+    assert "sample | none: the logits are not finite" in printed and "best validation loss 10." in printed
+    assert math.isnan(values(run, "val")[-1])
+    state = checkpoint.verify(run / "step_000004")
+    assert state["val_loss"] is None and state["best_val_loss"] > 10
+    json.loads((run / "step_000004" / "state.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: append(run, "9 train\n"), r"log\.txt, line \d+: '9 train' is not"),
+        (
+            lambda run: resealed(run / "step_000012", dtype=16),
+            r"state\.json: the field dtype is 16; it must be a string",
+        ),
+        (
+            lambda run: resealed(run / "step_000012", config={"n_layer": "1"}),
+            r"config: the field n_layer is \"1\"",
+        ),
+        (
+            lambda run: resealed(run / "step_000012", config=[]),
+            r"state\.json: the field config is \[\]; it must be an",
+        ),
+        (lambda run: resealed(run / "step_000012", step="12"), "no valid checkpoint"),
+    ],
+)
+def test_a_run_whose_files_have_another_shape_is_refused_with_file_and_field(
+    launch, config, whole, tmp_path, damage, message
+):
+    run = tmp_path / "run"
+    shutil.copytree(whole(), run)
+    for folder in checkpoint.list_steps(run)[:-1]:
+        shutil.rmtree(folder)
+    damage(run)
+    training = launch(None, "--resume", str(run), "--max-steps", "14")
+    assert training.wait() == [2]
+    assert re.search(message, training.printed()) and "Traceback" not in training.printed()
+
+
+def append(run: Path, line: str):
+    with open(run / "log.txt", "a", encoding="utf-8") as log:
+        log.write(line)
 
 
 @pytest.mark.fault(23)

@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import itertools
+import json
+import math
 import threading
 import time
 from dataclasses import dataclass, field
@@ -127,6 +129,24 @@ def test_a_download_is_checked_and_made_once(serve, tmp_path):
     assert path.read_bytes() == BODY
     assert server.ranges == [None]
     assert [p.name for p in path.parent.iterdir()] == ["items.jsonl"]
+
+
+def test_another_file_at_a_downloads_place_is_refused_and_left(tmp_path):
+    (tmp_path / "file").write_text("four lines of my own", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"file is not the file of http://nowhere: its SHA-256 is \w+, not 00"
+    ):
+        files.download("http://nowhere", tmp_path / "file", "00")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "four lines of my own"
+
+
+def test_json_has_null_for_what_is_not_finite(tmp_path):
+    value = {"a": [math.inf, -math.inf, math.nan, 1.5], "b": {"c": math.nan}, "d": "NaN"}
+    files.write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        **{"a": [None, None, None, 1.5], "b": {"c": None}, "d": "NaN"}
+    }
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from helpers import VOCAB_SIZE, forkserver, random_model, save_checkpoint
 
 import hellaswag
-from lib import tokenizer
+from lib import files, tokenizer
 from lib.checkpoint import load_model
 from model import GPT
 
@@ -322,6 +322,22 @@ def test_the_harness_protocol_gives_lm_evals_own_figures(model, folder, tmp_path
         assert 0 < figure < 1
 
 
+def test_scores_that_are_not_finite_are_no_accuracies(folder, tmp_path, capsys):
+    model, _ = load_model(str(folder), "cpu")
+    with torch.no_grad():
+        model.wte.weight[:50257] *= 1e30  # finite weights, whose products are not
+        model.transformer["ln_f"].weight *= 1e30  # type: ignore[operator, union-attr]
+    figures = hellaswag.evaluate(model, ITEMS[:3], show=False)["completion"]
+    assert all(math.isnan(figure) for figure in figures.values())
+    overflowing, data = save_checkpoint(tmp_path, model), write_items(tmp_path / "items.jsonl", ITEMS[:3])
+    with pytest.raises(ValueError, match="the scores are not finite"):
+        hellaswag.main(hellaswag.Config(model=str(overflowing), data=str(data), device="cpu"))
+    with torch.no_grad():
+        model.wte.weight[3, 3] = math.nan
+    with pytest.raises(ValueError, match=r"the model is not finite: 1 of .*wte\.weight are nan or infinite"):
+        load_model(str(save_checkpoint(tmp_path, model, step=2)), "cpu")
+
+
 def test_the_command_prints_and_writes_both_protocols(script, folder, tmp_path):
     data, out = write_items(tmp_path / "items.jsonl", ITEMS), tmp_path / "scores.json"
     words = ("--model", folder, "--data", data, "--device", "cpu", "--limit", "9", "--json", out)
@@ -379,6 +395,44 @@ def test_a_file_that_is_not_hellaswag_is_refused_by_name(tmp_path, content):
         hellaswag.load_items(path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("ctx", None), ("ctx", " "), ("ctx_a", 3), ("ctx_b", None), ("activity_label", ["a"])),
+        *(
+            ("endings", [1, 2, 3, 4]),
+            ("endings", "four"),
+            ("endings", ["a", "b", "c", ""]),
+            ("endings", None),
+        ),
+        *(
+            ("endings", ["a"] * 5),
+            ("label", -1),
+            ("label", True),
+            ("label", 1.0),
+            ("label", "4"),
+            ("label", None),
+        ),
+    ],
+)
+def test_an_item_of_another_shape_is_refused_with_line_and_field(tmp_path, field, value):
+    data = write_items(tmp_path / "bad.jsonl", [HAND, HAND | {field: value}])
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2: the field {field}"):
+        hellaswag.load_items(data)
+
+
+def test_a_label_may_be_a_text_and_a_text_of_the_context_empty(tmp_path):
+    items = [HAND | {"label": "3"}, HAND | {"ctx_b": ""}]
+    assert hellaswag.load_items(write_items(tmp_path / "items.jsonl", items)) == items
+
+
+def test_compressed_or_binary_data_are_refused_without_their_content(tmp_path):
+    (tmp_path / "items.jsonl.png").write_bytes(bytes(range(256)) * 1000)
+    with pytest.raises(ValueError) as error:
+        hellaswag.load_items(tmp_path / "items.jsonl.png")
+    assert len(str(error.value)) < 500
+
+
 # The download
 
 
@@ -404,4 +458,8 @@ def test_all_processes_of_a_training_get_the_items_or_the_reason_why_not(tmp_pat
         with pytest.raises(ValueError, match=r"--eval-only has nothing .* HellaSwag: .*--data FILE"):
             load(process, is_needed=True)
     write_items(data, ITEMS)
+    assert [load(process, is_needed=False) for process in ranks] == [[], []]
+    assert f"{data} is not the file of http://127.0.0.1:9/nothing" in notes[-1]
+    promised = ("http://127.0.0.1:9/nothing", data, files.hash_file(data), 1)
+    monkeypatch.setattr(hellaswag.download, "__defaults__", promised)
     assert [load(process, is_needed=True) for process in ranks] == [ITEMS[:2]] * 2

@@ -1,5 +1,6 @@
 """perplexity.py against Hugging Face's strided recipe, lm_eval, and figures computed by hand; refusals."""
 
+import dataclasses
 import json
 import math
 import random
@@ -292,6 +293,24 @@ def test_a_text_has_the_same_figures_in_every_format_and_encoding(folder, tmp_pa
         figures.append({key: value for key, value in perplexity.main(cfg).items() if key != "data"})
     assert figures[0]["bytes"] == len(text.encode())
     assert all(result == figures[0] for result in figures)
+
+
+def test_a_perplexity_beyond_float64_is_infinite_and_sums_that_are_not_finite_are_refused(tmp_path, capsys):
+    write_text(tmp_path)
+    model = random_model(vocab_size=VOCAB_SIZE, block_size=CONTEXT)
+    with torch.no_grad():
+        model.wte.weight *= 1e5
+    cfg = Config(data=str(tmp_path / "text.txt"), model=str(save_checkpoint(tmp_path, model)), device="cpu")
+    result = perplexity.main(dataclasses.replace(cfg, json=str(tmp_path / "out.json")))
+    assert result["token_perplexity"] == result["word_perplexity"] == math.inf
+    assert math.isfinite(result["bits_per_byte"]) and "perplexity        inf" in capsys.readouterr().out
+    text = (tmp_path / "out.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail)["token_perplexity"] is None
+    with torch.no_grad():
+        model.wte.weight *= 1e25
+        model.transformer["ln_f"].weight *= 1e30  # type: ignore[operator, union-attr]
+    with pytest.raises(ValueError, match="the model's losses are not finite"):
+        perplexity.main(dataclasses.replace(cfg, model=str(save_checkpoint(tmp_path, model, step=2))))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -264,6 +265,20 @@ def test_a_loss_that_is_not_finite_leaves_the_others_as_they_are(tmp_path):
     assert legend(axes) == ["run: 6.000"]
 
 
+def test_values_that_are_not_finite_are_counted_and_a_speed_of_zero_divides_nothing(tmp_path, capsys):
+    log = "0 train 3.0\n0 toks 0\n0 val nan\n1 train inf\n1 toks 100\n1 val nan\n2 train 2.0\n2 toks 100\n"
+    run = make_run(tmp_path / "run", log, total_batch_tokens=3600)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot.main(Config(runs=(str(run),), text=True, out=str(tmp_path / "a.png"), x="hours"))
+    captured = capsys.readouterr()
+    assert f"{run}: 1 of 3 values of train are not finite" in captured.err
+    assert f"{run}: 2 of 2 values of val are not finite" in captured.err
+    with pytest.raises(ValueError, match=r"--max-loss is 1\.0, but no loss is finite"):
+        nothing = make_run(tmp_path / "nothing", "0 train nan\n0 val nan\n")
+        plot.main(Config(runs=(str(nothing),), max_loss=1.0))
+
+
 def test_the_newest_run_is_drawn_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr(plot.files, "LOGS", tmp_path)
     for name, age in (("b", 300), ("a", 100), ("c", 200)):
@@ -328,12 +343,14 @@ def test_a_malformed_line_is_refused_with_file_and_number(tmp_path, line):
         (["{tmp}/empty"], "empty/log.txt"),
         (["{tmp}/run", "--smooth", "0"], "--smooth is 0; it must be at least 1"),
         (["{tmp}/cut"], "cut/config.json"),
+        (["{tmp}/odd"], "odd/config.json: the field total_batch_tokens is"),
     ],
 )
 def test_what_cannot_be_drawn_exits_2_with_the_reason(script, tmp_path, args, reason):
     make_run(tmp_path / "run")
     make_run(tmp_path / "empty", "")
     (make_run(tmp_path / "cut") / "config.json").write_text('{"model', encoding="utf-8")
+    make_run(tmp_path / "odd", total_batch_tokens="many")
     done = script("plot.py", *(arg.format(tmp=tmp_path) for arg in args))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("plot.py: ") and reason in done.stderr

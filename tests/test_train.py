@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 import hellaswag
 import train_gpt2
-from lib import checkpoint, processes, shard_writer, shards
+from lib import checkpoint, files, processes, shard_writer, shards
 from lib.hub_shards import open_data
 from model import GPT, GPTConfig
 from train_gpt2 import Config
@@ -155,7 +155,7 @@ def items(tmp_path, monkeypatch):
     """Two items in place of HellaSwag's."""
     file = tmp_path / "items.jsonl"
     file.write_text(f"{json.dumps(ITEM)}\n{json.dumps(ITEM)}\n", encoding="utf-8")
-    monkeypatch.setattr(hellaswag.download, "__defaults__", (hellaswag.URL, file, hellaswag.SHA256, 1))
+    monkeypatch.setattr(hellaswag.download, "__defaults__", (hellaswag.URL, file, files.hash_file(file), 1))
 
 
 @pytest.fixture(scope="module")
