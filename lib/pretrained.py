@@ -7,7 +7,6 @@ A directory is read as transformers reads it, or refused. No code of a file or a
 in safetensors, and torch.load reads the others with weights_only=True.
 """
 
-import json
 import warnings
 import zipfile
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from lib import schema
 from model import GPT, HUB_NAMES, SIZE_NAMES, TRANSPOSED, GPTConfig
 
 # Components of names that torch.compile, DDP, FSDP and activation checkpointing add; and GPT-2's own prefix,
@@ -67,17 +67,6 @@ def read_model(path: Path, dropout: float = 0.0) -> GPT:
     return model
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError, naming the file, for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is a {type(content).__name__}, not an object of names and values")
-    return content
-
-
 # -----------------------------------------------------------------------------
 # Hugging Face
 
@@ -86,12 +75,12 @@ def read_directory(folder: Path, dropout: float) -> tuple[dict[str, torch.Tensor
     """The weights, by our names, and the configuration of a Hugging Face directory."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face model directory")
-    hf = read_json(folder / "config.json")
+    hf = schema.read_json(folder / "config.json", {})
     config = config_from_hf(hf, dropout, folder / "config.json")
     parts, weights = ["model.safetensors"], {}
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / parts[0]).is_file():  # a large model comes in parts
-        file_of = read_json(index).get("weight_map")  # by tensor
+        file_of = schema.read_json(index, {}).get("weight_map")  # by tensor
         if not isinstance(file_of, dict) or not file_of:
             raise ValueError(f"{index} has no weight_map, which names the file of each tensor")
         parts = sorted(set(map(str, file_of.values())))

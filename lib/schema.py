@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
+NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+NAMES |= {dict: "an object", list: "a list"}
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -52,7 +53,7 @@ def describe(hint: Any) -> str:
 def check_fields(value: Any, hints: Mapping[str, Any], where: Path | str, optional: bool = False):
     """Raises ValueError, naming the place and the field, unless value is an object whose fields fit."""
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: it is {shorten(value)}; it must be an object with {', '.join(hints)}")
+        raise ValueError(f"{where}: it is {shorten(value)}; it must be an object")
     for name, hint in hints.items():
         if name not in value:
             if not optional and not fits(None, hint):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib import files
+from lib import files, schema
 
 if TYPE_CHECKING:  # fineweb.py does not need torch, so only `read` imports it
     import torch
@@ -42,32 +42,31 @@ NPY_HEADER_BYTES = 128  # of a one-dimensional array, as NumPy pads it
 HEAD_TOKENS = 8192  # a shard's first tokens have their own hash: they can be downloaded alone
 
 
-def check_fields(row: Any, where: str, fields: dict[str, type], optional: dict[str, type]):
-    """Raises ValueError, with the field, if a JSON object lacks a field or has one of another type."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is {row!r:.60}; it must be an object")
-    for field, kind in {**fields, **optional}.items():
-        if field not in row and field not in optional:
-            raise ValueError(f"{where}.{field} is missing")
-        if field in row and type(row[field]) is not kind:
-            raise ValueError(f"{where}.{field} is {row[field]!r:.60}; its type must be {kind.__name__}")
+# Earlier versions wrote fewer fields.
+MANIFEST_FIELDS: dict[str, Any] = {
+    "complete": bool, "shards": list, "tokenizer": dict | None, "request": dict | None,
+    **dict.fromkeys(("name", "source", "revision"), str | None),
+}  # fmt: skip
+SHARD_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("file", "split", "sha256"), str), "tokens": int, "documents": int | None,
+    "head_sha256": str | None,
+}  # fmt: skip
 
 
 def load_manifest(path: Path) -> dict:
     """Reads a manifest, complete or not. Raises ValueError if it is damaged or has another format."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        check_fields(manifest, "manifest", {"format": int}, {})
+        schema.check_fields(manifest, {"format": int}, "manifest")
         if manifest["format"] != FORMAT_VERSION:
             raise ValueError(f"format is {manifest['format']}; this code reads format {FORMAT_VERSION}")
-        about = {**dict.fromkeys(("name", "source", "revision"), str), "tokenizer": dict, "request": dict}
-        check_fields(manifest, "manifest", {"complete": bool, "shards": list}, about)
+        schema.check_fields(manifest, MANIFEST_FIELDS, "manifest")
         if (vocabulary := manifest.get("tokenizer", {}).get("name", "gpt2")) != "gpt2":
             raise ValueError(f"tokenizer.name is {vocabulary!r}; this code reads GPT-2's tokens")
         seen = set()
         for number, entry in enumerate(manifest["shards"]):
-            where, facts = f"shards[{number}]", {"documents": int, "head_sha256": str}
-            check_fields(entry, where, {"file": str, "split": str, "tokens": int, "sha256": str}, facts)
+            where = f"shards[{number}]"
+            schema.check_fields(entry, SHARD_FIELDS, where)
             file, name = entry["file"], SHARD_NAME.fullmatch(entry["file"])
             if not name or Path(file).name != file or file in seen:
                 raise ValueError(f"{where}.file is {file!r}, not the name of a shard here, or there twice")

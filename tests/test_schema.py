@@ -34,7 +34,7 @@ def test_a_value_fits_its_type_and_no_other(value, hint, expected):
         ("{...,}", "x.json is not JSON: Expecting property name"),
         ("[" * 100_000, "x.json is not JSON: "),
         ("\x00", "x.json is not JSON: "),
-        ("[1]", "x.json: it is [1]; it must be an object with n, s"),
+        ("[1]", "x.json: it is [1]; it must be an object"),
         ('{"n": null, "s": "a"}', "x.json: the field n is null; it must be a whole number"),
         ('{"n": 1}', "x.json: the field s is missing; it must be a string"),
         ('{"n": "' + "9" * 1000 + '", "s": "a"}', 'x.json: the field n is "99999'),
