@@ -364,9 +364,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("this loss has no second derivative; F.cross_entropy of model(tokens) has one")
         dx, dw = ctx.saved_tensors
-        scale = grad / dx.size(0)
-        return dx * scale.to(dx.dtype), dw * scale, None, None, None
+        scale = grad / dx.size(0)  # float32: rounded to bfloat16, it would shift all gradients alike
+        return (dx * scale[None, None]).to(dx.dtype), dw * scale, None, None, None
 
 
 def sample(

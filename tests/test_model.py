@@ -19,7 +19,18 @@ from transformers.generation.logits_process import (
 )
 
 import plot
-from model import GPT, MLP, SIZE_NAMES, SIZES, CausalSelfAttention, GPTConfig, config_to_hf, sample, to_hf
+from model import (
+    GPT,
+    MLP,
+    SIZE_NAMES,
+    SIZES,
+    CausalSelfAttention,
+    GPTConfig,
+    LinearCrossEntropy,
+    config_to_hf,
+    sample,
+    to_hf,
+)
 
 SHAPES = [
     dict(block_size=8, vocab_size=100, n_layer=1, n_head=1, n_embd=8),
@@ -481,3 +492,33 @@ def test_dropout_acts_on_embeddings_attention_weights_and_both_residual_branches
                 layer.bias.zero_()
         idx = tokens(model, 1, 16)
         assert not torch.allclose(model(idx), model(idx))  # only the embeddings' dropout is left
+
+
+@pytest.mark.parametrize("differentiate", ["create_graph", "hessian", "torch.func"])
+def test_second_derivatives_of_the_loss_are_refused(differentiate):
+    model = random_model()
+    x = tokens(model, 2, 8)
+    norm = model.state_dict()["transformer.ln_f.weight"]
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, {"transformer.ln_f.weight": weight}, (x, x))
+
+    with pytest.raises(RuntimeError, match=r"no second derivative|setup_context"):
+        if differentiate == "create_graph":
+            torch.autograd.grad(model(x, x), list(model.parameters()), create_graph=True)
+        elif differentiate == "hessian":
+            torch.autograd.functional.hvp(loss, norm, norm)
+        else:
+            torch.func.grad(loss)(norm)
+
+
+def test_the_gradients_scale_is_not_rounded_to_bfloat16():
+    torch.manual_seed(0)
+    rows, weight, targets = torch.randn(48, 32), torch.randn(128, 32), torch.randint(100, (48,))
+    norms = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = rows.bfloat16().to(dtype).requires_grad_()
+        (LinearCrossEntropy.apply(x, weight.bfloat16().float(), targets, 100, True) / 3).backward()
+        assert x.grad is not None
+        norms.append(x.grad.float().norm().item())  # 1 / 144 in bfloat16 is 0.2% too large
+    assert norms[1] == pytest.approx(norms[0], rel=5e-4)

@@ -454,7 +454,9 @@ def test_a_manifests_fault_is_named_by_its_field(tmp_path):
     manifest = write(tmp_path, count_up(300))
     del manifest["shards"][1]["tokens"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"manifest\.json cannot be read: shards\[1\]: the field tokens is missing"):
+    with pytest.raises(
+        ValueError, match=r"manifest\.json cannot be read: shards\[1\]: the field tokens is missing"
+    ):
         shards.Folder(tmp_path)
 
 
