@@ -59,14 +59,16 @@ class Config:
     batch_size: int = cli.knob(4, "Sequences per step in `train` and `memory`.", at_least=1)
     items: int = cli.knob(96, "Items in `hellaswag`.", at_least=1)
     max_tokens: int = cli.knob(64, "Tokens to make in `generate`.", at_least=1)
-    text: str = cli.knob("", "A parquet file or folder for `tokenize`; by default pydocs, ten times.")
+    text: cli.PathName = cli.knob(
+        "", "A parquet file or folder for `tokenize`; by default pydocs, ten times."
+    )
     repeats: int = cli.knob(3, "Measurements of each side; the median counts.", at_least=1)
     device: str = cli.knob("auto", "auto, cpu, cuda, mps.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = cli.knob(
         "auto", "Precision of the matrix products; `generate` is measured in float32, too."
     )
     compile: bool = cli.knob(False, "torch.compile both sides of `train` and `memory`, our `generate`.")
-    json: str = cli.knob("", "Also write the table to this file.")
+    json: cli.PathName = cli.knob("", "Also write the table to this file.")
 
 
 @dataclass(frozen=True)

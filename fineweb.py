@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 from lib import cli, documents, files, hub, hub_shards, shard_writer, shards, sources, tokenizer
 from lib.documents import Batch, Unit
+from lib.environment import read_share
 from lib.sources import Input
 
 PART_BYTES = 2**30  # of input files per part
@@ -52,9 +53,9 @@ PART_BYTES = 2**30  # of input files per part
 
 @dataclass(frozen=True)
 class Config:
-    source: str = cli.knob("fineweb-edu-10BT", "What to tokenize: one of the sources above.")
+    source: cli.PathName = cli.knob("fineweb-edu-10BT", "What to tokenize: one of the sources above.")
     name: str = cli.knob("", "Name of the data set; by default the source's.")
-    out_dir: str = cli.knob("", "Folder of the shards; by default data/<name> beside this script.")
+    out_dir: cli.PathName = cli.knob("", "Folder of the shards; by default data/<name> beside this script.")
     shard_tokens: int = cli.knob(100_000_000, "Tokens per shard.", at_least=1)
     val_tokens: int | None = cli.knob(
         None, "Validation tokens, from the start; by default 10,485,760, or a tenth if smaller.", at_least=0
@@ -128,24 +129,6 @@ def group_into_parts(inputs: list[Input]) -> list[list[Input]]:
         else:
             parts.append([file])
     return parts
-
-
-def read_share() -> tuple[int, int]:
-    """Returns rank and world size from torchrun or a SLURM array, else (0, 1). Raises ValueError for a rank
-    beyond the last."""
-    env = os.environ
-    if "SLURM_ARRAY_TASK_ID" in env and "RANK" not in env:
-        first, step = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
-        rank = (int(env["SLURM_ARRAY_TASK_ID"]) - first) // step
-        world_size = int(env["SLURM_ARRAY_TASK_COUNT"])
-    else:
-        rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    if not 0 <= rank < world_size:
-        raise ValueError(
-            f"the rank is {rank}; it must be from 0 to {world_size - 1}: give the SLURM array the tasks 0 to "
-            "n - 1, or set RANK and WORLD_SIZE"
-        )
-    return rank, world_size
 
 
 class Progress:

@@ -51,14 +51,18 @@ Stops = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Config:
-    model: str = cli.knob("", "A checkpoint, run folder, size (gpt2) or Hub id; by default the newest run.")
+    model: cli.PathName = cli.knob(
+        "", "A checkpoint, run folder, size (gpt2) or Hub id; by default the newest run."
+    )
     device: str = cli.knob("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = cli.knob(
         "float32", "Precision of the matrix products, auto for the fastest. Logits are always float32."
     )
     compile: bool = cli.knob(False, "Run torch.compile: half a minute first, then faster; for long texts.")
     prompt: str = cli.knob("Hello, I'm a language model,", "The text to continue.")
-    prompt_file: str = cli.knob("", "A file with the prompt; - for standard input. Omits a trailing newline.")
+    prompt_file: cli.PathName = cli.knob(
+        "", "A file with the prompt; - for standard input. Omits a trailing newline."
+    )
     interactive: bool = cli.knob(False, "Continue each line that is typed; the context is the whole text.")
     max_tokens: int = cli.knob(128, "Tokens to add, at most; <|endoftext|> ends a text earlier.", at_least=1)
     temperature: float = cli.knob(0.8, "0 takes the likeliest token; 1 samples as trained; higher is wilder.")
@@ -74,7 +78,7 @@ class Config:
         "Colour each token by its probability in the model, before penalty, temperature, top-k and top-p; "
         "without colours (NO_COLOR, no terminal), a table on standard error. --json has them, too.",
     )
-    json: str = cli.knob("", "Also write prompt, settings and texts to this file.")
+    json: cli.PathName = cli.knob("", "Also write prompt, settings and texts to this file.")
 
 
 def check(cfg: Config):

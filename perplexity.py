@@ -45,15 +45,17 @@ from model import GPT
 
 @dataclass(frozen=True)
 class Config:
-    data: str = cli.knob(dataclasses.MISSING, "A text file, or a folder of token shards.")
-    model: str = cli.knob("", "A checkpoint, run folder, size (gpt2) or Hub id; by default the newest run.")
+    data: cli.PathName = cli.knob(dataclasses.MISSING, "A text file, or a folder of token shards.")
+    model: cli.PathName = cli.knob(
+        "", "A checkpoint, run folder, size (gpt2) or Hub id; by default the newest run."
+    )
     device: str = cli.knob("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     split: str = cli.knob("val", "The split of a folder of shards.")
     protocol: Literal["stride", "rolling", "wikitext"] = cli.knob("stride", "See above.")
     stride: int = cli.knob(0, "Tokens from one window to the next; 0 for half the model's context.")
     limit: int = cli.knob(0, "Score only this many first tokens; 0 for all.", at_least=0)
     batch_size: int = cli.knob(8, "Windows per batch.", at_least=1)
-    json: str = cli.knob("", "Also write the figures to this file.")
+    json: cli.PathName = cli.knob("", "Also write the figures to this file.")
 
 
 def load_ids(cfg: Config) -> np.ndarray:

@@ -65,7 +65,9 @@ SETTINGS = {
 @dataclass(frozen=True)
 class Config:
     runs: Runs = cli.knob((), "Run folders; by default the newest under log/.")
-    out: str = cli.knob("", "The picture, .png, .svg or .pdf; by default loss.png in the first run's folder.")
+    out: cli.PathName = cli.knob(
+        "", "The picture, .png, .svg or .pdf; by default loss.png in the first run's folder."
+    )
     x: Literal["step", "tokens", "hours"] = cli.knob(
         "step", "The horizontal axis; hours, from the logged tokens per second, are without evaluation."
     )

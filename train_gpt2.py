@@ -54,7 +54,7 @@ start = functools.partial(knob, resume="start")
 @dataclass(frozen=True)
 class Config:
     # data
-    dataset_path: str = free("data/fineweb-edu-10BT", "folder of token shards, or hf://datasets/org/name")
+    dataset_path: cli.PathName = free("data/fineweb-edu-10BT", "folder of token shards, or hf://datasets/org/name")
     cache_gb: float = free(20.0, "disk space for shards from the Hub, under data/hub/", above=0)
     # model
     model_size: str = shape("124M", "124M, 350M, 774M or 1558M, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
@@ -63,7 +63,7 @@ class Config:
     n_embd: int | None = shape(None, "channels, instead of the size's")
     seq_len: int = knob(1024, "tokens of context, T", above=0)
     dropout: float = knob(0.0, "dropout probability; 0 for pre-training, 0.1 helps on small data")
-    init_from: str = free("", "fine-tune these weights: a checkpoint, a size name or a Hub id")
+    init_from: cli.PathName = free("", "fine-tune these weights: a checkpoint, a size name or a Hub id")
     # optimization
     batch_size: int | Literal["auto"] = free(16, "sequences per micro-step and process", above=0)
     total_batch_tokens: int = knob(524_288, "tokens per optimizer step, by gradient accumulation", above=0)
@@ -88,8 +88,8 @@ class Config:
     timeout_seconds: float = free(600.0, "how long processes wait for one that does not answer", above=0)
     # run
     run_name: str = start("", "folder under log/; by default the model and the time")
-    log_dir: str = start("", "parent of the run folders; by default log/ beside this script")
-    resume: str = start("", "a run, a checkpoint, hf://org/name; alone: the newest run, or --run-name's")
+    log_dir: cli.PathName = start("", "parent of the run folders; by default log/ beside this script")
+    resume: cli.PathName = start("", "a run, a checkpoint or hf://org/name; alone: --run-name's or the newest run")
     override: cli.Switch = start(False, "resume although settings or data differ from the checkpoint's")
     max_hours: float = free(0.0, "save and stop (exit code 4) after so long; 0: never", at_least=0)
     eval_only: cli.Switch = start(False, "only evaluate --resume's or --init-from's model; write nothing")

@@ -34,6 +34,7 @@ import tyro
 from lib import console
 
 C = TypeVar("C")
+PathName = Annotated[str, "a path: ~ is expanded"]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # a flag without its --no-
 
 
@@ -67,7 +68,12 @@ def parse(
         value = getattr(default, field.name) if default else field.default
         fields.append((field.name, kind, dataclasses.field(default=value)))
     flags = tyro.cli(dataclasses.make_dataclass("Flags", fields), args=argv, description=description)
-    return config(**vars(flags))
+    values = vars(flags)
+    for name, hint in hints.items():
+        if hint == PathName:
+            # A shell leaves --log-dir=~/x as it is. pathlib would change hf://org/name.
+            values[name] = os.path.expanduser(values[name])  # noqa: PTH111
+    return config(**values)
 
 
 def check_bounds(cfg: Any):

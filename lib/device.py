@@ -1,7 +1,7 @@
 """The device, its precision and speed settings; the versions for a fault report.
 
     device = pick_device("auto")                     # cuda, else mps, else cpu, with its speed settings
-    dtype, why = pick_dtype("auto", device)          # bfloat16 if it is faster
+    dtype, why = pick_dtype("auto", device)          # bfloat16 if the device has it
 
 PEAK_FLOPS lists the GPUs whose peak is known.
 """
@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import subprocess
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -74,21 +73,20 @@ def pick_dtype(name: str, device: torch.device, before: str | None = None) -> tu
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU has it"
         return torch.float16, "this GPU has no bfloat16; gradients are scaled"
-    if device.type != "cpu":
-        return torch.float32, f"the safe choice on {device.type}"
+    if device.type == "mps" and torch.backends.mps.is_macos_or_newer(14, 0):
+        return torch.bfloat16, "macOS 14 and later have it"
+    if device.type == "cpu" and has_bfloat16():
+        return torch.bfloat16, "this CPU has instructions for it"
+    return torch.float32, f"this {device.type} has no fast bfloat16"
 
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.ones(512, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
-        times = []
-        for _ in range(4):
-            begin = time.perf_counter()
-            torch.mm(a, b)
-            times.append(time.perf_counter() - begin)
-        return min(times)
 
-    ratio = seconds(torch.float32) / seconds(torch.bfloat16)
-    chosen = torch.bfloat16 if ratio > 1.5 else torch.float32
-    return chosen, f"bfloat16 products run at {ratio:.1f} times float32's speed on this CPU"
+def has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products that torch uses: AVX512_BF16 or AMX, or on
+    Linux those of ARM."""
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return True
+    find = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.11 has none
+    return platform.system() == "Linux" and bool(find().get("bf16"))
 
 
 def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> torch.autocast:

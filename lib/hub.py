@@ -25,10 +25,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lib import files
+from lib.environment import read_number
 
 HUB_PREFIX = "hf://datasets/"
 PREFIXES = {"dataset": HUB_PREFIX, "model": "hf://"}
-PATIENCE = float(os.environ.get("DOWNLOAD_PATIENCE", 600))  # seconds spent waiting before giving up
+PATIENCE = 600  # seconds spent waiting before giving up, unless DOWNLOAD_PATIENCE says otherwise
 was_reached = False  # whether this process has had an answer: a name that fails later may come back
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -116,7 +117,7 @@ def retry(what: str, attempt: Callable[[], Any], failed: str = "could not be rea
         except Exception as error:  # the Hub's client raises errors of many families
             reason = format_reason(error)
             is_offline = files.has_no_address(error) and not was_reached
-            if is_final(error) or is_offline or waited + pause > PATIENCE:
+            if is_final(error) or is_offline or waited + pause > read_number("DOWNLOAD_PATIENCE", PATIENCE):
                 raise Unavailable(f"{what} {failed} the Hugging Face Hub ({reason})") from error
             print(f"{what}: {reason}; trying again in {pause:.0f} s", file=sys.stderr, flush=True)
         time.sleep(pause)

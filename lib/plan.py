@@ -18,6 +18,7 @@ import torch
 
 from lib import report
 from lib.device import PEAK_FLOPS, autocast
+from lib.environment import read_number
 from lib.processes import Process
 from model import GPT, GPTConfig
 
@@ -187,7 +188,7 @@ def free_memory(device: torch.device, processes: int) -> tuple[float, str]:
         except (AttributeError, ValueError, OSError) as error:  # Windows
             raise ValueError("this system does not say how much memory is free: give --batch-size") from error
         source = "half of this machine's memory"
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    local = read_number("LOCAL_WORLD_SIZE", processes, at_least=1)
     return free / local, f"{source} for each of {local} processes" if local > 1 else source
 
 
@@ -227,10 +228,27 @@ def check_batch(cfg: Any, world_size: int):
         )
 
 
+def check_memory(cfg: Any, model: GPT, dtype: torch.dtype, process: Process):
+    """Raises ValueError if a step takes more memory than a CPU process may use: Linux would kill it there."""
+    if process.device.type != "cpu" or cfg.dry_run or not Path("/proc/meminfo").exists():
+        return
+    process.barrier()  # now every process has its weights, and nothing else
+    work = Workload.from_settings(cfg, model, dtype, process)
+    need = sum(work.step_bytes(cfg.batch_size).values())
+    free, source = free_memory(process.device, process.world_size)
+    free += 4 * model.config.num_params * work.share  # the weights are part of a step
+    if process.all_reduce(need > free)[0]:
+        raise ValueError(
+            f"a step with --batch-size {cfg.batch_size} takes about {need / 1e9:.1f} GB in each process; "
+            f"{free / 1e9:.1f} GB are {source}: take a smaller --batch-size, or auto"
+        )
+
+
 def choose_batch_size(cfg: Any, model: GPT, dtype: torch.dtype, process: Process) -> tuple[int, str]:
     """--batch-size as a number, the same on all processes, and the reason if it is auto. Raises ValueError if
     not even one sequence fits. cfg: train_gpt2.py's settings."""
     if cfg.batch_size != "auto":
+        check_memory(cfg, model, dtype, process)
         return cfg.batch_size, ""
     process.barrier()  # now every process has its weights, and nothing else
     mine, why = Workload.from_settings(cfg, model, dtype, process).fitting_batch(model, process.device)

@@ -27,6 +27,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from lib.device import pick_device
+from lib.environment import read_group
 
 
 @dataclass(frozen=True)
@@ -133,21 +134,25 @@ def connect(device: str, timeout_seconds: float, spare_memory: bool = False) -> 
 
 def join_group(device_name: str, timeout_seconds: float, spare_memory: bool) -> Process:
     """Joins torchrun's process group, if there is one. Raises ValueError for several processes on MPS."""
-    if "RANK" not in os.environ:
+    group = read_group()
+    if not group:
         return Process(0, 1, pick_device(device_name))
     if device_name == "cuda" or (device_name == "auto" and torch.cuda.is_available()):
-        device_name = f"cuda:{os.environ['LOCAL_RANK']}"
+        device_name = f"cuda:{group.local_rank}"
     device = pick_device(device_name, spare_memory)
     if device.type == "mps":
         raise ValueError("mps has one GPU, which takes one process; several processes need --device cpu")
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world_size = group.rank, group.world_size
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else rank 0 holds the store
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=rank == 0 and not has_agent, wait_for_workers=False)
+    timeout, is_master = datetime.timedelta(seconds=timeout_seconds), rank == 0 and not has_agent
+    try:
+        store = TCPStore(group.address, group.port, None, is_master, timeout, wait_for_workers=False)
+    except dist.DistError as error:
+        where = f"MASTER_ADDR {group.address}, MASTER_PORT {group.port}"
+        raise ValueError(f"rank {rank} cannot meet the others ({where}): {error}") from error
     # torchrun's store still has the addresses of the processes before a restart. gloo sometimes connected to
     # those (torch 2.13), so each start has a prefix of its own.
     store = PrefixStore(rendezvous(store, rank, world_size, timeout_seconds), store)
-    timeout = datetime.timedelta(seconds=timeout_seconds)
     options: dict[str, Any] = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -191,7 +196,7 @@ def launch(script: str, count: int, argv: list[str]):
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    flags = ["--standalone", f"--nproc-per-node={count}"]
+    flags = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={count}"]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup
         flags.append("--signals-to-handle=SIGTERM,SIGINT,SIGQUIT")
     try:

@@ -116,7 +116,7 @@ def find_local_files(source: str) -> list[Path]:
     many it leaves out for which reason. A file that links lead to twice is taken once. Raises
     FileNotFoundError if the source names nothing, ValueError if it has no text, and OSError or ValueError if
     a file cannot be read."""
-    path = Path(source).expanduser()
+    path = Path(source)
     if not source or not (path.exists() or glob.glob(str(path), recursive=True)):
         raise FileNotFoundError(
             f"--source is {source!r}; it must be a file, folder or glob that exists, or one of "

@@ -1,0 +1,83 @@
+"""The variables that torchrun, SLURM and users set. A value that makes no sense is refused by its name.
+
+    group = read_group()                     # of torchrun or SLURM, None for a single process
+    rank, world_size = read_share()          # of fineweb.py's work; also of a SLURM array
+    seconds = read_number("DOWNLOAD_PATIENCE", 600)
+
+An empty variable counts as missing.
+"""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process's place among those that train together, and where they meet."""
+
+    rank: int
+    world_size: int
+    local_rank: int  # on this machine
+    address: str
+    port: int
+
+
+def read_number(name: str, default: int | None = None, at_least: int = 0) -> int:
+    """A whole number. Raises ValueError if it is none, too small, or missing without a default."""
+    text = os.environ.get(name, "")
+    if not text and default is not None:
+        return default
+    if not (text.strip().isascii() and text.strip().isdigit()) or int(text) < at_least:
+        raise ValueError(f"the variable {name} is {text!r}; it must be a whole number, at least {at_least}")
+    return int(text)
+
+
+def read_rank(name: str, count: str) -> tuple[int, int]:
+    """A rank and the number of ranks. Raises ValueError for a rank beyond the last."""
+    rank, world_size = read_number(name), read_number(count, at_least=1)
+    if rank >= world_size:
+        raise ValueError(f"the variable {name} is {rank}; {count} is {world_size}: it must be smaller")
+    return rank, world_size
+
+
+def read_group() -> Group | None:
+    """The place that torchrun or SLURM (train.sbatch) gave this process; None without them. Raises ValueError
+    if only some of the variables are there."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    if "RANK" in missing and os.environ.get("WORLD_SIZE", "") in ("", "1"):
+        return None
+    if missing:
+        there = ", ".join(name for name in names if name not in missing)
+        raise ValueError(
+            f"{there} in the environment, but not {', '.join(missing)}: start with torchrun, which sets all; "
+            f"for a single process: unset {there.replace(',', '')}"
+        )
+    rank, world_size = read_rank("RANK", "WORLD_SIZE")
+    # torchrun names this machine as its address; the name may not resolve.
+    is_one_machine = read_number("LOCAL_WORLD_SIZE", 0) == world_size
+    address = "127.0.0.1" if is_one_machine else os.environ["MASTER_ADDR"]
+    return Group(
+        rank, world_size, read_number("LOCAL_RANK", 0), address, read_number("MASTER_PORT", at_least=1)
+    )
+
+
+def read_share() -> tuple[int, int]:
+    """This process's rank and their number, of a SLURM array, of torchrun or set by hand; (0, 1) without."""
+    env = os.environ
+    if env.get("SLURM_ARRAY_TASK_ID") and not env.get("RANK"):
+        first, step = (
+            read_number("SLURM_ARRAY_TASK_MIN", 0),
+            read_number("SLURM_ARRAY_TASK_STEP", 1, at_least=1),
+        )
+        rank, count = (
+            read_number("SLURM_ARRAY_TASK_ID") - first,
+            read_number("SLURM_ARRAY_TASK_COUNT", at_least=1),
+        )
+        rank //= step
+        if not 0 <= rank < count:
+            raise ValueError(f"the SLURM array has {count} tasks; this is number {rank}: give it 0 to n - 1")
+        return rank, count
+    if not env.get("RANK") and env.get("WORLD_SIZE", "") in ("", "1"):
+        return 0, 1
+    return read_rank("RANK", "WORLD_SIZE")
