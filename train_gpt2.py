@@ -89,7 +89,7 @@ class Config:
     # run
     run_name: str = start("", "folder under log/; by default the model and the time")
     log_dir: cli.PathName = start("", "parent of the run folders; by default log/ beside this script")
-    resume: cli.PathName = start("", "a run, a checkpoint or hf://org/name; alone: --run-name's or the newest run")
+    resume: cli.PathName = start("", "a run, checkpoint or hf://org/name; alone: --run-name's or the newest")
     override: cli.Switch = start(False, "resume although settings or data differ from the checkpoint's")
     max_hours: float = free(0.0, "save and stop (exit code 4) after so long; 0: never", at_least=0)
     eval_only: cli.Switch = start(False, "only evaluate --resume's or --init-from's model; write nothing")

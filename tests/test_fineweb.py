@@ -436,21 +436,6 @@ def test_several_processes_make_the_same_bytes_and_the_last_joins_them(tmp_path,
     assert read_files(tmp_path / "many") == expected
 
 
-def test_torchruns_variables_count_before_those_of_a_slurm_array():
-    assert fineweb.read_share() == (0, 1)
-    with run_as({**describe_process(3, 9, "slurm"), **describe_process(1, 2)}):
-        assert fineweb.read_share() == (1, 2)
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [{"RANK": "3"}, {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "2"}],
-)
-def test_a_process_beyond_the_last_is_refused(variables):
-    with run_as(variables), pytest.raises(ValueError, match=r"must be from 0.*RANK and WORLD_SIZE"):
-        fineweb.read_share()
-
-
 def prepare_share(rank: int, texts: Path, out: Path):
     """One of three processes, forked for it."""
     os.environ.update(describe_process(rank, 3))
