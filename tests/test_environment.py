@@ -114,6 +114,7 @@ def test_a_rank_alone_ends_a_training_with_its_reason(config):
     assert done.stderr.startswith("train_gpt2.py: RANK in the environment, but not WORLD_SIZE"), done.stderr
 
 
+@pytest.mark.slow
 def test_training_needs_no_user_name_no_home_and_no_host_name(config):
     stranger = ("unshare", "--uts", "--user", "--map-user=54321", "--map-group=54321")
     if subprocess.run([*stranger, "true"], check=False, capture_output=True).returncode:
