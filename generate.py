@@ -14,6 +14,7 @@ import lib.startup  # noqa: F401
 
 import codecs
 import dataclasses
+import io
 import itertools
 import re
 import shlex
@@ -102,7 +103,8 @@ def read_prompt(cfg: Config) -> str:
     if cfg.prompt_file != "-":
         return documents.read_text(Path(cfg.prompt_file)).removesuffix("\n")
     with open(0, "rb", closefd=False) as stdin:
-        return "".join(documents.decode_text(stdin, Path("-"))).removesuffix("\n")
+        text = io.BytesIO(stdin.read())  # to its end, once: a terminal has an end per Ctrl-D
+    return "".join(documents.decode_text(text, Path("-"))).removesuffix("\n")
 
 
 def encode_prompt(prompt: str, cfg: Config) -> list[int]:

@@ -169,13 +169,13 @@ FILES = {  # what happened to a model in parts, and what the reader says
     "no parts": (lambda d: [path.unlink() for path in d.glob("model-*")], "model-00001"),
     "a pointer of Git LFS": (lambda d: sorted(d.glob("model-*"))[1].write_text("version"), "model-00002"),
     "an empty index": (lambda d: (d / INDEX).write_text("{}"), "weight_map"),
-    "an index that is a list": (lambda d: (d / INDEX).write_text("[]"), "is a list"),
+    "an index that is a list": (lambda d: (d / INDEX).write_text("[]"), r"it is \[\]; it must be an object"),
     "an index cut off": (lambda d: (d / INDEX).write_text('{"weight_map'), "is not JSON"),
     "a list as weight_map": (lambda d: edit_json(d / INDEX, weight_map=["x"]), "weight_map"),
     "parts elsewhere": (lambda d: edit_json(d / INDEX, weight_map={"x": "../x"}), "not a file in"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
     "a comma too many": (lambda d: (d / "config.json").write_text('{"n_layer": 3,}'), "is not JSON"),
-    "a list as config": (lambda d: (d / "config.json").write_text("[1]"), "config.json is a list"),
+    "a list as config": (lambda d: (d / "config.json").write_text("[1]"), r"config\.json: it is \[1\]"),
 }  # fmt: skip
 
 

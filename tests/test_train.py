@@ -480,7 +480,7 @@ def test_resume_refuses_data_that_have_changed(config, data, tmp_path, change):
         ids = 50_000 - ids
     manifest = write_shards(folder, np.ascontiguousarray(ids), **sizes)
     if change == "another tokenizer":
-        manifest["tokenizer"] = {"name": "another"}
+        manifest["tokenizer"] = {"name": "gpt2", "sha256": "0" * 64}
         (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(ValueError, match=r"step_000001 is of another run: the shards in .* are not those"):
         resume(run)
