@@ -168,7 +168,14 @@ def test_evaluation_is_that_of_one_process_and_leaves_the_trace_unchanged(busy, 
 
 
 @pytest.mark.fault(21)
-@pytest.mark.parametrize("kind, rank", [("gradient", 1), ("nan", 0), ("one nan", 1), ("one inf", 0)])
+@pytest.mark.parametrize(
+    "kind, rank",
+    [
+        ("gradient", 1),
+        ("nan", 0),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("one nan", 1), ("one inf", 0))),
+    ],
+)
 def test_a_gradient_that_is_not_finite_leaves_all_shards_as_they_are(launch, config, kind, rank):
     poison = faults.poison_an_element if kind.startswith("one") else faults.poison
     patch = partial(poison, kind.removeprefix("one "), rank, 3, 6)

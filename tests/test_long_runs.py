@@ -100,7 +100,7 @@ def hella(tmp_path) -> Callable[[], None]:
     return partial(faults.score_items, file)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_evaluating_alone_finds_what_the_run_found_and_writes_nothing(
     launch, config, hella, tmp_path, world_size
 ):
@@ -186,7 +186,7 @@ def batch_size_of(printed: str) -> int:
     return int(line.partition("= ")[2].split()[0])
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_largest_batch_is_found_that_all_processes_have_memory_for(launch, config, whole, world_size):
     cfg = dataclasses.replace(config, total_batch_tokens=16 * 24 * world_size)  # 24 sequences a process
     # The last rank has memory for 7, and a fifth beside that; the others have plenty.

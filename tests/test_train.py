@@ -393,6 +393,7 @@ def test_the_command_line(config, launch):
         assert words in training.printed() and "Traceback" not in training.printed()
 
 
+@pytest.mark.slow
 @pytest.mark.fault(29)
 def test_without_a_compiler_training_goes_on_and_says_so(config, launch):
     training = launch(dataclasses.replace(config, compile=True, run_name="compiled"), patches=[hide_compiler])
