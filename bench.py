@@ -45,7 +45,7 @@ import fineweb
 import hellaswag
 from lib import checkpoint, cli, documents, shards, sources, tokenizer
 from lib.device import autocast, cast_linears, pick_device, pick_dtype
-from lib.files import write_json
+from lib.files import check_target, write_json
 from model import GPT, GPTConfig, config_to_hf, to_hf
 
 Job = Literal["train", "memory", "hellaswag", "generate", "load", "read", "tokenize"]
@@ -365,6 +365,7 @@ def tokenize_document(text: str) -> np.ndarray:
 
 def main(cfg: Config) -> list[Result]:
     cli.check_bounds(cfg)
+    check_target(cfg.json)
     bench = Bench(cfg)
     is_cuda = bench.device.type == "cuda"
     name = torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine()

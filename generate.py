@@ -85,6 +85,7 @@ class Config:
 def check(cfg: Config):
     """Raises ValueError for a value that cannot work."""
     cli.check_bounds(cfg)
+    files.check_target(cfg.json)
     if not (cfg.temperature == 0 or cfg.temperature >= 0.01):
         raise ValueError(f"--temperature is {cfg.temperature}; it must be 0 (greedy) or at least 0.01")
     if not 0 < cfg.top_p <= 1:

@@ -254,6 +254,7 @@ def evaluate(
 
 def main(cfg: Config) -> dict:
     cli.check_bounds(cfg)
+    files.check_target(cfg.json)
     if cfg.download:
         print(download())
         return {}

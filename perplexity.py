@@ -223,6 +223,7 @@ def measure(model: GPT, ids: np.ndarray, cfg: Config) -> dict:
 
 def main(cfg: Config) -> dict:
     cli.check_bounds(cfg)
+    files.check_target(cfg.json)
     if cfg.stride and cfg.protocol != "stride":
         raise ValueError(f"--stride is {cfg.stride}; the protocol {cfg.protocol} sets it: leave it out")
     ids = load_ids(cfg)

@@ -91,7 +91,7 @@ class Run:
     def curve(self, stream: str, unit: str, window: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """The x of a stream, in the unit, and its smoothed values, without those that are not finite."""
         steps, values = self.log[stream].T
-        finite = np.isfinite(values)
+        finite = np.abs(values) < 1e30  # more cannot be drawn
         return self.x(steps[finite], unit), smooth(values[finite], window)
 
     def x(self, steps: np.ndarray, unit: str) -> np.ndarray:
@@ -283,7 +283,7 @@ def finish_axes(figure: Any, panels: list, cfg: Config, are_many: bool):
 def main(cfg: Config) -> Path | None:
     """Prints the curves, or writes the picture and prints its path."""
     cli.check_bounds(cfg)
-    folders = [find_run(Path(run)) for run in cfg.runs] or [newest_run(files.LOGS, "log")]
+    folders = [find_run(Path(run).expanduser()) for run in cfg.runs] or [newest_run(files.LOGS, "log")]
     if not cfg.out and not cfg.text:
         check_ownership(folders[0])
     out = Path(cfg.out) if cfg.out else folders[0] / "loss.png"

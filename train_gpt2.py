@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import hellaswag
 from lib import checkpoint, cli, parallel, plan, processes, report, runs, shards, stops, tokenizer, trackers
-from lib.cli import format_command, format_path, knob
+from lib.cli import format_path, knob
 from lib.device import autocast, pick_dtype, versions
 from lib.hub_runs import check_targets
 from lib.hub_shards import open_data
@@ -415,7 +415,7 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
     if rank == 0:
         run.finish(watch.exit_code)
     if watch.exit_code:
-        process.print(f"Stopped at step {step}. To go on: {format_command('--resume', folder)}")
+        process.print(f"Stopped at step {step}. To go on: {report.suggest_resume(folder)}")
         sys.exit(watch.exit_code)
     return folder
 

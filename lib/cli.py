@@ -15,6 +15,7 @@ Exit codes: 0 done, 2 bad input (the reason is on standard error), 130 Ctrl-C.
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import math
 import os
@@ -32,8 +33,10 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from lib import console
+from lib.environment import is_spokesman
 
 C = TypeVar("C")
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 PathName = Annotated[str, "a path: ~ is expanded"]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # a flag without its --no-
 
@@ -67,7 +70,15 @@ def parse(
         kind = Annotated[hints[field.name], tyro.conf.arg(help=field.metadata["help"])]
         value = getattr(default, field.name) if default else field.default
         fields.append((field.name, kind, dataclasses.field(default=value)))
-    flags = tyro.cli(dataclasses.make_dataclass("Flags", fields), args=argv, description=description)
+    kind = dataclasses.make_dataclass("Flags", fields)
+    said = io.StringIO() if ERROR_FILE in os.environ else sys.stderr
+    try:
+        with contextlib.redirect_stderr(said):
+            flags = tyro.cli(kind, args=argv, description=description)
+    except SystemExit as end:
+        if end.code and isinstance(said, io.StringIO):  # under torchrun: `run` says it, once
+            raise ValueError(said.getvalue().strip()) from None
+        raise
     values = vars(flags)
     for name, hint in hints.items():
         if hint == PathName:
@@ -132,7 +143,7 @@ def run(main: Callable[[], Any], interrupted: str = "interrupted", outlives_cons
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_spokesman():
             print(f"\n{script}: {interrupted}", file=sys.stderr, flush=True)
         os._exit(130)  # without waiting for threads: a download may be under way
     except (ValueError, OSError) as error:
@@ -142,7 +153,7 @@ def run(main: Callable[[], Any], interrupted: str = "interrupted", outlives_cons
         if len(reason) > 2000:  # a message of a library may hold a file's content
             reason = f"{reason[:1500]} ... {reason[-400:]}"
         reason = f"{script}{f' (rank {rank})' if rank != '0' else ''}: {reason}"
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_spokesman():
             print(reason, file=sys.stderr)
         report_to_torchrun(reason)
         sys.exit(2)
@@ -154,7 +165,7 @@ def run(main: Callable[[], Any], interrupted: str = "interrupted", outlives_cons
 
 def report_to_torchrun(reason: str):
     """Writes why this process ends where torchrun looks for it. torchrun prints it last."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    if path := os.environ.get(ERROR_FILE):
         extra = {"py_callstack": reason, "timestamp": str(int(time.time()))}
         content = {"message": {"message": reason, "extraInfo": extra}}
         with contextlib.suppress(OSError):

@@ -118,9 +118,9 @@ def decode_text(stream: BinaryIO, path: Path) -> Iterator[str]:
     fix = f"convert it, for example: {unpack} {shlex.quote(str(path))} | iconv -t utf-8 -f {{}} > utf8.txt"
     few, many = sorted((data[::2].count(0), data[1::2].count(0)))  # UTF-16 of English has zeros at one side
     if not mark and 4 * many > len(data) and 2 * few <= many:
-        raise ValueError(
-            f"it looks like UTF-16 or UTF-32 without a byte order mark; {fix.format('utf-16le')}"
-        )
+        origin = f"utf-{32 if 2 * data.count(0) > len(data) else 16}"
+        origin += "le" if data[1::2].count(0) == many else "be"
+        raise ValueError(f"it looks like {origin} without a byte order mark; {fix.format(origin)}")
     while True:
         try:
             text = decoder.decode(data[len(mark) :], final=not data)
@@ -128,7 +128,9 @@ def decode_text(stream: BinaryIO, path: Path) -> Iterator[str]:
             line += error.object[: error.start].count(b"\n")
             origin = "windows-1252" if re.search(rb"[\x80-\x9f]", error.object) else "latin1"
             reason = f"line {line}: byte 0x{error.object[error.start]:02x} is not {error.encoding}"
-            raise ValueError(f"{reason} ({error.reason}); {fix.format(origin)}") from error
+            is_text = not re.search(rb"[\x00-\x08\x0e-\x1f]", error.object)
+            advice = fix.format(origin) if is_text else "it is no text, or in an encoding of two bytes"
+            raise ValueError(f"{reason} ({error.reason}); {advice}") from error
         yield text
         line += text.count("\n")
         if not data:

@@ -8,6 +8,7 @@ An empty variable counts as missing.
 """
 
 import os
+import re
 from dataclasses import dataclass
 
 
@@ -22,13 +23,14 @@ class Group:
     port: int
 
 
-def read_number(name: str, default: int | None = None, at_least: int = 0) -> int:
-    """A whole number. Raises ValueError if it is none, too small, or missing without a default."""
+def read_number(name: str, default: int | None = None, at_least: int = 0, at_most: int = 2**31) -> int:
+    """A whole number. Raises ValueError if it is none, out of bounds, or missing without a default."""
     text = os.environ.get(name, "")
     if not text and default is not None:
         return default
-    if not (text.strip().isascii() and text.strip().isdigit()) or int(text) < at_least:
-        raise ValueError(f"the variable {name} is {text!r}; it must be a whole number, at least {at_least}")
+    if not re.fullmatch(r"\s*[0-9]{1,10}\s*", text) or not at_least <= int(text) <= at_most:
+        bounds = f"at least {at_least}" if at_most == 2**31 else f"{at_least} to {at_most}"
+        raise ValueError(f"the variable {name} is {text!r}; it must be a whole number, {bounds}")
     return int(text)
 
 
@@ -55,11 +57,21 @@ def read_group() -> Group | None:
         )
     rank, world_size = read_rank("RANK", "WORLD_SIZE")
     # torchrun names this machine as its address; the name may not resolve.
-    is_one_machine = read_number("LOCAL_WORLD_SIZE", 0) == world_size
+    is_one_machine = world_size in (1, read_number("LOCAL_WORLD_SIZE", 0))
     address = "127.0.0.1" if is_one_machine else os.environ["MASTER_ADDR"]
     return Group(
-        rank, world_size, read_number("LOCAL_RANK", 0), address, read_number("MASTER_PORT", at_least=1)
+        rank,
+        world_size,
+        read_number("LOCAL_RANK", 0),
+        address,
+        read_number("MASTER_PORT", at_least=1, at_most=65535),
     )
+
+
+def is_spokesman() -> bool:
+    """Whether this process prints for those of its group on this machine; one without a group does."""
+    in_group = os.environ.get("RANK") and os.environ.get("WORLD_SIZE")
+    return not in_group or os.environ.get("LOCAL_RANK", "") in ("", "0")
 
 
 def read_share() -> tuple[int, int]:

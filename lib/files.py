@@ -74,6 +74,12 @@ def replace_not_finite(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
+def check_target(path: str | Path):
+    """Raises OSError if a file cannot be written at this path: before hours of work, whose result it is."""
+    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise OSError(f"{path} is a folder, or its folder does not exist: nothing can be written there")
+
+
 def write_json(path: Path, value: Any):
     """Writes a JSON value, with null for what is not finite."""
     text = json.dumps(replace_not_finite(value), indent=2, ensure_ascii=False)

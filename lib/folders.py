@@ -27,7 +27,7 @@ def has_settings(folder: Path) -> bool | None:
     """Whether a folder's config.json holds a run's settings; None without one, or if it is half-written."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return isinstance(content, dict) and SETTING in content
 
@@ -80,7 +80,8 @@ def check_ownership(run: Path):
     if not run.is_dir() or (is_run := has_settings(run)):
         return
     ours = {"config.json"} if is_run is None else set()  # a run that was killed left it half-written
-    strange = [p.name for p in sorted(run.iterdir()) if not WRITTEN.fullmatch(p.name) and p.name not in ours]
+    shown = [p.name for p in sorted(run.iterdir()) if p.name[0] != "."]  # Finder leaves .DS_Store everywhere
+    strange = [name for name in shown if not WRITTEN.fullmatch(name) and name not in ours]
     if strange:
         raise ValueError(
             f"{run} was not made by a run: it holds {', '.join(strange[:4])}. A run writes only into its own "

@@ -114,14 +114,16 @@ def from_hf(
         key = "transformer." + ".".join(parts)
         if key.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # causal masks, which old files have
-        if parts[0] not in ("wte", "wpe", "h", "ln_f"):
+        if not parts or parts[0] not in ("wte", "wpe", "h", "ln_f"):
             left_out.append(name)
             continue
         if not value.is_floating_point():
             raise ValueError(f"{source}: {name} is {value.dtype}; quantised weights cannot be read")
         value = (value.t() if key.endswith(TRANSPOSED) and not is_linear else value).float().contiguous()
         if key in state and not torch.equal(state[key], value):
-            raise ValueError(f"{source}: {name} differs from another {parts[0]}; in GPT-2, lm_head is wte")
+            raise ValueError(
+                f"{source}: {name} differs from another {parts[0]}; lm_head and wte are one matrix"
+            )
         state[key] = value
     if (wte := state.get("transformer.wte.weight")) is None:
         raise ValueError(f"{source} holds no wte.weight: this is not a GPT-2")
@@ -183,13 +185,19 @@ def read_torch_file(path: Path, dropout: float) -> tuple[dict[str, torch.Tensor]
     except Exception as error:  # of many types, for a file that is something else
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path} is not {known}: {type(error).__name__}: {reason}") from error
-    try:
-        is_nanogpt = "model_args" in saved
-        settings = dict(saved["model_args"]) if is_nanogpt else dict(vars(saved["config"]))
-        shape = {key: settings.pop(key) for key in (*SHAPE, "block_size")}
-        weights = {name: tensor.detach().clone() for name, tensor in saved["model"].items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is not {known}: it lacks {error}") from error
+    is_nanogpt = isinstance(saved, dict) and isinstance(saved.get("model_args"), dict)
+    if not is_nanogpt and not (isinstance(saved, dict) and isinstance(saved.get("config"), SavedConfig)):
+        raise ValueError(f"{path} is not {known}: it has neither model_args nor config")
+    settings = dict(saved["model_args"] if is_nanogpt else vars(saved["config"]))
+    if missing := [key for key in (*SHAPE, "block_size") if key not in settings]:
+        raise ValueError(f"{path} is not {known}: it lacks {', '.join(missing)}")
+    shape = {key: settings.pop(key) for key in (*SHAPE, "block_size")}
+    weights = saved.get("model")
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in weights.items()
+    ):
+        raise ValueError(f"{path} is not {known}: its model is not a dict of tensors by name")
+    weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
     has_bias = settings.pop("bias", True)
     settings.pop("dropout", None)
     if changes := {name: value for name, value in settings.items() if value}:

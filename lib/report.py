@@ -118,6 +118,10 @@ def summarize(log: Path, max_steps: int, total_batch_tokens: int) -> str:
     return text
 
 
+def suggest_resume(run: Path) -> str:
+    return format_command(ROOT / "train_gpt2.py", "--resume", run)
+
+
 def suggest_next(run: Path, last_checkpoint: Path, prompt: str) -> str:
     """Commands to go on with, as one would type them here."""
     generate, hellaswag, plot = (ROOT / f"{name}.py" for name in ("generate", "hellaswag", "plot"))

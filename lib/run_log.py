@@ -16,6 +16,8 @@ def read(path: Path) -> Iterator[tuple[int, str, float, str]]:
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         match = LINE.fullmatch(line)
-        if not match:
-            raise ValueError(f"{path}, line {number}: {line[:60]!r} is not `<step> <stream> <value>`")
-        yield int(match[1]), match[2], float(match[3]), line
+        if not match and line.strip():
+            reason = f"{line[:60]!r} is not `<step> <stream> <value>`; correct or remove the line"
+            raise ValueError(f"{path}, line {number}: {reason}")
+        if match:
+            yield int(match[1]), match[2], float(match[3]), line

@@ -192,9 +192,14 @@ def count_bare_tokens(path: Path) -> int:
     metadata, index = path.with_name(path.name + ".metadata"), path.with_name(path.name + ".index")
     name, said = "gpt2", ""
     if metadata.is_file():  # tokenizer|bytes per token, number of tokens, the same in words
-        name, said, *_ = [*metadata.read_text(encoding="utf-8").splitlines(), "", ""]
+        name, said, *_ = [*metadata.read_text(encoding="utf-8", errors="replace").splitlines(), "", ""]
+        if not said.isdecimal():
+            raise ValueError(f"{metadata}, line 2 is {said!r}; it must be the number of tokens")
     elif index.is_file():  # where each document ends, in tokens
-        said = str(np.fromfile(index, dtype="<u8")[-1])
+        ends = np.fromfile(index, dtype="<u8")
+        if not len(ends) or 8 * len(ends) != index.stat().st_size:
+            raise ValueError(f"{index} has {index.stat().st_size} bytes; it must have 8 for each document")
+        said = str(ends[-1])
     needed, size = "GPT-2's shards are uint16, by its own tokenizer", path.stat().st_size
     if path.with_name("meta.pkl").exists():
         raise ValueError(f"{path} lies beside a meta.pkl of nanoGPT: its tokens are characters; {needed}")
@@ -309,6 +314,9 @@ class ShardReader:
         self.ends = np.cumsum(self.sizes, dtype=np.int64)  # in the stream of tokens
         self.num_tokens = sum(self.sizes)
         self.num_windows = max(0, (self.num_tokens - 1) // seq_len)
+        if not self.entries:
+            found = ", ".join(sorted({shard["split"] for shard in self.folder.entries})) or "none"
+            raise ValueError(f"{self.folder.name} has no {split} shard; the splits in it: {found}")
         if not self.num_windows:
             raise ValueError(
                 f"{self.folder.name} has {self.num_tokens:,} tokens for {split}; a sequence needs "

@@ -9,6 +9,7 @@
 On disk: the downloaded files, in the given folder.
 """
 
+import fnmatch
 import glob
 import hashlib
 import json
@@ -117,19 +118,27 @@ def find_local_files(source: str) -> list[Path]:
     FileNotFoundError if the source names nothing, ValueError if it has no text, and OSError or ValueError if
     a file cannot be read."""
     path = Path(source)
-    if not source or not (path.exists() or glob.glob(str(path), recursive=True)):
+    if path.is_dir() and source:
+        found = sorted(walk(path, set()))
+    elif path.exists():
+        found = [path] if source else []
+    elif path.parts.count("**") == 1:  # glob would follow links in circles
+        at = path.parts.index("**")
+        names, seen = path.parts[at + 1 :] or ("*",), set()
+        roots = map(Path, sorted(glob.glob(str(Path(*path.parts[:at])))))
+        inside = [p for root in roots if root.is_dir() for p in walk(root, seen)]
+        found = [p for p in inside if all(map(fnmatch.fnmatch, p.parts[-len(names) :], names))]
+    else:  # a glob leaves hidden files out by itself, unless its pattern names them
+        found = list(map(Path, sorted(glob.glob(str(path)))))
+    if not found and not (source and path.is_dir()):
         raise FileNotFoundError(
             f"--source is {source!r}; it must be a file, folder or glob that exists, or one of "
             f"{', '.join([*HUB_SOURCES, *TOKENIZED_SOURCES])}, tiny-shakespeare, pydocs, hf:org/name"
         )
-    if path.is_dir():
-        found = sorted(walk(path, set()))
-    else:  # a glob leaves hidden files out by itself, unless its pattern names them
-        found = [path] if path.exists() else list(map(Path, sorted(glob.glob(str(path), recursive=True))))
     taken: dict[Path, Path] = {}  # by the path that links lead to
     left_out: Counter = Counter()
     for p in found:
-        if path.is_dir() and p.name.startswith("."):
+        if (path.is_dir() or "**" in path.parts) and p.name.startswith("."):
             left_out["hidden"] += 1
         elif p != path and EDITORS_COPY.fullmatch(p.name):
             left_out["copies of editors"] += 1

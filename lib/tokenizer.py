@@ -214,16 +214,22 @@ def build_hf_files(positions: int, own: dict[str, str] | None = None) -> dict[st
     return built | (own or {})
 
 
+def remove_code(content: dict) -> dict:
+    return {key: value for key, value in content.items() if key not in CODE}
+
+
 def read_hf_files(folder: Path) -> dict[str, str]:
     """Returns the tokenizer's files of a model directory, by name, and its generation_config.json: what the
     checkpoints of a run that began with it keep. Without references to code."""
     texts = {}
     for path in (folder / name for name in HF_FILES):
         if path.is_file():
-            texts[path.name] = path.read_text(encoding="utf-8")
-            if any(f'"{key}"' in texts[path.name] for key in CODE) and path.name.endswith("config.json"):
-                kept = {key: value for key, value in json.loads(texts[path.name]).items() if key not in CODE}
-                texts[path.name] = json.dumps(kept, indent=2)
+            try:
+                text = texts[path.name] = path.read_text(encoding="utf-8-sig")
+                if path.name.endswith("config.json") and any(f'"{key}"' in text for key in CODE):
+                    texts[path.name] = json.dumps(json.loads(text, object_hook=remove_code), indent=2)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path} is not JSON in UTF-8: {error}") from error
     return texts
 
 
@@ -244,15 +250,15 @@ def check_hf_files(folder: Path, texts: dict[str, str]):
             what = f"token {wrong[0]} is {theirs.get(wrong[0])!r}, not {tokens[wrong[0]]!r}"
         elif merges and merges != tokens[256:END_OF_TEXT]:
             what = "the merges come in another order"
-        elif rules and rules != (None, "ByteLevel"):
-            what = f"normalizer and pre_tokenizer are {rules}"
+        elif rules and rules != (None, "ByteLevel", False, True):
+            what = f"normalizer, pre_tokenizer, add_prefix_space and use_regex are {rules}"
         if what:
             raise ValueError(f"{folder / name} is not GPT-2's tokenizer, the only one used here: {what}")
 
 
 def parse_hf_file(name: str, text: str) -> tuple[dict[int, str] | None, list[str] | None, tuple | None]:
     """Returns what a tokenizer's file tells: the tokens by id; the tokens that its merges make, in their
-    order; the types of normalizer and pre_tokenizer."""
+    order; the types of normalizer and pre_tokenizer, and the latter's rules."""
     if name == "merges.txt":
         lines = [line for line in text.splitlines() if line and not line.startswith("#version:")]
         return None, [line.replace(" ", "") for line in lines], None
@@ -261,5 +267,7 @@ def parse_hf_file(name: str, text: str) -> tuple[dict[int, str] | None, list[str
         return {id: token for token, id in content.items()}, None, None
     vocab = content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
     merges = ["".join(merge).replace(" ", "") for merge in content["model"]["merges"]]  # pairs, or "a b"
-    rules = tuple((content.get(key) or {}).get("type") for key in ("normalizer", "pre_tokenizer"))
+    splitter = content.get("pre_tokenizer") or {}
+    rules = ((content.get("normalizer") or {}).get("type"), splitter.get("type"))
+    rules += (splitter.get("add_prefix_space", True), splitter.get("use_regex", True))
     return {id: token for token, id in vocab.items()}, merges, rules

@@ -31,6 +31,7 @@ def setenv(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]):
         (TORCHRUN, Group(1, 2, 1, "node7", 29500)),
         (TORCHRUN | {"LOCAL_RANK": ""}, Group(1, 2, 0, "node7", 29500)),  # Kubernetes' PyTorchJob
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "1"}, Group(1, 2, 1, "node7", 29500)),
+        (TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1"}, Group(0, 1, 1, "127.0.0.1", 29500)),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "2"}, Group(1, 2, 1, "127.0.0.1", 29500)),
     ],
 )
@@ -53,6 +54,10 @@ def test_a_process_knows_its_group(monkeypatch, variables, group):
             "the variable WORLD_SIZE is '0'; it must be a whole number, at least 1",
         ),
         (TORCHRUN | {"LOCAL_RANK": "gpu0"}, "the variable LOCAL_RANK is 'gpu0'"),
+        (
+            TORCHRUN | {"MASTER_PORT": "99999"},
+            "the variable MASTER_PORT is '99999'; it must be a whole number, 1 to",
+        ),
         (TORCHRUN | {"MASTER_PORT": "http"}, "the variable MASTER_PORT is 'http'"),
     ],
 )

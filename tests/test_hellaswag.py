@@ -463,3 +463,9 @@ def test_all_processes_of_a_training_get_the_items_or_the_reason_why_not(tmp_pat
     promised = ("http://127.0.0.1:9/nothing", data, files.hash_file(data), 1)
     monkeypatch.setattr(hellaswag.download, "__defaults__", promised)
     assert [load(process, is_needed=True) for process in ranks] == [ITEMS[:2]] * 2
+
+
+@pytest.mark.parametrize("target", ["no/such/x.json", "."])
+def test_a_target_that_cannot_be_written_is_refused_before_the_work(script, tmp_path, target):
+    done = script("hellaswag.py", "--model", "nothing", "--json", tmp_path / target)
+    assert done.returncode == 2 and "nothing can be written there" in done.stderr

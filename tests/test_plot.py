@@ -323,7 +323,7 @@ def test_the_command_prints_the_curves_of_each_run_and_draws_only_if_told(script
 
 
 @pytest.mark.parametrize(
-    "line", ["3 train", "three train 3.0", "3 train 3.0 4", "3 train much", "", "-1 train 3.0"]
+    "line", ["3 train", "three train 3.0", "3 train 3.0 4", "3 train much", "a note", "-1 train 3.0"]
 )
 def test_a_malformed_line_is_refused_with_file_and_number(tmp_path, line):
     run = make_run(tmp_path / "run", LOG + line + "\n9 train 1.0\n")

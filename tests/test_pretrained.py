@@ -426,14 +426,19 @@ def test_a_folder_with_a_peers_file_says_which_file_to_give(as_main, tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"model": {}}, "lacks 'config'"),
+        ({"model": {}}, "neither model_args nor config"),
+        (torch.zeros(3), "neither model_args nor config"),
+        ({"model": {1: torch.zeros(3)}, "model_args": dict(SHAPE)}, "not a dict of tensors by name"),
+        ({"model": {"a": [1]}, "model_args": dict(SHAPE)}, "not a dict of tensors by name"),
+        ({"model": {"module": torch.zeros(3)}, "model_args": dict(SHAPE)}, "no wte.weight"),
+        ({"model": {}, "model_args": {"n_layer": 2}}, "it lacks vocab_size, n_head, n_embd, block_size"),
         ({"model": {}, "config": {}}, "is not a checkpoint of nanoGPT"),
         ({"model": [], "model_args": dict(SHAPE)}, "is not a checkpoint of nanoGPT"),
         ({"model": {}, "model_args": dict(SHAPE)}, "no wte.weight"),
         ({"model": {}, "model_args": dict(SHAPE, use_rmsnorm=True)}, "use_rmsnorm"),
         ({"model": {}, "model_args": dict(SHAPE, n_layer="2")}, "n_layer is '2'"),
         ([1, 2], "is not a checkpoint of nanoGPT"),
-        ({"transformer.wte.weight": torch.ones(2, 2)}, "lacks 'config'"),
+        ({"transformer.wte.weight": torch.ones(2, 2)}, "neither model_args nor config"),
     ],
 )
 def test_another_file_of_torch_is_refused(content, said, tmp_path):

@@ -48,7 +48,7 @@ def test_json_of_another_shape_is_refused_with_file_and_field(tmp_path, text, me
 
 
 @pytest.mark.parametrize(
-    "line", ["3 train", "x train 1.0", "3 train much", "", "3 train 1.0 4", "\x00" * 9_000_000]
+    "line", ["3 train", "x train 1.0", "3 train much", "a note", "3 train 1.0 4", "\x00" * 9_000_000]
 )
 def test_a_damaged_log_is_refused_with_file_and_line(tmp_path, line):
     path = tmp_path / "log.txt"
@@ -56,6 +56,6 @@ def test_a_damaged_log_is_refused_with_file_and_line(tmp_path, line):
     with pytest.raises(ValueError, match=r"log\.txt, line 2: ") as error:
         list(run_log.read(path))
     assert len(str(error.value)) < 500
-    path.write_text("1 train 2.5\n2 val inf\n3 tra", encoding="utf-8")
+    path.write_text("1 train 2.5\n\n2 val inf\n3 tra", encoding="utf-8")
     facts = list(run_log.read(path))
     assert facts == [(1, "train", 2.5, "1 train 2.5"), (2, "val", float("inf"), "2 val inf")]

@@ -302,12 +302,18 @@ def test_memory_stays_constant_over_an_epoch_of_ten_billion_tokens(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "split", "seq_len"), [(10, "train", 10), (1, "train", 1), (1000, "train", 1024), (0, "val", 4)]
+    ("size", "split", "seq_len"), [(10, "train", 10), (1, "train", 1), (1000, "train", 1024)]
 )
 def test_a_split_shorter_than_a_window_is_refused_with_both_numbers(tmp_path, size, split, seq_len):
-    write_plain(tmp_path, [size or 100])
+    write_plain(tmp_path, [size])
     with pytest.raises(ValueError, match=rf"{size:,} tokens for {split}.* needs {seq_len + 1:,}"):
         ShardReader(tmp_path, split, seq_len)
+
+
+def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    write_plain(tmp_path, [100])
+    with pytest.raises(ValueError, match="has no val shard; the splits in it: train"):
+        ShardReader(tmp_path, "val", 4)
 
 
 @pytest.mark.parametrize("make", [lambda folder: None, lambda folder: folder.mkdir()])
@@ -483,6 +489,23 @@ def test_nanogpts_files_are_read(tmp_path):
     assert x.tolist() == [[*range(7, 306)]] and y.tolist() == [[*range(8, 307)]]
     assert ShardReader(tmp_path, "val", 49).num_tokens == 50
     assert isinstance(shards.open_entry(tmp_path, reader.entries[0]), np.memmap)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "reason"),
+    [
+        (".index", b"", "has 0 bytes; it must have 8 for each document"),
+        (".index", b"123", "has 3 bytes"),
+        (".metadata", b"gpt2|2\nabc", "metadata, line 2 is 'abc'; it must be the number of tokens"),
+        (".metadata", b"gpt2\xe9", "metadata, line 2 is ''"),
+    ],
+)
+def test_a_file_beside_datatroves_tokens_that_makes_no_sense_is_named(tmp_path, suffix, content, reason):
+    write_datatrove(tmp_path, "0.ds", count_up(300), metadata="")
+    (tmp_path / f"0.ds{suffix}").write_bytes(content)
+    with pytest.raises(ValueError) as refused:
+        ShardReader(tmp_path, "train", 16)
+    assert reason in str(refused.value)
 
 
 def test_llmcs_small_files_are_read(tmp_path):

@@ -19,7 +19,7 @@ from corpora import (
 )
 from hub_server import COMMIT, list_files
 
-from lib import shards
+from lib import shards, sources
 
 # -----------------------------------------------------------------------------
 # this disk
@@ -372,3 +372,15 @@ def test_downloads_of_an_older_revision_are_not_taken_for_the_newest(client, ser
     client(PREPARE, cfg=cfg)
     assert shards.verify(tmp_path)["revision"] == newer
     assert decode_shards(tmp_path) == ["new"] * 50
+
+
+def test_a_glob_follows_no_link_in_a_circle_and_counts_hidden_files(tmp_path, capsys):
+    inner = tmp_path / "src" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "a.txt").write_text("one", encoding="utf-8")
+    (inner / ".b.txt").write_text("two", encoding="utf-8")
+    for name in ("loop", "again"):
+        (inner / name).symlink_to(tmp_path / "src")
+    for pattern in ("**", "**/*.txt", "**/inner/*.txt"):
+        assert sources.find_local_files(str(tmp_path / "src" / pattern)) == [inner / "a.txt"]
+        assert "1 files, 3 bytes; left out: 1 hidden" in capsys.readouterr().out
