@@ -94,6 +94,7 @@ def test_a_run_that_is_killed_again_and_again_has_the_same_end(
         shutil.rmtree(run)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(2)
 @pytest.mark.timeout(600)
 def test_pruning_that_is_killed_leaves_what_is_to_stay_and_the_run_goes_on(
@@ -215,6 +216,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_reason_to_stop(config, t
 LIMITS = {"model.safetensors": 300_000, "optimizer.safetensors": 1_000_000, "tokenizer.json": 1_700_000}
 
 
+@pytest.mark.slow
 @pytest.mark.fault(3)
 @pytest.mark.parametrize("world_size, tries", [(1, (1, 9)), (2, (1, 3))])
 def test_a_disk_that_fills_up_amid_a_file_leaves_the_old_checkpoints(
@@ -337,7 +339,7 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_it_goes_on_to_the_same_end
         else:
             assert codes == [128 + number] * world_size, training.printed()
             assert f"{number.name} was received" in training.printed(0)
-            assert "To go on: --resume" in training.printed(0)
+            assert "train_gpt2.py --resume" in training.printed(0)
             saved = steps_of(run)
             assert saved[-1] == len(lines_of(run)) < 32
             assert saved == [7] if place == "step" else set(saved[:-1]) in ({8, 16}, {8, 16, 24})
@@ -502,6 +504,7 @@ def test_a_process_that_hangs_is_named(launch, config, tally):
 # 10, 11: resuming
 
 
+@pytest.mark.slow
 @pytest.mark.fault(10)
 @pytest.mark.timeout(900)
 def test_a_run_that_is_resumed_at_any_step_and_then_again_has_the_same_end(every_step, tmp_path, tally):

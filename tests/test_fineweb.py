@@ -258,6 +258,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("files", "part_bytes", "options"), KINDS.values(), ids=KINDS.keys())
 @pytest.mark.fault(17)
 def test_a_run_that_is_killed_at_any_rename_continues(

@@ -64,7 +64,7 @@ def test_a_run_that_has_had_its_hours_saves_stops_and_goes_on_to_the_same_end(
     training = launch(config, "--max-hours", "1", world_size=world_size, patches=[late])
     assert training.wait() == [4] * world_size, training.printed()
     run, printed = Path(config.log_dir) / "run", training.printed(0)
-    assert "stopping: it has run for --max-hours 1\n" in printed and "To go on: --resume" in printed
+    assert "stopping: it has run for --max-hours 1\n" in printed and "train_gpt2.py --resume" in printed
     assert [path.name for path in checkpoint.list_steps(run)] == ["step_000004", "step_000007"]
 
     again = launch(None, "--resume", str(run), world_size=world_size)  # with an hour of its own

@@ -218,6 +218,7 @@ def test_an_interrupted_part_is_taken_up_after_any_of_its_shards(tmp_path, shard
         assert read_files(tmp_path / str(done)) == expected, f"after {done} shards"
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.integers(0, 60), min_size=1, max_size=12),
