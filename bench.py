@@ -21,7 +21,6 @@ hellaswag), or of reading the weights for a product with one row (generate).
 import lib.startup  # noqa: F401
 
 import gc
-import math
 import multiprocessing
 import os
 import platform
@@ -82,8 +81,7 @@ class Result:
 
     @property
     def ratio(self) -> float:
-        better, worse = (self.ours, self.baseline)[:: 1 if self.higher_is_better else -1]
-        return better / worse if worse > 0 else math.nan
+        return self.ours / self.baseline if self.higher_is_better else self.baseline / self.ours
 
 
 class Bench:

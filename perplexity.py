@@ -45,7 +45,9 @@ from model import GPT
 
 @dataclass(frozen=True)
 class Config:
-    data: cli.PathName = cli.knob(dataclasses.MISSING, "A text file, or a folder of token shards.")
+    data: cli.PathName = cli.knob(
+        dataclasses.MISSING, "A file of text, JSON lines or parquet, or a folder of shards."
+    )
     model: cli.PathName = cli.knob(
         "", "A checkpoint, run folder, size (gpt2) or Hub id; by default the newest run."
     )

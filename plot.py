@@ -58,7 +58,7 @@ SETTINGS = {
     "total_batch_tokens": int,
     "init_from": str | None,
     "model_size": str | None,
-    "n_layer": int | None,
+    **dict.fromkeys(("n_layer", "n_head", "n_embd"), int | None),
 }
 
 

@@ -33,7 +33,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from lib import console
-from lib.environment import is_spokesman
+from lib.environment import is_local_main
 
 C = TypeVar("C")
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -143,7 +143,7 @@ def run(main: Callable[[], Any], interrupted: str = "interrupted", outlives_cons
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        if is_spokesman():
+        if is_local_main():
             print(f"\n{script}: {interrupted}", file=sys.stderr, flush=True)
         os._exit(130)  # without waiting for threads: a download may be under way
     except (ValueError, OSError) as error:
@@ -153,7 +153,7 @@ def run(main: Callable[[], Any], interrupted: str = "interrupted", outlives_cons
         if len(reason) > 2000:  # a message of a library may hold a file's content
             reason = f"{reason[:1500]} ... {reason[-400:]}"
         reason = f"{script}{f' (rank {rank})' if rank != '0' else ''}: {reason}"
-        if is_spokesman():
+        if is_local_main():
             print(reason, file=sys.stderr)
         report_to_torchrun(reason)
         sys.exit(2)

@@ -59,16 +59,11 @@ def read_group() -> Group | None:
     # torchrun names this machine as its address; the name may not resolve.
     is_one_machine = world_size in (1, read_number("LOCAL_WORLD_SIZE", 0))
     address = "127.0.0.1" if is_one_machine else os.environ["MASTER_ADDR"]
-    return Group(
-        rank,
-        world_size,
-        read_number("LOCAL_RANK", 0),
-        address,
-        read_number("MASTER_PORT", at_least=1, at_most=65535),
-    )
+    port = read_number("MASTER_PORT", at_least=1, at_most=65535)
+    return Group(rank, world_size, read_number("LOCAL_RANK", 0), address, port)
 
 
-def is_spokesman() -> bool:
+def is_local_main() -> bool:
     """Whether this process prints for those of its group on this machine; one without a group does."""
     in_group = os.environ.get("RANK") and os.environ.get("WORLD_SIZE")
     return not in_group or os.environ.get("LOCAL_RANK", "") in ("", "0")
@@ -78,15 +73,10 @@ def read_share() -> tuple[int, int]:
     """This process's rank and their number, of a SLURM array, of torchrun or set by hand; (0, 1) without."""
     env = os.environ
     if env.get("SLURM_ARRAY_TASK_ID") and not env.get("RANK"):
-        first, step = (
-            read_number("SLURM_ARRAY_TASK_MIN", 0),
-            read_number("SLURM_ARRAY_TASK_STEP", 1, at_least=1),
-        )
-        rank, count = (
-            read_number("SLURM_ARRAY_TASK_ID") - first,
-            read_number("SLURM_ARRAY_TASK_COUNT", at_least=1),
-        )
-        rank //= step
+        first = read_number("SLURM_ARRAY_TASK_MIN", 0)
+        step = read_number("SLURM_ARRAY_TASK_STEP", 1, at_least=1)
+        count = read_number("SLURM_ARRAY_TASK_COUNT", at_least=1)
+        rank = (read_number("SLURM_ARRAY_TASK_ID") - first) // step
         if not 0 <= rank < count:
             raise ValueError(f"the SLURM array has {count} tasks; this is number {rank}: give it 0 to n - 1")
         return rank, count

@@ -390,5 +390,4 @@ class Saver:
             yield from self.poll()
         self._prune()  # an upload may have held an old checkpoint
         if self.unsent:
-            again = cli.format_command("--resume", self.run)
-            yield f"{self.unsent.name} is not on the Hub; to send it: {again}"
+            yield f"{self.unsent.name} is not on the Hub; to send it: {report.suggest_resume(self.run)}"

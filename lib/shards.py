@@ -61,7 +61,7 @@ def load_manifest(path: Path) -> dict:
         if manifest["format"] != FORMAT_VERSION:
             raise ValueError(f"format is {manifest['format']}; this code reads format {FORMAT_VERSION}")
         schema.check_fields(manifest, MANIFEST_FIELDS, "manifest")
-        if (vocabulary := manifest.get("tokenizer", {}).get("name", "gpt2")) != "gpt2":
+        if (vocabulary := (manifest.get("tokenizer") or {}).get("name", "gpt2")) != "gpt2":
             raise ValueError(f"tokenizer.name is {vocabulary!r}; this code reads GPT-2's tokens")
         seen = set()
         for number, entry in enumerate(manifest["shards"]):

@@ -117,11 +117,11 @@ def find_local_files(source: str) -> list[Path]:
     many it leaves out for which reason. A file that links lead to twice is taken once. Raises
     FileNotFoundError if the source names nothing, ValueError if it has no text, and OSError or ValueError if
     a file cannot be read."""
-    path = Path(source)
-    if path.is_dir() and source:
+    path = Path(source or "no source")  # "" would be the current folder
+    if path.is_dir():
         found = sorted(walk(path, set()))
     elif path.exists():
-        found = [path] if source else []
+        found = [path]
     elif path.parts.count("**") == 1:  # glob would follow links in circles
         at = path.parts.index("**")
         names, seen = path.parts[at + 1 :] or ("*",), set()
@@ -130,7 +130,7 @@ def find_local_files(source: str) -> list[Path]:
         found = [p for p in inside if all(map(fnmatch.fnmatch, p.parts[-len(names) :], names))]
     else:  # a glob leaves hidden files out by itself, unless its pattern names them
         found = list(map(Path, sorted(glob.glob(str(path)))))
-    if not found and not (source and path.is_dir()):
+    if not found and not path.is_dir():
         raise FileNotFoundError(
             f"--source is {source!r}; it must be a file, folder or glob that exists, or one of "
             f"{', '.join([*HUB_SOURCES, *TOKENIZED_SOURCES])}, tiny-shakespeare, pydocs, hf:org/name"

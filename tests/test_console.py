@@ -202,10 +202,14 @@ def test_what_to_do_next_is_to_be_pasted_in_any_folder(tmp_path, monkeypatch):
 
 def test_a_refusal_is_the_last_thing_under_torchrun(tmp_path):
     torchrun = "{python} -m torch.distributed.run --standalone --nproc-per-node 1"
-    done = sh(f"{torchrun} {{root}}/train_gpt2.py demo --batch-size 3 --log-dir {tmp_path}")
-    *_, reason, rule = done.stderr.rstrip().splitlines()
-    assert done.returncode == 1 and set(rule) == {"="}
-    assert "traceback : train_gpt2.py: --total-batch-tokens 4096 is no multiple of" in reason
+    for words, reason in (
+        ("--batch-size 3", "traceback : train_gpt2.py: --total-batch-tokens 4096 is no multiple of"),
+        ("--nonsense 3", "Unrecognized options: --nonsense"),
+    ):
+        done = sh(f"{torchrun} {{root}}/train_gpt2.py demo {words} --log-dir {tmp_path}")
+        *_, rule = report = done.stderr.rstrip().splitlines()[-20:]
+        assert done.returncode == 1 and set(rule) == {"="}
+        assert reason in "\n".join(report)
 
 
 def test_a_long_message_is_cut(monkeypatch, capsys):

@@ -23,81 +23,73 @@ def setenv(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]):
 
 
 @pytest.mark.parametrize(
-    ("variables", "group"),
+    ("read", "variables", "expected"),
     [
-        ({}, None),
-        ({"WORLD_SIZE": "1", "MASTER_ADDR": "node7"}, None),  # as some clusters' images have it
-        ({"RANK": "", "WORLD_SIZE": ""}, None),
-        (TORCHRUN, Group(1, 2, 1, "node7", 29500)),
-        (TORCHRUN | {"LOCAL_RANK": ""}, Group(1, 2, 0, "node7", 29500)),  # Kubernetes' PyTorchJob
-        (TORCHRUN | {"LOCAL_WORLD_SIZE": "1"}, Group(1, 2, 1, "node7", 29500)),
-        (TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1"}, Group(0, 1, 1, "127.0.0.1", 29500)),
-        (TORCHRUN | {"LOCAL_WORLD_SIZE": "2"}, Group(1, 2, 1, "127.0.0.1", 29500)),
+        (read_group, {}, None),
+        (read_group, {"WORLD_SIZE": "1", "MASTER_ADDR": "node7"}, None),  # as some clusters' images have it
+        (read_group, {"RANK": "", "WORLD_SIZE": ""}, None),
+        (read_group, TORCHRUN, Group(1, 2, 1, "node7", 29500)),
+        (read_group, TORCHRUN | {"LOCAL_RANK": ""}, Group(1, 2, 0, "node7", 29500)),  # Kubernetes' PyTorchJob
+        (read_group, TORCHRUN | {"LOCAL_WORLD_SIZE": "1"}, Group(1, 2, 1, "node7", 29500)),
+        (read_group, TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1"}, Group(0, 1, 1, "127.0.0.1", 29500)),
+        (read_group, TORCHRUN | {"LOCAL_WORLD_SIZE": "2"}, Group(1, 2, 1, "127.0.0.1", 29500)),
+        (read_share, {}, (0, 1)),
+        (read_share, {"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+        (read_share, ARRAY, (3, 9)),
+        (read_share, ARRAY | {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "2"}, (1, 9)),
+        (read_share, ARRAY | {"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),  # torchrun inside an array
     ],
 )
-def test_a_process_knows_its_group(monkeypatch, variables, group):
+def test_a_process_knows_its_group_and_its_share(monkeypatch, read, variables, expected):
     setenv(monkeypatch, variables)
-    assert read_group() == group
+    assert read() == expected
 
 
 @pytest.mark.parametrize(
-    ("variables", "reason"),
+    ("read", "variables", "reason"),
     [
-        ({"RANK": "0"}, "RANK in the environment, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start with"),
-        ({"WORLD_SIZE": "8"}, "WORLD_SIZE in the environment, but not RANK"),
-        (TORCHRUN | {"MASTER_PORT": ""}, "but not MASTER_PORT"),
-        (TORCHRUN | {"RANK": "2"}, "the variable RANK is 2; WORLD_SIZE is 2: it must be smaller"),
-        (TORCHRUN | {"RANK": "-1"}, "the variable RANK is '-1'; it must be a whole number, at least 0"),
-        (TORCHRUN | {"RANK": "one"}, "the variable RANK is 'one'"),
         (
+            read_group,
+            {"RANK": "0"},
+            "RANK in the environment, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start with",
+        ),
+        (read_group, {"WORLD_SIZE": "8"}, "WORLD_SIZE in the environment, but not RANK"),
+        (read_group, TORCHRUN | {"MASTER_PORT": ""}, "but not MASTER_PORT"),
+        (read_group, TORCHRUN | {"RANK": "2"}, "the variable RANK is 2; WORLD_SIZE is 2: it must be smaller"),
+        (
+            read_group,
+            TORCHRUN | {"RANK": "-1"},
+            "the variable RANK is '-1'; it must be a whole number, at least 0",
+        ),
+        (read_group, TORCHRUN | {"RANK": "one"}, "the variable RANK is 'one'"),
+        (
+            read_group,
             TORCHRUN | {"WORLD_SIZE": "0"},
             "the variable WORLD_SIZE is '0'; it must be a whole number, at least 1",
         ),
-        (TORCHRUN | {"LOCAL_RANK": "gpu0"}, "the variable LOCAL_RANK is 'gpu0'"),
+        (read_group, TORCHRUN | {"LOCAL_RANK": "gpu0"}, "the variable LOCAL_RANK is 'gpu0'"),
         (
+            read_group,
             TORCHRUN | {"MASTER_PORT": "99999"},
             "the variable MASTER_PORT is '99999'; it must be a whole number, 1 to",
         ),
-        (TORCHRUN | {"MASTER_PORT": "http"}, "the variable MASTER_PORT is 'http'"),
+        (read_group, TORCHRUN | {"MASTER_PORT": "http"}, "the variable MASTER_PORT is 'http'"),
+        (read_share, {"RANK": "3"}, "the variable WORLD_SIZE is ''"),
+        (read_share, {"WORLD_SIZE": "3"}, "the variable RANK is ''"),
+        (read_share, {"RANK": "3", "WORLD_SIZE": "3"}, "RANK is 3; WORLD_SIZE is 3"),
+        (read_share, ARRAY | {"SLURM_ARRAY_TASK_COUNT": ""}, "the variable SLURM_ARRAY_TASK_COUNT is ''"),
+        (
+            read_share,
+            ARRAY | {"SLURM_ARRAY_TASK_COUNT": "2"},
+            "the SLURM array has 2 tasks; this is number 3",
+        ),
+        (read_share, ARRAY | {"SLURM_ARRAY_TASK_STEP": "0"}, "the variable SLURM_ARRAY_TASK_STEP is '0'"),
     ],
 )
-def test_half_a_group_is_refused_by_name(monkeypatch, variables, reason):
+def test_variables_that_make_no_sense_are_refused_by_name(monkeypatch, read, variables, reason):
     setenv(monkeypatch, variables)
     with pytest.raises(ValueError) as refused:
-        read_group()
-    assert reason in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("variables", "share"),
-    [
-        ({}, (0, 1)),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
-        (ARRAY, (3, 9)),
-        (ARRAY | {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "2"}, (1, 9)),
-        (ARRAY | {"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),  # torchrun inside an array
-    ],
-)
-def test_a_process_knows_its_share(monkeypatch, variables, share):
-    setenv(monkeypatch, variables)
-    assert read_share() == share
-
-
-@pytest.mark.parametrize(
-    ("variables", "reason"),
-    [
-        ({"RANK": "3"}, "the variable WORLD_SIZE is ''"),
-        ({"WORLD_SIZE": "3"}, "the variable RANK is ''"),
-        ({"RANK": "3", "WORLD_SIZE": "3"}, "RANK is 3; WORLD_SIZE is 3"),
-        (ARRAY | {"SLURM_ARRAY_TASK_COUNT": ""}, "the variable SLURM_ARRAY_TASK_COUNT is ''"),
-        (ARRAY | {"SLURM_ARRAY_TASK_COUNT": "2"}, "the SLURM array has 2 tasks; this is number 3"),
-        (ARRAY | {"SLURM_ARRAY_TASK_STEP": "0"}, "the variable SLURM_ARRAY_TASK_STEP is '0'"),
-    ],
-)
-def test_a_share_that_makes_no_sense_is_refused(monkeypatch, variables, reason):
-    setenv(monkeypatch, variables)
-    with pytest.raises(ValueError) as refused:
-        read_share()
+        read()
     assert reason in str(refused.value)
 
 
