@@ -456,6 +456,12 @@ def test_a_damaged_manifest_is_refused_by_name(tmp_path, damage):
             check(tmp_path)
 
 
+def test_a_manifest_that_does_not_name_its_tokenizer_is_taken(tmp_path):
+    manifest = write(tmp_path, count_up(300)) | {"tokenizer": None}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert ShardReader(tmp_path, "train", 4).num_tokens > 0
+
+
 def test_a_manifests_fault_is_named_by_its_field(tmp_path):
     manifest = write(tmp_path, count_up(300))
     del manifest["shards"][1]["tokens"]
