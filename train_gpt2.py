@@ -34,10 +34,10 @@ from tqdm import tqdm
 import hellaswag
 from lib import checkpoint, cli, parallel, plan, processes, report, runs, shards, stops, tokenizer, trackers
 from lib.cli import format_path, knob
-from lib.device import autocast, pick_dtype, versions
+from lib.device import autocast, cudnn_attention, pick_dtype, versions
 from lib.hub_runs import check_targets
 from lib.hub_shards import open_data
-from lib.optimizers import Optimizers
+from lib.optimizers import Muon, Optimizers
 from lib.processes import Process
 from lib.run_folder import choose_folder
 from model import GPT
@@ -137,8 +137,6 @@ def check(cfg: Config, world_size: int, device_type: str = "cpu"):
     cli.check_bounds(cfg)
     if not cfg.eval_only:
         trackers.check(cfg.tracker)
-    if cfg.fsdp and cfg.optimizer == "muon":
-        raise ValueError("--optimizer muon takes whole matrices; --fsdp shards them: use --optimizer adamw")
     if cfg.eval_only and cfg.resume in ("", "newest") and not cfg.init_from:
         raise ValueError("--eval-only needs a model: give --resume or --init-from")
     if cfg.eval_only and not (cfg.val_every or cfg.hellaswag_every or cfg.sample_every):
@@ -170,10 +168,7 @@ def make_optimizers(cfg: Config, model: GPT) -> list[torch.optim.Optimizer]:
     ]
     lr, decay = cfg.learning_rate, cfg.weight_decay
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    optimizers: list[torch.optim.Optimizer] = [adamw]
-    if hidden:
-        optimizers.append(torch.optim.Muon(hidden.values(), lr, decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+    return [adamw, Muon(hidden.values(), lr, decay)] if hidden else [adamw]
 
 
 def get_lr(step: int, cfg: Config) -> float:
@@ -224,10 +219,12 @@ def validation_loss(model: GPT, reader: shards.ShardReader, val_tokens: int, pro
     seq_len = reader.seq_len
     windows = min(reader.num_windows, max(1, val_tokens // seq_len))
     positions, rows = range(0, windows * seq_len, seq_len), max(1, VAL_BATCH_TOKENS // seq_len)
-    mine, total = range(0, windows, rows)[process.rank :: process.world_size], 0.0
+    mine, losses = range(0, windows, rows)[process.rank :: process.world_size], []
     for i in tqdm(mine, "validation", leave=False, disable=process.rank > 0 or None):
         x, y = (t.to(process.device) for t in reader.read(positions[i : i + rows]))
-        total += model(x, y).item() * x.size(0)  # exact: float32 values in a float64 sum
+        losses.append(model(x, y))  # it stays on the device: reading each would let a GPU run dry
+    values = torch.stack(losses).tolist() if losses else []
+    total = sum(loss * len(positions[i : i + rows]) for loss, i in zip(values, mine))  # exact: in float64
     return process.all_reduce(total)[0] / windows
 
 
@@ -245,7 +242,7 @@ def evaluate(setup: Setup, model: GPT, step: int, due: set[str]) -> dict[str, fl
     """Runs the evaluations that are due; returns their figures by the log's streams."""
     cfg, process, figures = setup.cfg, setup.process, {}
     whole = parallel.unshard(model)
-    with setup.autocast:
+    with setup.autocast, cudnn_attention(False):
         if "val" in due and setup.val_data:
             figures["val"] = validation_loss(whole, setup.val_data, cfg.val_tokens, process)
             loss = report.format_finite(figures["val"], ".4f")
@@ -320,6 +317,7 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
     state, folder, train_data, model_config = setup.state, setup.folder, setup.train_data, setup.model.config
     device, rank, world_size = process.device, process.rank, process.world_size
     assert train_data
+    stack.enter_context(cudnn_attention(True))
     raw_model = parallel.place(setup.model, process, cfg.fsdp, cfg.reduce_dtype)
     raw_model.recompute = cfg.activation_checkpointing
     batch_size, why = plan.choose_batch_size(cfg, raw_model, setup.dtype, process)
@@ -384,19 +382,20 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
             train_loss += loss.detach()
             optimizers.backward(loss)
         norm = optimizers.clip(cfg.grad_clip)
-        # Beside the gradients', one all-reduce shares the loss and the votes to stop; item() waits for a GPU.
-        loss_sum, *votes = process.all_reduce(train_loss.item(), *watch.votes())
-        mean_loss = loss_sum / world_size
+        # Beside the gradients', one all-reduce shares the loss and the votes to stop. Here the CPU waits for
+        # the GPU, once per step: a bad step must be known before it changes the weights.
+        loss_sum, *votes = process.all_reduce(train_loss, *watch.votes())
+        mean_loss, norm = loss_sum / world_size, norm.item()
         verdict = stops.judge(mean_loss, norm, progress.recent_losses, cfg.spike_zscore, cfg.skip_spikes)
         if verdict.is_healthy:
             optimizers.step()
         optimizers.update_loss_scale()  # after a skipped step, too: an overflow lowers it
-        optimizers.zero_grad()
+        parallel.zero_gradients(model)
         seconds = time.perf_counter() - begin
 
         # ---- log
         toks = cfg.total_batch_tokens / seconds
-        run.log(step, train=mean_loss, lr=lr, norm=norm.item(), toks=toks, **verdict.streams)
+        run.log(step, train=mean_loss, lr=lr, norm=norm, toks=toks, **verdict.streams)
         for line in verdict.explain():
             process.print(f"step {step:>6} | {line}")
         progress.note_step(mean_loss, verdict, optimizers.can_overflow())
@@ -404,7 +403,7 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
         if watch.exit_code:
             process.print(f"stopping: {watch.reason}")
         run.print_news(step)
-        process.print(console.describe_step(step, mean_loss, lr, norm.item(), seconds))
+        process.print(console.describe_step(step, mean_loss, lr, norm, seconds))
 
     run.print_news(step, wait=True)
     run.close_tracker(watch.exit_code)  # before the others may end: torchrun gives rank 0 no time after that

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -44,6 +45,9 @@ def pick_device(name: str, spare_memory: bool = False) -> torch.device:
         raise ValueError(
             f"--device {name!r} cannot be used ({reason}); try cpu, cuda, cuda:1, mps or auto"
         ) from error
+    torch.backends.cuda.enable_cudnn_sdp(False)  # only training turns it on
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton and NCCL use the current device
     if device.type == "cpu" and not spare_memory and platform.libc_ver()[0] == "glibc":
         # By default glibc returns large freed buffers to the system and fetches them again page by page. That
         # took more than half of a training step on two cores (on the demo, 0.4 of the time remained).
@@ -61,6 +65,18 @@ def pick_device(name: str, spare_memory: bool = False) -> torch.device:
         # both with errors of 2e-6).
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
     return device
+
+
+@contextlib.contextmanager
+def cudnn_attention(is_on: bool) -> Iterator[None]:
+    """Whether attention may use cuDNN. On Hopper it is the fastest for training. But it plans each new shape,
+    which takes 0.05 to 0.4 s, and an evaluation has a thousand shapes."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(is_on)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def pick_dtype(name: str, device: torch.device, before: str | None = None) -> tuple[torch.dtype, str]:
@@ -121,7 +137,7 @@ def versions() -> str:
     with contextlib.suppress(OSError, IndexError):  # Linux has its full name
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         processor = re.findall(r"^model name\s*: (.*)", text, flags=re.MULTILINE)[0]
-    names = ("torch", "numpy", "tiktoken", "gigatoken", "transformers", "datasets", "huggingface_hub")
+    names = ("numpy", "tiktoken", "gigatoken", "transformers", "datasets", "huggingface_hub")
     packages = dict.fromkeys(names, "not installed")
     for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -129,6 +145,8 @@ def versions() -> str:
     facts = {
         "commit": commit,
         "python": platform.python_version(),
+        "torch": torch.__version__,  # with its build: the package's own version leaves out +cu130
+        "cuda": f"{torch.version.cuda or 'none'}, cuDNN {torch.backends.cudnn.version() or 'none'}",
         **packages,
         "system": platform.platform(),
         "cpu": f"{processor}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()}",

@@ -1,6 +1,6 @@
-"""Several optimizers that act as one, with the loss scaling that float16 needs.
+"""Muon; and several optimizers that act as one, with the loss scaling that float16 needs.
 
-    optimizers = Optimizers(model, [adamw, muon], torch.bfloat16)
+    optimizers = Optimizers(model, [adamw, Muon(matrices, 3e-3, 0.1)], torch.bfloat16)
     optimizers.set_lr(3e-4)
     optimizers.backward(loss)
     norm = optimizers.clip(1.0)
@@ -10,9 +10,86 @@ The order of the calls is the loop's in train_gpt2.py.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Muon's author (github.com/KellerJordan/Muon)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are orthogonalised (Jordan et al., 2024), scaled to the size of AdamW's steps
+    (Liu et al., 2025, arXiv:2502.16982, section 2.2).
+
+    It takes the steps of torch.optim.Muon with adjust_lr_fn="match_rms_adamw". That one orthogonalises a
+    matrix at a time on every process. Here all matrices of a shape are one batch, and the processes share it.
+    """
+
+    def __init__(self, matrices: Iterable[torch.Tensor], lr: float, weight_decay: float, momentum=0.95):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self, closure: None = None):
+        for group in self.param_groups:
+            same_shape: dict[torch.Size, list[torch.Tensor]] = {}
+            for matrix in group["params"]:
+                same_shape.setdefault(matrix.shape, []).append(matrix)
+            for shape, matrices in same_shape.items():
+                updates = [self.add_momentum(matrix, group["momentum"]) for matrix in matrices]
+                steps = orthogonalize_shared(torch.stack([gather(update.bfloat16()) for update in updates]))
+                for matrix, step in zip(matrices, steps):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.add_(shard_like(step, matrix), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+    def add_momentum(self, matrix: Any, momentum: float) -> torch.Tensor:
+        """The gradient with Nesterov's momentum."""
+        if not self.state[matrix]:
+            self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        buffer = self.state[matrix]["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
+        return matrix.grad.lerp(buffer, momentum)
+
+
+def orthogonalize(x: torch.Tensor) -> torch.Tensor:
+    """The nearest semi-orthogonal matrices to x (n, rows, columns), roughly: singular values near 1, by five
+    Newton-Schulz iterations."""
+    a, b, c = NEWTON_SCHULZ
+    if is_tall := x.size(1) > x.size(2):
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+def orthogonalize_shared(x: torch.Tensor) -> torch.Tensor:
+    """`orthogonalize`, of which each process computes a share and all get the whole. x must be the same on
+    all."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return orthogonalize(x)
+    count = -(-x.size(0) // dist.get_world_size())  # matrices of each process; the last ones may have fewer
+    mine = x.new_zeros(count, *x.shape[1:])
+    share = x[dist.get_rank() * count :][:count]
+    mine[: share.size(0)] = orthogonalize(share)
+    parts = mine.new_empty(count * dist.get_world_size(), *x.shape[1:])
+    dist.all_gather_into_tensor(parts, mine)
+    return parts[: x.size(0)]
+
+
+def gather(x: Any) -> torch.Tensor:
+    """The whole of a tensor that FSDP has sharded; any other tensor itself."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def shard_like(x: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """This process's part of x, if FSDP has sharded the parameter; else x."""
+    if not hasattr(parameter, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 class Optimizers:
@@ -38,8 +115,7 @@ class Optimizers:
         never). Returns the norm before."""
         for member in self.members:
             self.scaler.unscale_(member)
-        norm: Any = torch.nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards under FSDP
+        return gather(torch.nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf))
 
     def step(self):
         for member in self.members:
@@ -48,10 +124,6 @@ class Optimizers:
     def update_loss_scale(self):
         """Halves the loss scale after a float16 overflow, doubles it after 2,000 steps without one."""
         self.scaler.update()
-
-    def zero_grad(self):
-        for member in self.members:
-            member.zero_grad(set_to_none=True)
 
     def can_overflow(self) -> bool:
         """Whether gradients that are not finite may be a float16 overflow, which a lower loss scale mends."""

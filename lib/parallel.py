@@ -49,7 +49,7 @@ def wrap(
         with autocast:
             loss = module(*batch)
         loss.backward()
-        module.zero_grad(set_to_none=True)
+        zero_gradients(module)
     return module
 
 
@@ -83,11 +83,13 @@ def compile_blocks(model: GPT, batch: Batch, autocast: torch.autocast) -> str:
 
 
 def wrap_ddp(model: torch.nn.Module, reduce_dtype: str, device: torch.device) -> DistributedDataParallel:
-    """The model with gradients averaged over all processes (all-reduce), in buckets. In eager mode buckets
-    travel during the backward pass; a compiled backward pass is one graph, and they travel after it."""
+    """The model with gradients averaged over all processes (all-reduce), in buckets, which the gradients are
+    views of. In eager mode buckets travel during the backward pass; a compiled backward pass is one graph,
+    and they travel after it."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-    ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    devices = [device.index] if device.type == "cuda" else None
+    ddp = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     if reduce_dtype == "bfloat16":  # a lambda, because DDP refuses this hook by name on a CPU; gloo can do it
         ddp.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
     return ddp
@@ -130,3 +132,9 @@ def set_gradient_sync(model: torch.nn.Module, is_last: bool):
         model.require_backward_grad_sync = is_last
     elif is_sharded(model):
         model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+
+
+def zero_gradients(model: torch.nn.Module):
+    """Frees the gradients. Under DDP it sets them to zero instead, so that they remain views of its buckets:
+    freed ones would be accumulated elsewhere and copied there."""
+    model.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))

@@ -49,9 +49,11 @@ class Workload:
             process.device.type, cfg.fsdp, cfg.activation_checkpointing,
         )  # fmt: skip
 
-    def accumulates(self, batch_size: int) -> bool:
-        """Whether a micro-step finds gradients of an earlier one."""
-        return self.total_batch_tokens > batch_size * self.seq_len * self.world_size
+    def finds_gradients(self, batch_size: int) -> bool:
+        """Whether a micro-step's backward pass finds gradients: those of an earlier one, or the buckets of
+        DistributedDataParallel, in which they always lie."""
+        is_copied = self.world_size > 1 and not self.fsdp
+        return is_copied or self.total_batch_tokens > batch_size * self.seq_len * self.world_size
 
     @property
     def share(self) -> float:
@@ -65,18 +67,20 @@ class Workload:
         C, L, P = model_config.n_embd, model_config.n_layer, model_config.num_params
         N, embedding, matrices = batch_size * self.seq_len, model_config.padded_vocab_size * C, 12 * L * C * C
         on_cpu, is_cast = self.device_type == "cpu", width < 4
-        is_divided, is_copied = self.fsdp and self.world_size > 1, self.world_size > 1 and not self.fsdp
-        accumulates = self.accumulates(batch_size)
+        is_divided = self.fsdp and self.world_size > 1
+        finds_gradients = self.finds_gradients(batch_size)
 
-        # A layer keeps, in bytes per channel: the residual stream twice (float32), both LayerNorms' outputs,
-        # q, k, v, the attention's output, and the MLP's inside before and after GELU, four times as wide.
-        layer = 2 * 4 + 2 * width + 3 * width + width + 2 * 4 * width
+        # A layer keeps, in bytes per channel: the residual stream twice (CUDA's autocast makes it float32
+        # for LayerNorm), both LayerNorms' outputs, q, k, v, the attention's output, and the MLP's inside
+        # before and after GELU, four times as wide.
+        residual = width if on_cpu and self.dtype == torch.bfloat16 else 4
+        layer = 2 * residual + 2 * width + 3 * width + width + 2 * 4 * width
         if model_config.dropout and on_cpu:
             # Two masks; attention keeps T x T numbers three times. All of it is float32.
             layer += 2 * width + 3 * 4 * model_config.n_head * self.seq_len / C + 6 * is_cast
         elif model_config.dropout:  # two masks of bytes
             layer += 2
-        layers = 4 * L + layer if self.recompute else L * layer  # of all but one layer, the input only
+        layers = residual * L + layer if self.recompute else L * layer  # of all but one layer, the input only
         cast = matrices / L if self.recompute else matrices  # autocast's copies
         # LinearCrossEntropy holds the embedding's gradient and, if cast, its copy. To them it adds a chunk's
         # logits and log-softmax, or the chunk's share of the gradient (which a CPU casts, too).
@@ -90,17 +94,19 @@ class Workload:
             "weights": 4 * P * self.share,
             "gathered": (root + 2 * 4 * matrices / L) * is_divided,
             "optimizer": (8 * P - 4 * matrices * (self.optimizer == "muon")) * self.share,
-            "exchange": 4 * P * is_copied,  # DistributedDataParallel's buckets
         }
         at_loss = always | {
             "weights": 4 * P * self.share + width * cast * is_cast,
-            "gradients": 4 * P * self.share * accumulates,
+            "gradients": 4 * P * self.share * finds_gradients,
             "activations": N * C * (layers + 4 + 3 * width),
             "loss": max(at_logits, at_gradient),
         }
         # The embedding's gradient is the sum of two; FSDP shards it only when it is complete.
         at_end = always | {"gradients": 4 * (P * self.share + (3 if is_divided else 2) * embedding)}
-        parts = max(at_loss, at_end, key=lambda parts: sum(parts.values()))
+        # Muon's largest batch is a third of all matrices: their updates, and four tensors in bfloat16.
+        muon = (4 * self.share + 4 * 2) * matrices / 3 * (self.optimizer == "muon")
+        at_muon = always | {"gradients": 4 * P * self.share, "muon": muon}
+        parts = max(at_loss, at_end, at_muon, key=lambda parts: sum(parts.values()))
         if on_cpu:  # measured: torch's kernels, and holes in a heap that is never trimmed (pick_device)
             parts |= {"rest": 0.1 * sum(parts.values()) + 0.1e9}
         return {name: float(size) for name, size in parts.items() if size}
@@ -134,8 +140,8 @@ class Workload:
                 return sum(parts.values()) <= room
             if sum(parts.values()) > 1.3 * room:  # far too large to try
                 return False
-            beside, accumulates = parts["optimizer"] + parts.get("exchange", 0), self.accumulates(batch_size)
-            return peak_of_step(model, batch_size, self.seq_len, self.dtype, beside, accumulates) <= room
+            beside, finds_gradients = parts["optimizer"], self.finds_gradients(batch_size)
+            return peak_of_step(model, batch_size, self.seq_len, self.dtype, beside, finds_gradients) <= room
 
         account = (
             f"{how}: within {room / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are {source}, of which "

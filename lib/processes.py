@@ -11,6 +11,7 @@ Without torchrun there is one process, and all of this works, too.
 import contextlib
 import datetime
 import hashlib
+import math
 import os
 import secrets
 import signal
@@ -30,7 +31,7 @@ from lib.device import pick_device
 from lib.environment import read_group
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Process:
     """This process among the world_size that train together."""
 
@@ -38,6 +39,8 @@ class Process:
     world_size: int
     device: torch.device
     store: Store | None = None  # torchrun's key-value store, for messages outside of training
+    timeout_seconds: float = math.inf
+    all_reduces: int = 0  # begun so far
     is_orphan: threading.Event = field(default_factory=threading.Event)  # set when torchrun is gone
     is_over: threading.Event = field(default_factory=threading.Event)  # set at the end
     began: float = field(default_factory=time.monotonic)
@@ -47,12 +50,13 @@ class Process:
         if self.rank == 0:
             print(text, flush=True)
 
-    def all_reduce(self, *values: float) -> list[float]:
-        """Each value summed over all processes."""
+    def all_reduce(self, *values: float | torch.Tensor) -> list[float]:
+        """Each value summed over all processes. Scalar tensors may lie on the device, which is read once."""
+        self.all_reduces += 1
         if self.world_size == 1:
-            return list(values)
+            return [float(value) for value in values]
         kind = torch.float32 if self.device.type == "mps" else torch.float64
-        totals = torch.tensor(values, dtype=kind, device=self.device)
+        totals = torch.stack([torch.as_tensor(value, dtype=kind, device=self.device) for value in values])
         dist.all_reduce(totals)
         return totals.tolist()
 
@@ -79,13 +83,35 @@ class Process:
             dist.destroy_process_group()
 
     def send_heartbeats(self):
-        """Counts seconds in the store until the end. A store that is gone means that torchrun was killed."""
+        """Counts seconds and all-reduces in the store until the end. A store that is gone means that torchrun
+        was killed. Names a rank that hangs: under NCCL the others end without an exception."""
+        sent, seen, named = 0, {}, set()
         with contextlib.suppress(RuntimeError):
             while self.store:
+                begun = self.all_reduces
                 self.store.add(f"seconds of rank {self.rank}", 1)
+                self.store.add(f"all-reduces of rank {self.rank}", begun - sent)
+                for rank in set(self.find_late(seen)) - named:
+                    text = f"rank {rank} has not come to the all-reduce for which rank {self.rank} waits"
+                    bound = f"the run ends after --timeout-seconds {self.timeout_seconds:g}"
+                    print(f"{text}; {bound}", file=sys.stderr, flush=True)
+                    named.add(rank)
+                sent = begun
                 if self.is_over.wait(1):
                     return
         self.is_orphan.set()
+
+    def find_late(self, seen: dict[int, tuple[int, float]]) -> list[int]:
+        """The ranks for which this one has waited for half of the timeout. Rank 0 watches all, rank 1 watches
+        rank 0. seen: each watched rank's all-reduces, and when their number was not yet late."""
+        watched = range(1, self.world_size) if self.rank == 0 else range(self.rank == 1)
+        now = time.monotonic()
+        for rank in watched:
+            assert self.store
+            count = self.store.add(f"all-reduces of rank {rank}", 0)
+            if rank not in seen or count != seen[rank][0] or count >= self.all_reduces:
+                seen[rank] = count, now
+        return [rank for rank, (_, since) in seen.items() if now - since > self.timeout_seconds / 2]
 
     def find_silent(self) -> str:
         """Names the ranks whose heartbeats have stopped. Takes 2.5 to 4 seconds."""
@@ -158,7 +184,7 @@ def join_group(device_name: str, timeout_seconds: float, spare_memory: bool) -> 
         torch.cuda.set_device(device)
         options["device_id"] = device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
-    return Process(rank, world_size, device, store)
+    return Process(rank, world_size, device, store, timeout_seconds)
 
 
 def rendezvous(store: Store, rank: int, world_size: int, timeout_seconds: float) -> str:

@@ -21,8 +21,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lib.processes import Process
 
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
@@ -138,10 +136,10 @@ class Verdict:
 
 
 def judge(
-    loss: float, norm: torch.Tensor, recent: Collection[float], spike_zscore: float, skip_spikes: bool
+    loss: float, norm: float, recent: Collection[float], spike_zscore: float, skip_spikes: bool
 ) -> Verdict:
     """Judges a step by its loss and gradient norm, which are the same on all processes. A loss spike_zscore
     standard deviations above the recent ones' mean is a spike (0: none is)."""
     is_loss_finite, z = math.isfinite(loss), z_score(loss, recent)
-    is_finite, is_spike = is_loss_finite and bool(norm.isfinite()), z > spike_zscore > 0
+    is_finite, is_spike = is_loss_finite and math.isfinite(norm), z > spike_zscore > 0
     return Verdict(is_loss_finite, is_finite, is_spike, z, is_finite and not (is_spike and skip_spikes))

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 import hellaswag
-from lib import checkpoint, files, run_folder, shards
+from lib import checkpoint, files, parallel, run_folder, shards
 from model import GPT, Block
 from train_gpt2 import Config
 
@@ -72,6 +72,14 @@ def hold_in_step(step: int, folder: Path, on_rank: int = 0):
             wait_to_go_on(folder)
 
     each_training_forward(hold)
+
+
+def hold_before_evaluation(folder: Path, on_rank: int):
+    def hold(model: GPT):
+        if rank() == on_rank:
+            wait_to_go_on(folder)
+
+    before(parallel, "unshard", hold)
 
 
 def hold_in_save(step: int, folder: Path):
@@ -162,6 +170,19 @@ def note_shards(folder: Path):
     before(Block, "forward", look)
     before(torch.distributed, "reduce_scatter_single", exchanged)
     before(torch.amp.GradScaler, "step", lambda scaler, optimizer: note(optimizer))
+
+
+def note_gradients(folder: Path):
+    """Writes a line per step to one file per rank: parameters, and the addresses of the memory in which their
+    gradients lie."""
+
+    def note(scaler, optimizer):
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        places = sorted({grad.untyped_storage().data_ptr() for grad in grads})
+        with open(folder / f"gradients{rank()}.txt", "a", encoding="utf-8") as f:
+            f.write(" ".join(map(str, [len(grads), *places])) + "\n")
+
+    before(torch.amp.GradScaler, "step", note)
 
 
 def note_saves(folder: Path):

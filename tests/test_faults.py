@@ -500,6 +500,17 @@ def test_a_process_that_hangs_is_named(launch, config, tally):
         training.kill()
 
 
+@pytest.mark.fault(9)
+def test_a_process_that_is_late_is_named_before_the_timeout(launch, config, tmp_path):
+    """Under NCCL the others would be ended at the timeout, without an exception that could name it."""
+    cfg = dataclasses.replace(config, timeout_seconds=8.0, val_every=10)
+    training = launch(cfg, world_size=2, patches=[partial(faults.hold_before_evaluation, tmp_path, 1)])
+    said = "rank 1 has not come to the all-reduce for which rank 0 waits"
+    training.wait_for(f"{said}; the run ends after --timeout-seconds 8")
+    (tmp_path / "go").touch()
+    assert training.finish().count("has not come") == 1
+
+
 # -----------------------------------------------------------------------------
 # 10, 11: resuming
 

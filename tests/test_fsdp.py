@@ -97,6 +97,13 @@ def test_each_process_has_its_share_and_one_block_at_a_time(launch, config, tmp_
         assert mine[3:] == others[3:] == [1, 4]  # exchanged once a step: three blocks and the rest
 
 
+def test_whole_copies_accumulate_gradients_in_the_buckets_that_are_exchanged(launch, config, tmp_path):
+    launch(config, world_size=2, patches=[partial(faults.note_gradients, tmp_path)]).finish()
+    lines = (tmp_path / "gradients0.txt").read_text(encoding="utf-8").splitlines()
+    count, *places = lines[0].split()
+    assert lines == [lines[0]] * 10 and int(count) > 30 and len(places) <= 3
+
+
 def test_a_checkpoint_is_the_same_and_one_process_writes_it(launch, config, whole, tmp_path):
     cfg = dataclasses.replace(config, fsdp=True)
     launch(cfg, world_size=2, patches=[partial(faults.note_saves, tmp_path)]).finish()
@@ -204,10 +211,23 @@ def test_an_overflow_in_one_shard_halves_the_scale_of_all(launch, config, rank):
     assert values(train_gpt2.main(config))[:3] == pytest.approx(values(run)[:3], rel=1e-3)
 
 
-def test_muon_is_refused(config):
-    cfg = dataclasses.replace(config, fsdp=True, optimizer="muon")
-    with pytest.raises(ValueError, match=r"--optimizer muon .*--fsdp .* --optimizer adamw"):
-        train_gpt2.main(cfg)
+def test_muon_takes_the_same_steps_of_whole_and_of_sharded_matrices(whole):
+    """Three layers, so that two processes cannot share a shape's matrices evenly, nor a matrix's 15 rows."""
+    one, ddp, fsdp = (whole(n, optimizer="muon", **how) for n, how in ((1, {}), (2, {}), (2, FSDP)))
+    for stream, tolerance in (("train", 1e-5), ("norm", 1e-3)):
+        assert values(ddp, stream) == pytest.approx(values(one, stream), rel=tolerance)
+        assert values(fsdp, stream) == pytest.approx(values(one, stream), rel=tolerance)
+    ours, theirs = (load_file(run / "step_000010" / "optimizer.safetensors") for run in (fsdp, one))
+    assert ours.keys() == theirs.keys() and sum("momentum_buffer" in name for name in ours) == 12
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-2, atol=1e-4)
+
+
+def test_sharded_muon_resumes_with_the_same_end(whole, tmp_path):
+    cfg = dict(optimizer="muon", **FSDP)
+    run = links(whole(2, **cfg), tmp_path / "run", 5)
+    Training(tmp_path, ["--resume", run], 2).finish()
+    assert end_of(run) == end_of(whole(2, **cfg))
 
 
 @pytest.mark.slow

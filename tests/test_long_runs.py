@@ -266,7 +266,7 @@ def test_a_dry_run_prints_what_a_run_takes_and_leaves_nothing(launch, real, tmp_
     assert float(dollars) == pytest.approx(3 * 2 * float(hours), abs=0.04)
     parts = re.findall(r"(\w+) ([\d.]+)", printed.partition("about: ")[2].partition("\n")[0])
     sizes = {name: float(size) for name, size in parts}
-    assert {"weights", "gradients", "optimizer", "exchange"} <= set(sizes)
+    assert {"weights", "gradients", "optimizer"} <= set(sizes)
     assert sizes["optimizer"] == pytest.approx(8 * shape.num_params / 1e9, abs=0.006)
     assert sum(sizes.values()) == pytest.approx(number(printed, "memory "), abs=0.04)
     assert "dollars" not in launch(cfg, "--dry-run", "--dollars-per-gpu-hour", "0").finish()

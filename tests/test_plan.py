@@ -65,7 +65,8 @@ def test_the_memory_of_the_plan_is_the_peak_of_a_step(batch_size, changes):
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    # What a CPU's kernels take for themselves is not seen here; its dropout is not CUDA's.
+    # What a CPU's kernels take for themselves is not seen here; its dropout is not CUDA's, and its LayerNorm
+    # keeps the residual stream in bfloat16.
     device_type = "cpu" if config.dropout else "cuda"
     total = micro_steps * batch_size * 128
     work = plan.Workload(config, 128, total, dtype=dtype, device_type=device_type, recompute=recompute)
@@ -90,14 +91,14 @@ def test_on_cuda_the_largest_batch_that_was_tried_within_nine_tenths_is_taken(to
         return room + 1 if batch_size == 10 else oom if batch_size > 10 else 1e8 * batch_size
 
     def planned(work, batch_size):
-        return {"optimizer": 5.0, "exchange": 2.0, "activations": 1.3 * room / 19.9 * batch_size}
+        return {"optimizer": 5.0, "activations": 1.3 * room / 19.9 * batch_size}
 
     monkeypatch.setattr(plan, "free_memory", lambda device, processes: (1e9, "free on the GPU"))
     monkeypatch.setattr(plan, "peak_of_step", peak)
     monkeypatch.setattr(plan.Workload, "step_bytes", planned)
     chosen, how = plan.Workload(toy_model.config, 16, 16 * 40).fitting_batch(toy_model, torch.device("cuda"))
     assert chosen == 8 and "tried: within 0.9 GB of the 1.0 GB" in how and "10% are left alone" in how
-    assert tried[1:] == [(10, 7.0, True), (8, 7.0, True)]  # the first is for CUDA's libraries
+    assert tried[1:] == [(10, 5.0, True), (8, 5.0, True)]  # the first is for CUDA's libraries
 
 
 def test_a_process_of_a_sharded_model_counts_its_share_of_the_weights_only(toy_model, monkeypatch):

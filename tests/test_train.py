@@ -62,7 +62,7 @@ def golden(data, tmp_path) -> Config:
 def test_version_says_what_a_report_of_a_fault_needs(script):
     result = script("train_gpt2.py", "--version")
     facts = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
-    assert result.returncode == 0 and {"commit", "system", "cpu", "gpu", "transformers"} <= facts.keys()
+    assert result.returncode == 0 and facts.keys() >= {"commit", "system", "cpu", "gpu", "cuda"}
     assert (facts["torch"], facts["numpy"]) == (torch.__version__, np.__version__)
 
 
@@ -213,6 +213,20 @@ def test_validation_uses_the_same_tokens_whatever_the_batch(config):
     assert others == [pytest.approx(first, abs=1e-5)] * 2
 
 
+def test_attention_by_cudnn_is_for_training_only(config, items, monkeypatch):
+    """It plans each new shape, and an evaluation has a thousand shapes."""
+    seen, hidden = set(), GPT.hidden
+
+    def look(model: GPT, *args):
+        seen.add((model.training, torch.backends.cuda.cudnn_sdp_enabled()))
+        return hidden(model, *args)
+
+    monkeypatch.setattr(GPT, "hidden", look)
+    train(config, val_every=5, hellaswag_every=5, sample_every=5)
+    assert seen == {(True, True), (False, False)}
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # nor for scripts that only evaluate
+
+
 def test_two_processes_equal_one(config, tmp_path):
     """A real torch elastic launch with gloo, by the --num-gpus shortcut."""
     cfg = dataclasses.replace(config, optimizer="muon", val_every=5, checkpoint_every=5)
@@ -224,7 +238,7 @@ def test_two_processes_equal_one(config, tmp_path):
     assert values(two, "val") == pytest.approx(values(one, "val"), abs=1e-4)
     ours, theirs = (load_file(run / "step_000010" / "model.safetensors") for run in (one, two))
     for name, tensor in ours.items():
-        torch.testing.assert_close(theirs[name], tensor, atol=2e-4, rtol=0)
+        torch.testing.assert_close(theirs[name], tensor, atol=5e-4, rtol=0)  # Muon rounds to bfloat16
     assert result.stdout.count("Done.") == 1  # only rank 0 speaks
 
 
