@@ -1,7 +1,7 @@
 """Measures this machine's speed, and a baseline's in the same run: compare ratios between machines.
 
-    python bench.py                                            # everything, GPT-2 124M
-    python bench.py --jobs train --batch-size 64 --compile --json bench.json
+    python bench.py                                            # GPT-2 124M: everything, or on CUDA GPU_JOBS
+    python bench.py --jobs train --batch-size 64 --compile True --json bench.json
 
     train      tokens/s of forward, backward and AdamW      beside transformers' GPT-2
     memory     GB at the peak of that step                  the same, each in a process of its own
@@ -15,11 +15,18 @@
 
 Ours and the baseline take turns, and each figure is a median: other load on the machine slows both alike. The
 last column is ours as a share of the machine's limit: the measured speed of large matrix products (train,
-hellaswag), or of reading the weights for a product with one row (generate).
+hellaswag), or of reading the weights, unless their products take longer (generate).
+
+On CUDA the steps are compiled and take no turns: each side has the memory to itself. Its batch size is the
+largest power of two that fits or, if faster, half of it, and `memory` is in MB per sequence. `hellaswag`
+takes all real items if they were downloaded; its baseline takes the first 200. GPU_JOBS should need
+8 minutes on an H100, by estimate: train and memory 4 (5 compilations), hellaswag 2, generate 1.5, others 0.5.
 """
 
 import lib.startup  # noqa: F401
 
+import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -42,21 +49,25 @@ import torch.nn.functional as F
 
 import fineweb
 import hellaswag
-from lib import checkpoint, cli, documents, shards, sources, tokenizer
+from lib import checkpoint, cli, documents, plan, shards, sources, tokenizer
 from lib.device import autocast, cast_linears, pick_device, pick_dtype
 from lib.files import check_target, write_json
 from model import GPT, GPTConfig, config_to_hf, to_hf
 
+Auto = Literal["auto"]
 Job = Literal["train", "memory", "hellaswag", "generate", "load", "read", "tokenize"]
+GPU_JOBS: tuple[Job, ...] = ("train", "memory", "hellaswag", "generate", "load")
+BASELINE_ITEMS = 200  # on CUDA; one item at a time is slow
+Step = tuple[int, float, float]  # batch size, seconds, peak memory in GB
 
 
 @dataclass(frozen=True)
 class Config:
-    jobs: tuple[Job, ...] = cli.knob(typing.get_args(Job), "The jobs to measure.")
+    jobs: tuple[Job, ...] = cli.knob((), "The jobs to measure; by default all, on CUDA GPU_JOBS.")
     model_size: str = cli.knob("124M", "124M, 350M, 774M or 1558M.")
     seq_len: int = cli.knob(1024, "Tokens of context in `train` and `memory`.", at_least=1)
-    batch_size: int = cli.knob(4, "Sequences per step in `train` and `memory`.", at_least=1)
-    items: int = cli.knob(96, "Items in `hellaswag`.", at_least=1)
+    batch_size: int | Auto = cli.knob("auto", "Sequences per step; auto: 4, on CUDA the best.", at_least=1)
+    items: int = cli.knob(96, "Random items in `hellaswag`; on CUDA only without the real ones.", at_least=1)
     max_tokens: int = cli.knob(64, "Tokens to make in `generate`.", at_least=1)
     text: cli.PathName = cli.knob(
         "", "A parquet file or folder for `tokenize`; by default pydocs, ten times."
@@ -66,7 +77,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = cli.knob(
         "auto", "Precision of the matrix products; `generate` is measured in float32, too."
     )
-    compile: bool = cli.knob(False, "torch.compile both sides of `train` and `memory`, our `generate`.")
+    compile: bool | Auto = cli.knob("auto", "torch.compile steps and our `generate`; auto: steps, on CUDA.")
     json: cli.PathName = cli.knob("", "Also write the table to this file.")
 
 
@@ -92,7 +103,12 @@ class Bench:
         self.device = pick_device(cfg.device)
         self.dtype, self.why = pick_dtype(cfg.dtype, self.device)
         self.model_config = GPTConfig.named(cfg.model_size, block_size=max(1024, cfg.seq_len))
-        self.shape = f"B={cfg.batch_size} T={cfg.seq_len}"
+        self.on_gpu = self.device.type == "cuda"
+        self.jobs = cfg.jobs or (GPU_JOBS if self.on_gpu else typing.get_args(Job))
+        # 0: the best, which is not known yet
+        self.batch_size = (0 if self.on_gpu else 4) if cfg.batch_size == "auto" else cfg.batch_size
+        self.compiles_steps = self.on_gpu if cfg.compile == "auto" else cfg.compile
+        self.limits: dict[str, float] = {}
 
     def make_models(self) -> tuple[GPT, Any]:
         """The same random network twice, without dropout: ours, and transformers' GPT2LMHeadModel."""
@@ -128,54 +144,89 @@ class Bench:
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
-    def measure_flops(self) -> float:
-        """FLOP/s of a large matrix product: 4,096 tokens through a layer of 768 by 3,072; larger on a GPU."""
-        scale = 1 if self.device.type == "cpu" else 4
-        a = torch.randn(4096 * scale, 768 * scale, dtype=self.dtype, device=self.device)
-        b = torch.randn(768 * scale, 3072 * scale, dtype=self.dtype, device=self.device)
-        out, count = a @ b, 10
-        (seconds,) = self.time_sides(lambda: [torch.mm(a, b, out=out) for _ in range(count)])
-        return 2 * a.numel() * b.size(1) * count / seconds
+    def measure_limit(self, unit: Literal["TFLOP/s", "GB/s"], dtype: torch.dtype) -> float:
+        """The limit, measured once: TFLOP/s of a large product, 4,096 tokens through a layer of 768 by 3,072,
+        or GB/s of reading 250 MB of weights for one row. A GPU needs more, and has a larger cache."""
+        name, small = f"{str(dtype)[6:]} {unit}", self.device.type == "cpu"
+        if name not in self.limits:
+            scale, count = (1, 10) if small else (4, 30)
+            rows, width, out = 4096 * scale, 768 * scale, 3072 * scale
+            if unit == "GB/s":
+                rows, out = 1, (250_000_000 if small else 2_000_000_000) // width // dtype.itemsize
+            x, weight = (torch.randn(n, width, dtype=dtype, device=self.device) for n in (rows, out))
+            (seconds,) = self.time_sides(lambda: [F.linear(x, weight) for _ in range(count)])
+            work = weight.nbytes / 1e9 if unit == "GB/s" else 2 * rows * weight.numel() / 1e12
+            self.limits[name] = count * work / seconds
+        return self.limits[name]
 
-    def measure_bandwidth(self, dtype: torch.dtype) -> float:
-        """Bytes per second of reading 250 MB of weights, repeatedly, for a product with one row."""
-        weight = torch.ones(250_000_000 // 768 // dtype.itemsize, 768, dtype=dtype, device=self.device)
-        x = torch.ones(1, 768, dtype=dtype, device=self.device)
-        count = 4 if self.device.type == "cpu" else 100
-        (seconds,) = self.time_sides(lambda: [F.linear(x, weight) for _ in range(count)])
-        return count * weight.nbytes / seconds
-
-    def make_step(self, model: GPT | Any) -> Callable[[], None]:
+    def make_step(self, model: GPT | Any, batch_size: int) -> Callable[[], None]:
         """A function that does a training step: forward, backward, AdamW."""
-        cfg = self.cfg
-        idx = torch.randint(50257, (cfg.batch_size, cfg.seq_len), device=self.device)
-        fast = torch.compile(model) if cfg.compile else model
+        idx = torch.randint(50257, (batch_size, self.cfg.seq_len), device=self.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
+
+        def compute_loss(idx: torch.Tensor) -> torch.Tensor:
+            if isinstance(model, GPT):
+                return model(idx, idx)
+            return F.cross_entropy(model(idx).logits.flatten(0, 1).float(), idx.flatten())
+
+        fast = torch.compile(compute_loss, dynamic=False) if self.compiles_steps else compute_loss
 
         def step():
             with autocast(self.device, self.dtype):
-                if isinstance(model, GPT):
-                    loss = fast(idx, idx)
-                else:
-                    loss = F.cross_entropy(fast(idx).logits.flatten(0, 1).float(), idx.flatten())
+                loss = fast(idx)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         return step
 
+    @functools.cached_property
+    def steps(self) -> list[Step]:
+        """Our training step and the baseline's."""
+        if self.on_gpu:
+            return [self.measure_alone(is_ours) for is_ours in (True, False)]
+        times = self.time_sides(*[self.make_step(model, self.batch_size) for model in self.make_models()])
+        return [(self.batch_size, seconds, 0.0) for seconds in times]
+
+    def measure_alone(self, is_ours: bool) -> Step:
+        """A side's step, alone on the GPU, with the batch size asked for or the best."""
+        model = self.make_models()[0 if is_ours else 1]
+
+        def measure(batch_size: int) -> Step:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            torch._dynamo.reset()  # of what it knows from the batch before
+            (seconds,) = self.time_sides(self.make_step(model, batch_size))
+            return batch_size, seconds, torch.cuda.max_memory_allocated(self.device) / 1e9
+
+        if self.batch_size:
+            return measure(self.batch_size)
+        work, start = plan.Workload(self.model_config, self.cfg.seq_len, dtype=self.dtype), 1
+        while sum(work.step_bytes(start).values()) < plan.free_memory(self.device, 1)[0]:
+            start *= 2  # until it fits only if torch.compile saves memory
+        return find_best_step(measure, start)
+
+    def name_shape(self, *batch_sizes: int) -> str:
+        return f"B={'/'.join(map(str, dict.fromkeys(batch_sizes)))} T={self.cfg.seq_len}"
+
     def train(self) -> Iterator[Result]:
-        cfg = self.cfg
-        ours, theirs = self.make_models()
-        times = self.time_sides(self.make_step(ours), self.make_step(theirs))
-        tokens = cfg.batch_size * cfg.seq_len
-        speed = tokens / times[0]
-        share = speed * self.model_config.flops_per_token(cfg.seq_len) / self.measure_flops()
-        yield Result(f"train {self.shape}", "tok/s", speed, tokens / times[1], share=share)
+        batch_sizes, times, _ = zip(*self.steps)
+        T = self.cfg.seq_len
+        speed, baseline = (n * T / seconds for n, seconds in zip(batch_sizes, times))
+        flops = speed * self.model_config.flops_per_token(T)
+        share = flops / 1e12 / self.measure_limit("TFLOP/s", self.dtype)
+        yield Result(f"train {self.name_shape(*batch_sizes)}", "tok/s", speed, baseline, share=share)
 
     def memory(self) -> Iterator[Result]:
-        """The peak of two steps: from its beginning the second has the optimizer's state."""
-        if self.device.type != "cuda" and not Path("/proc/self/status").exists():
+        """The peak of two steps or more: from its beginning the second has the optimizer's state."""
+        if self.on_gpu:  # the batch sizes may differ
+            batch_sizes, _, peaks = zip(*self.steps)
+            sides = [1000 * peak / n for n, peak in zip(batch_sizes, peaks)]
+            yield Result(f"memory {self.name_shape(*batch_sizes)}", "MB/seq", *sides, higher_is_better=False)
+            return
+        if not Path("/proc/self/status").exists():
             print("memory is left out: it can be read on CUDA and on Linux only")
             return
         sides = []
@@ -185,12 +236,12 @@ class Bench:
                     sides.append(fresh.submit(measure_peak, self.cfg, is_ours).result())
                 except BrokenProcessPool as error:
                     raise ValueError("memory: a process was killed; try a smaller --batch-size") from error
-        yield Result(f"memory {self.shape}", "GB", *sides, higher_is_better=False)
+        yield Result(f"memory {self.name_shape(self.batch_size)}", "GB", *sides, higher_is_better=False)
 
-    def hellaswag(self) -> Iterator[Result]:
-        ours, theirs = self.make_models()
-        theirs.eval()
-        cast_linears(ours, self.dtype)
+    def make_items(self) -> list[list[hellaswag.Row]]:
+        """The rows of all real items on a GPU, if they are there, or of random ones."""
+        if self.on_gpu and hellaswag.DATA.exists():
+            return [hellaswag.render(item, "completion")[0] for item in hellaswag.load_items(hellaswag.DATA)]
         # Lengths like HellaSwag's: endings of 5 to 45 tokens, contexts of 20 to 110. Only three lengths of
         # contexts, because about a hundred of the 10,042 items share each length.
         draw, items = random.Random(0), []
@@ -198,10 +249,19 @@ class Bench:
             context = [draw.randrange(50257) for _ in range(draw.choice((30, 50, 80)))]
             endings = [[draw.randrange(50257) for _ in range(draw.randint(5, 45))] for _ in range(4)]
             items.append([(context, ending) for ending in endings])
+        return items
+
+    def hellaswag(self) -> Iterator[Result]:
+        ours, theirs = self.make_models()
+        theirs.eval()
+        cast_linears(ours, self.dtype)
+        items = self.make_items()
+        few = items[:BASELINE_ITEMS] if self.on_gpu else items
+        batch_size = hellaswag.pick_batch_size(self.device)
 
         @torch.inference_mode()
         def score_item_by_item():
-            for rows in items:
+            for rows in few:
                 width = max(len(context) + len(ending) for context, ending in rows)
                 ids = torch.tensor([(c + e + [0] * width)[:width] for c, e in rows], device=self.device)
                 logits = theirs(ids).logits[:, :-1]
@@ -210,13 +270,13 @@ class Bench:
 
         rows = [row for item in items for row in item]
         with autocast(self.device, self.dtype):
-            times = self.time_sides(lambda: hellaswag.score(ours, rows, 64), score_item_by_item)
+            times = self.time_sides(lambda: hellaswag.score(ours, rows, batch_size), score_item_by_item)
         C, scored = self.model_config.n_embd, sum(len(ending) for _, ending in rows)
         # A context is read once per item; an ending's last token is not read.
         read = scored - len(rows) + sum(len(item[0][0]) for item in items)
         flops = 2 * C * (12 * self.model_config.n_layer * C * read + self.model_config.vocab_size * scored)
-        share = flops / times[0] / self.measure_flops()
-        speed, baseline = (len(items) / seconds for seconds in times)
+        share = flops / times[0] / 1e12 / self.measure_limit("TFLOP/s", self.dtype)
+        speed, baseline = len(items) / times[0], len(few) / times[1]
         yield Result(f"hellaswag {len(items)} items", "items/s", speed, baseline, share=share)
 
     def generate(self) -> Iterator[Result]:
@@ -227,7 +287,7 @@ class Bench:
         ours, theirs = self.make_models()
         theirs.eval().to(dtype)
         cast_linears(ours, dtype)
-        if self.cfg.compile:
+        if is_compiled := self.cfg.compile is True:
             torch._dynamo.reset()  # of what it knows from the rows before
             ours.hidden = torch.compile(ours.hidden)
         count = self.cfg.max_tokens
@@ -242,14 +302,13 @@ class Bench:
             theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
 
         times = self.time_sides(our_side, their_side)
-        share = None
-        if rows == 1:
-            linear = [part for part in ours.modules() if isinstance(part, torch.nn.Linear)]
-            read = sum(part.weight.nbytes for part in linear) / self.measure_bandwidth(dtype)
-            read += ours.wte.weight.nbytes / self.measure_bandwidth(torch.float32)
-            share = read * count / times[0]
+        weights = [part.weight for part in ours.modules() if isinstance(part, torch.nn.Linear)]
+        weights.append(ours.wte.weight)
+        read = sum(w.nbytes / self.measure_limit("GB/s", w.dtype) for w in weights) / 1e9
+        multiply = sum(2 * rows * w.numel() / self.measure_limit("TFLOP/s", w.dtype) for w in weights) / 1e12
+        share = max(read, multiply) * count / times[0]
         speed, baseline = (rows * count / seconds for seconds in times)
-        name = f"generate {rows} x {count}, {str(dtype)[6:]}{', compiled' if self.cfg.compile else ''}"
+        name = f"generate {rows} x {count}, {str(dtype)[6:]}{', compiled' if is_compiled else ''}"
         return Result(name, "tok/s", speed, baseline, share=share)
 
     def load(self) -> Iterator[Result]:
@@ -337,6 +396,19 @@ class Bench:
             yield Result(f"tokenize: {side}", "MB/s", megabytes / times[0], megabytes / seconds)
 
 
+def find_best_step(measure: Callable[[int], Step], start: int) -> Step:
+    """Halves the batch size from `start` until `measure` raises no torch.OutOfMemoryError, and once more.
+    Returns the step with more sequences per second. Raises ValueError if not even one sequence fits."""
+    steps: list[Step] = []
+    while start and len(steps) < 2:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            steps.append(measure(start))
+        start //= 2
+    if not steps:
+        raise ValueError("not even one sequence fits this GPU; a smaller --model-size or --seq-len would")
+    return max(steps, key=lambda step: step[0] / step[1])
+
+
 def measure_peak(cfg: Config, is_ours: bool) -> float:
     """The peak memory, in GB, of two steps of our model or of transformers'. Needs a process of its own."""
     bench = Bench(cfg)
@@ -344,11 +416,9 @@ def measure_peak(cfg: Config, is_ours: bool) -> float:
     gc.collect()
     if not is_ours:
         torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
-    step = bench.make_step(model)
+    step = bench.make_step(model, bench.batch_size)
     step()
     step()
-    if bench.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
     # Not getrusage: its peak of a new process is at first that of the parent.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
@@ -365,14 +435,16 @@ def main(cfg: Config) -> list[Result]:
     cli.check_bounds(cfg)
     check_target(cfg.json)
     bench = Bench(cfg)
-    is_cuda = bench.device.type == "cuda"
-    name = torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine()
-    machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    card = torch.cuda.get_device_name(bench.device) if bench.on_gpu else ""
+    name = card or platform.processor() or platform.machine()
+    facts = {"torch": torch.__version__, "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
+    versions = ", ".join(f"{package} {version}" for package, version in facts.items() if version)
+    machine = f"{name}, {torch.get_num_threads()} threads, {versions}"
     precision = f"{str(bench.dtype).removeprefix('torch.')} ({bench.why})"
-    print(f"{machine}; GPT-2 {cfg.model_size}; {precision}{', compiled' if cfg.compile else ''}")
+    print(f"{machine}; GPT-2 {cfg.model_size}; {precision}{', compiled' if bench.compiles_steps else ''}")
     print(f"{'work':30} {'ours':>12} {'baseline':>12}  {'':9} {'ratio':>7}  of the limit")
     results = []
-    for job in cfg.jobs:
+    for job in bench.jobs:
         for result in getattr(bench, job)():
             results.append(result)
             digits = 2 if result.unit in ("s", "GB") else 1
@@ -381,9 +453,12 @@ def main(cfg: Config) -> list[Result]:
             print(figures, f" {result.unit:9} {result.ratio:5.2f} x  {share}", flush=True)
         gc.collect()
         torch.cuda.empty_cache()  # the next job may be another process
+    if bench.limits:
+        print("limits:", ", ".join(f"{name} {limit:,.2f}" for name, limit in bench.limits.items()))
     if cfg.json:
         rows = [{**vars(result), "ratio": result.ratio} for result in results]
-        report = {"machine": machine, "dtype": str(bench.dtype), "compile": cfg.compile, "results": rows}
+        facts |= {"machine": machine, "device": name, "dtype": str(bench.dtype)}
+        report = {**facts, "compile": bench.compiles_steps, "limits": bench.limits, "results": rows}
         write_json(Path(cfg.json), report)
     return results
 

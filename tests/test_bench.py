@@ -1,17 +1,36 @@
 """bench.py measures every job on a small model, and writes what it prints."""
 
 import json
+import typing
 
 import pytest
 import torch
 
 import bench
+import hellaswag
+from lib import plan
 from model import SIZES
 
 
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setitem(SIZES, "124M", dict(n_layer=1, n_head=2, n_embd=16))
+
+
+@pytest.fixture
+def pretend_gpu(small, monkeypatch):
+    """Makes a Bench with the defaults of a GPU, whose tensors are on the CPU."""
+    monkeypatch.setattr(bench, "pick_device", lambda name: torch.device("cpu" if name == "cpu" else "cuda"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 6e9)
+
+    def make(**cfg) -> bench.Bench:
+        runner = bench.Bench(bench.Config(dtype="float32", repeats=1, **cfg))
+        runner.device = torch.device("cpu")
+        runner.limits = {"float32 TFLOP/s": 0.5, "float32 GB/s": 20.0}  # not to be measured
+        return runner
+
+    return make
 
 
 @pytest.mark.slow
@@ -23,7 +42,9 @@ def test_every_job_runs_and_is_written_down(small, tmp_path, capsys):
     )  # fmt: skip
     results = bench.main(cfg)
     printed = capsys.readouterr().out
-    rows = json.loads(out.read_text())["results"]
+    report = json.loads(out.read_text())
+    rows = report["results"]
+    assert list(report["limits"]) == ["float32 TFLOP/s", "float32 GB/s"]
     assert list(dict.fromkeys(row["job"].split()[0] for row in rows)) == list(cfg.jobs)
     for result, row in zip(results, rows):
         assert result.job in printed and result.ours > 0 and result.baseline > 0
@@ -31,7 +52,7 @@ def test_every_job_runs_and_is_written_down(small, tmp_path, capsys):
         assert row["ratio"] == result.ratio and (result.ratio > 1) == (better == result.higher_is_better)
         assert row["share"] == result.share
     assert [result.job for result in results if result.share] == [
-        "train B=1 T=16", "hellaswag 1 items", "generate 1 x 2, float32",
+        "train B=1 T=16", "hellaswag 1 items", "generate 1 x 2, float32", "generate 64 x 2, float32",
     ]  # fmt: skip
     assert all(0 < result.share < 1.5 for result in results if result.share)
 
@@ -75,3 +96,116 @@ def test_nonsense_is_refused(name):
     cfg: dict = {name: 0}
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is 0; it must be at least 1"):
         bench.main(bench.Config(**cfg))
+
+
+def test_defaults_go_by_the_device(pretend_gpu):
+    gpu, cpu = pretend_gpu(), bench.Bench(bench.Config(device="cpu"))
+    assert (gpu.jobs, gpu.batch_size, gpu.compiles_steps) == (bench.GPU_JOBS, 0, True)
+    assert (cpu.jobs, cpu.batch_size, cpu.compiles_steps) == (typing.get_args(bench.Job), 4, False)
+    asked: dict = dict(jobs=("read",), batch_size=2)
+    for runner, compile in [
+        (pretend_gpu(compile=False, **asked), False),
+        (bench.Bench(bench.Config(device="cpu", compile=True, **asked)), True),
+    ]:
+        assert (runner.jobs, runner.batch_size, runner.compiles_steps) == (("read",), 2, compile)
+
+
+@pytest.mark.parametrize("seconds_of_16, best", [(1.9, 16), (2.1, 8)])
+def test_the_faster_of_the_largest_batch_that_fits_and_half_of_it_is_taken(seconds_of_16, best):
+    tried, seconds = [], {16: seconds_of_16, 8: 1.0}
+
+    def measure(batch_size):
+        tried.append(batch_size)
+        if batch_size > 16:
+            raise torch.OutOfMemoryError
+        return batch_size, seconds[batch_size], 0.0
+
+    assert bench.find_best_step(measure, 64)[0] == best and tried == [64, 32, 16, 8]
+
+
+def test_a_model_of_which_nothing_fits_is_refused():
+    def measure(batch_size):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(ValueError, match="not even one sequence fits"):
+        bench.find_best_step(measure, 4)
+
+
+def test_each_side_is_compiled_and_has_its_own_batch_size_on_a_gpu(pretend_gpu, monkeypatch):
+    runner, compiled, tried = pretend_gpu(seq_len=16), [], []
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compiled.append(options) or call)
+    work = plan.Workload(runner.model_config, 16, dtype=torch.float32)
+    free = sum(work.step_bytes(3).values())  # so 4 may fit, compiled
+    monkeypatch.setattr(plan, "free_memory", lambda device, processes: (free, ""))
+    make_step = runner.make_step
+
+    def run_out(model, batch_size):
+        ours = isinstance(model, bench.GPT)
+        tried.append((ours, batch_size))
+        step = make_step(model, batch_size)
+        if not ours and batch_size > 1:
+            raise torch.OutOfMemoryError
+        return step
+
+    monkeypatch.setattr(runner, "make_step", run_out)
+    monkeypatch.setattr(runner, "time_sides", lambda step: [step() or 1.0])  # so the largest is the fastest
+    (train,), (memory,) = runner.train(), runner.memory()
+    assert tried == [(True, 4), (True, 2), (False, 4), (False, 2), (False, 1)]
+    assert compiled == [{"dynamic": False}] * 5
+    assert (train.job, train.ours, train.baseline) == ("train B=4/1 T=16", 64, 16)
+    assert train.share == pytest.approx(64 * runner.model_config.flops_per_token(16) / 0.5e12)
+    assert (memory.job, memory.unit, memory.ours, memory.baseline) == (
+        "memory B=4/1 T=16",
+        "MB/seq",
+        1500,
+        6000,
+    )
+    assert memory.share is None and memory.ratio == 4
+
+
+def test_hellaswag_takes_all_real_items_on_a_gpu_and_few_for_the_baseline(pretend_gpu, tmp_path, monkeypatch):
+    item = {"ctx_a": "A cat", "ctx_b": "", "ctx": "A cat", "activity_label": "Cats", "label": 0}
+    data = tmp_path / "hellaswag_val.jsonl"
+    monkeypatch.setattr(hellaswag, "DATA", data)
+    monkeypatch.setattr(bench, "BASELINE_ITEMS", 2)
+    runner, seen = pretend_gpu(items=3), []
+    assert len(runner.make_items()) == 3
+    lines = [json.dumps({**item, "endings": [f"ends {n}.", "runs.", "sleeps.", "eats."]}) for n in range(5)]
+    data.write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(runner, "time_sides", lambda *sides: [1.0 for side in sides if not side()])
+    monkeypatch.setattr(hellaswag, "score", lambda model, rows, size: seen.append((len(rows), size)))
+    (result,) = runner.hellaswag()
+    assert seen == [(20, 64)] and result.share
+    assert (result.job, result.ours, result.baseline) == ("hellaswag 5 items", 5, 2)
+    assert [hellaswag.pick_batch_size(torch.device(kind)) for kind in ("cuda", "cpu")] == [512, 64]
+    runner.on_gpu = False
+    assert len(runner.make_items()) == 3
+
+
+def test_a_limit_is_measured_once_per_precision():
+    runner, calls = bench.Bench(bench.Config(device="cpu", dtype="float32")), []
+    runner.time_sides = lambda *sides: calls.append(sides) or [2.0]
+    dtypes = [torch.float32, torch.bfloat16, torch.float32]
+    assert [runner.measure_limit("GB/s", dtype) for dtype in dtypes] == pytest.approx([1.25] * 3, rel=1e-4)
+    flops = 10 * 2 * 4096 * 768 * 3072 / 2
+    assert runner.measure_limit("TFLOP/s", torch.float32) == pytest.approx(flops / 1e12)
+    assert len(calls) == 3 and list(runner.limits) == ["float32 GB/s", "bfloat16 GB/s", "float32 TFLOP/s"]
+
+
+def test_versions_and_limits_are_written_down(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+
+    def work(runner):
+        runner.limits["float32 GB/s"] = 2.5
+        yield bench.Result("work", "s", 1, 2, share=0.5)
+
+    monkeypatch.setattr(bench.Bench, "load", work)
+    out = tmp_path / "bench.json"
+    bench.main(bench.Config(jobs=("load",), device="cpu", dtype="float32", json=str(out)))
+    report, printed = json.loads(out.read_text(encoding="utf-8")), capsys.readouterr().out
+    versions = f"torch {torch.__version__}, CUDA 13.0, cuDNN 91002"
+    assert versions in printed and versions in report["machine"] and report["device"] in report["machine"]
+    assert (report["torch"], report["CUDA"], report["cuDNN"]) == (torch.__version__, "13.0", 91002)
+    assert report["limits"] == {"float32 GB/s": 2.5} and "limits: float32 GB/s 2.50\n" in printed
+    assert report["results"][0]["share"] == 0.5 and "50%" in printed
