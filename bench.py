@@ -1,7 +1,7 @@
 """Measures this machine's speed, and a baseline's in the same run: compare ratios between machines.
 
     python bench.py                                            # GPT-2 124M: everything, or on CUDA GPU_JOBS
-    python bench.py --jobs train --batch-size 64 --compile True --json bench.json
+    python bench.py --jobs train --batch-size 64 --compile --json bench.json
 
     train      tokens/s of forward, backward and AdamW      beside transformers' GPT-2
     memory     GB at the peak of that step                  the same, each in a process of its own
@@ -50,11 +50,10 @@ import torch.nn.functional as F
 import fineweb
 import hellaswag
 from lib import checkpoint, cli, documents, plan, shards, sources, tokenizer
-from lib.device import autocast, cast_linears, pick_device, pick_dtype
+from lib.device import autocast, cast_linears, cudnn_attention, pick_device, pick_dtype
 from lib.files import check_target, write_json
 from model import GPT, GPTConfig, config_to_hf, to_hf
 
-Auto = Literal["auto"]
 Job = Literal["train", "memory", "hellaswag", "generate", "load", "read", "tokenize"]
 GPU_JOBS: tuple[Job, ...] = ("train", "memory", "hellaswag", "generate", "load")
 BASELINE_ITEMS = 200  # on CUDA; one item at a time is slow
@@ -66,7 +65,9 @@ class Config:
     jobs: tuple[Job, ...] = cli.knob((), "The jobs to measure; by default all, on CUDA GPU_JOBS.")
     model_size: str = cli.knob("124M", "124M, 350M, 774M or 1558M.")
     seq_len: int = cli.knob(1024, "Tokens of context in `train` and `memory`.", at_least=1)
-    batch_size: int | Auto = cli.knob("auto", "Sequences per step; auto: 4, on CUDA the best.", at_least=1)
+    batch_size: int | Literal["auto"] = cli.knob(
+        "auto", "Sequences per step; auto: 4, on CUDA the best.", at_least=1
+    )
     items: int = cli.knob(96, "Random items in `hellaswag`; on CUDA only without the real ones.", at_least=1)
     max_tokens: int = cli.knob(64, "Tokens to make in `generate`.", at_least=1)
     text: cli.PathName = cli.knob(
@@ -77,7 +78,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = cli.knob(
         "auto", "Precision of the matrix products; `generate` is measured in float32, too."
     )
-    compile: bool | Auto = cli.knob("auto", "torch.compile steps and our `generate`; auto: steps, on CUDA.")
+    compile: bool = cli.knob(False, "torch.compile steps and our `generate`; on CUDA steps always are.")
     json: cli.PathName = cli.knob("", "Also write the table to this file.")
 
 
@@ -107,7 +108,7 @@ class Bench:
         self.jobs = cfg.jobs or (GPU_JOBS if self.on_gpu else typing.get_args(Job))
         # 0: the best, which is not known yet
         self.batch_size = (0 if self.on_gpu else 4) if cfg.batch_size == "auto" else cfg.batch_size
-        self.compiles_steps = self.on_gpu if cfg.compile == "auto" else cfg.compile
+        self.compiles_steps = self.on_gpu or cfg.compile
         self.limits: dict[str, float] = {}
 
     def make_models(self) -> tuple[GPT, Any]:
@@ -173,7 +174,7 @@ class Bench:
         fast = torch.compile(compute_loss, dynamic=False) if self.compiles_steps else compute_loss
 
         def step():
-            with autocast(self.device, self.dtype):
+            with autocast(self.device, self.dtype), cudnn_attention(True):
                 loss = fast(idx)
             loss.backward()
             optimizer.step()
@@ -287,7 +288,7 @@ class Bench:
         ours, theirs = self.make_models()
         theirs.eval().to(dtype)
         cast_linears(ours, dtype)
-        if is_compiled := self.cfg.compile is True:
+        if self.cfg.compile:
             torch._dynamo.reset()  # of what it knows from the rows before
             ours.hidden = torch.compile(ours.hidden)
         count = self.cfg.max_tokens
@@ -308,7 +309,7 @@ class Bench:
         multiply = sum(2 * rows * w.numel() / self.measure_limit("TFLOP/s", w.dtype) for w in weights) / 1e12
         share = max(read, multiply) * count / times[0]
         speed, baseline = (rows * count / seconds for seconds in times)
-        name = f"generate {rows} x {count}, {str(dtype)[6:]}{', compiled' if is_compiled else ''}"
+        name = f"generate {rows} x {count}, {str(dtype)[6:]}{', compiled' if self.cfg.compile else ''}"
         return Result(name, "tok/s", speed, baseline, share=share)
 
     def load(self) -> Iterator[Result]:

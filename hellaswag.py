@@ -221,11 +221,6 @@ def batch_by_length(lengths: dict[int, int], batch_size: int, least: int) -> Ite
         yield batch
 
 
-def pick_batch_size(device: torch.device) -> int:
-    """Rows per batch that keep the device busy."""
-    return 512 if device.type == "cuda" else 64
-
-
 def evaluate(
     model: GPT,
     items: list[dict],

@@ -104,7 +104,7 @@ def test_defaults_go_by_the_device(pretend_gpu):
     assert (cpu.jobs, cpu.batch_size, cpu.compiles_steps) == (typing.get_args(bench.Job), 4, False)
     asked: dict = dict(jobs=("read",), batch_size=2)
     for runner, compile in [
-        (pretend_gpu(compile=False, **asked), False),
+        (pretend_gpu(**asked), True),
         (bench.Bench(bench.Config(device="cpu", compile=True, **asked)), True),
     ]:
         assert (runner.jobs, runner.batch_size, runner.compiles_steps) == (("read",), 2, compile)
