@@ -330,13 +330,14 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
         optimizers.load_scaler(state["scaler"])
     setup.optimizer_tensors = {}  # they have been copied
 
-    about = runs.describe(cfg, model_config, train_data, setup.dtype, world_size)
-    run = stack.enter_context(runs.Run(folder, about, process, state.get("step")))
     progress = runs.Progress.from_state(state, folder.name)
     process.print(report.describe_run(cfg, batch_size, why, world_size, folder, state.get("step")))
-    run.start_tracker(progress.tracker_id)
     trial = tuple(t.to(device) for t in train_data.batch(progress.step, 0, batch_size, sequences))
-    model = parallel.wrap(raw_model, trial, setup.autocast, process, cfg.compile, cfg.reduce_dtype)
+    with plan.refuse_too_large_batches(cfg, raw_model, setup.dtype, process):
+        model = parallel.wrap(raw_model, trial, setup.autocast, process, cfg.compile, cfg.reduce_dtype)
+    about = runs.describe(cfg, model_config, train_data, setup.dtype, world_size)
+    run = stack.enter_context(runs.Run(folder, about, process, state.get("step")))
+    run.start_tracker(progress.tracker_id)
     watch = stops.Watch(process, cfg.max_hours, cfg.checkpoint_minutes, cfg.max_bad_steps)
     stack.callback(watch.signals.restore)
     console = report.Console(cfg, model_config.flops_per_token(cfg.seq_len), device, setup.dtype, world_size)

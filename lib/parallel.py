@@ -42,14 +42,17 @@ def wrap(
         else:
             module, outcome = compile_model(model, batch, autocast)
         process.print(f"note   {outcome}")
-    if process.world_size > 1 and not is_sharded(model):
+    on_gpu, is_ddp = process.device.type == "cuda", process.world_size > 1 and not is_sharded(model)
+    if is_ddp:
         module = wrap_ddp(module, reduce_dtype, process.device)
-        # DDP reorders its buckets after its first backward pass, and so adds gradients up in another order.
-        # That pass is not a step of the run: a resumed run must equal an uninterrupted one.
+    # DDP reorders its buckets after its first backward pass, and so adds gradients up in another order.
+    # That pass is not a step of the run: a resumed run must equal an uninterrupted one. A GPU shows whether
+    # its memory suffices, also for a second micro-step, which finds gradients.
+    for _ in range(2 if on_gpu else is_ddp):
         with autocast:
             loss = module(*batch)
         loss.backward()
-        zero_gradients(module)
+    zero_gradients(module)
     return module
 
 

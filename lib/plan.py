@@ -9,7 +9,8 @@ Memory is counted tensor by tensor from model.py. Tests compare it with the meas
 import contextlib
 import math
 import os
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,27 @@ class Workload:
             f"{HEADROOM[how]:.0%} are left alone"
         )
         return self.largest_batch(fits), account
+
+
+@contextlib.contextmanager
+def refuse_too_large_batches(cfg: Any, model: GPT, dtype: torch.dtype, process: Process) -> Iterator[None]:
+    """Around the trial passes of a run: room is taken as its optimizer will take it. If the device runs out
+    of memory, raises ValueError with the batch that fits. cfg: train_gpt2.py's settings."""
+    work, room = Workload.from_settings(cfg, model, dtype, process), None
+    try:
+        if process.device.type == "cuda" and not cfg.resume:  # a resumed run has its state already
+            size = int(work.step_bytes(cfg.batch_size)["optimizer"])
+            room = torch.empty(size, dtype=torch.uint8, device=process.device)
+        yield
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they keep tensors alive
+        del room
+        model.zero_grad(set_to_none=True)
+        fitting, why = work.fitting_batch(model, process.device)
+        raise ValueError(
+            f"--batch-size {cfg.batch_size} runs out of memory on {process.device}; {fitting} fits ({why}): "
+            f"give --batch-size {fitting}, or auto"
+        ) from None
 
 
 def peak_of_step(

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from safetensors.torch import load_file
 
 import hellaswag
 import train_gpt2
-from lib import checkpoint, files, processes, shard_writer, shards
+from lib import checkpoint, files, plan, processes, shard_writer, shards
 from lib.hub_shards import open_data
 from model import GPT, GPTConfig
 from train_gpt2 import Config
@@ -225,6 +226,31 @@ def test_attention_by_cudnn_is_for_training_only(config, items, monkeypatch):
     train(config, val_every=5, hellaswag_every=5, sample_every=5)
     assert seen == {(True, True), (False, False)}
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # nor for scripts that only evaluate
+
+
+def test_a_batch_that_runs_out_of_gpu_memory_is_refused_before_the_first_step(golden, monkeypatch):
+    """No GPU runs out here: the network says so for more than two rows, at the peak of a real trial pass."""
+    forward, alive = GPT.forward, []
+
+    def run_out(model: GPT, idx: torch.Tensor, *args):
+        loss = forward(model, idx, *args)
+        if len(idx) > 2:
+            alive.append(weakref.ref(loss))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    def fitting_batch(work, model, device) -> tuple[int, str]:
+        assert alive and alive[0]() is None  # the failed pass holds no memory any more
+        return 2, "tried"
+
+    monkeypatch.setattr(GPT, "forward", run_out)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(plan.Workload, "fitting_batch", fitting_batch)
+    cfg = dataclasses.replace(golden, batch_size=4, compile=True)
+    with pytest.raises(ValueError, match=r"--batch-size 4 .* 2 fits \(tried\): give --batch-size 2, or auto"):
+        train_gpt2.main(cfg)
+    assert not list(Path(golden.log_dir).rglob("step_*"))
+    assert train_gpt2.main(dataclasses.replace(cfg, batch_size=2, max_steps=1)).exists()
 
 
 def test_two_processes_equal_one(config, tmp_path):
