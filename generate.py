@@ -29,6 +29,7 @@ import tyro
 
 from lib import cli, documents, files, terminal, tokenizer
 from lib.checkpoint import load_model
+from lib.decoding import speed_up
 from lib.device import autocast, cast_linears, pick_dtype
 from model import GPT
 
@@ -59,7 +60,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = cli.knob(
         "float32", "Precision of the matrix products, auto for the fastest. Logits are always float32."
     )
-    compile: bool = cli.knob(False, "Run torch.compile: half a minute first, then faster; for long texts.")
+    compile: bool = cli.knob(False, "Slower start, then faster: a CUDA graph, elsewhere torch.compile.")
     prompt: str = cli.knob("Hello, I'm a language model,", "The text to continue.")
     prompt_file: cli.PathName = cli.knob(
         "", "A file with the prompt; - for standard input. Omits a trailing newline."
@@ -298,7 +299,7 @@ def main(cfg: Config):
     dtype, _ = pick_dtype(cfg.dtype, device)
     cast_linears(model, dtype)
     if cfg.compile:
-        model.hidden = torch.compile(model.hidden)
+        speed_up(model)
     answer = converse if cfg.interactive else complete
     with autocast(device, dtype):
         answer(model, source, cfg)

@@ -14,7 +14,7 @@ section 2.3, and OpenAI's code (github.com/openai/gpt-2, src/model.py).
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +108,13 @@ class KVCache:
         self.kv[..., start : self.length, :] = kv
         return self.kv[..., : self.length, :]
 
+    def mask(self, T: int) -> torch.Tensor | None:
+        """Which of S tokens each of T new ones sees, (T, S); None for all, or without earlier ones."""
+        S = self.length
+        if self.kv is None or not 1 < T < S:
+            return None
+        return torch.ones(T, S, dtype=torch.bool, device=self.kv.device).tril(S - T)
+
     def select(self, rows: torch.Tensor, room: int) -> "KVCache":
         """A new cache with a copy of these rows (N,), and room for `room` more tokens."""
         assert self.kv is not None
@@ -128,13 +135,12 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv  # each (B, nh, T, hs)
+        (q, k, v), mask = qkv, None  # each (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(qkv[1:])  # (B, nh, S, hs)
-        mask, is_causal, S = None, False, k.size(2)
-        if 1 < T < S:  # several new tokens after cached ones
-            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        elif T > 1:  # an if, because T may be symbolic under torch.compile, and is_causal must be a bool
+            mask = cache.mask(T)
+        is_causal = False
+        if T > 1 and mask is None:  # an if, because T may be symbolic under torch.compile
             is_causal = True
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)  # (B, nh, T, hs)
@@ -180,6 +186,7 @@ class GPT(nn.Module):
         self.config = config
         self.recompute = False  # activation checkpointing; see `hidden`
         self.tokenizer_files: dict[str, str] = {}  # of the model it began with; its checkpoints keep them
+        self.make_decoder: Callable | None = None  # lib/decoding.py
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -221,9 +228,9 @@ class GPT(nn.Module):
         """
         start = cache[0].length if cache else 0
         end = start + idx.size(1)
-        if end > self.config.block_size:
+        if isinstance(end, int) and end > self.config.block_size:
             raise ValueError(f"a context of {end} tokens; this model has {self.config.block_size} positions")
-        pos = torch.arange(start, end, device=idx.device)
+        pos = start + torch.arange(idx.size(1), device=idx.device)
         x = self.wte(idx) + self.transformer["wpe"](pos)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         if self.training and product_dtype(x) == torch.bfloat16:
@@ -292,9 +299,11 @@ class GPT(nn.Module):
         seen = torch.zeros(idx.size(0), choices, dtype=torch.bool, device=idx.device)
         seen.scatter_(1, idx, True)
         done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
-        unread = context
+        unread, read = context, self.hidden
         for _ in range(max_new_tokens):
-            x = self.hidden(unread, cache) if cache else self.hidden(context)
+            x = read(unread, cache) if cache else self.hidden(context)
+            if cache and self.make_decoder and read == self.hidden:
+                read = self.make_decoder(self, cache)
             logits = self.lm_head(x[:, -1])[:, :choices]  # (B, V)
             if not logits.isfinite().all():
                 raise ValueError("the logits are not finite: the weights are damaged, or their sums overflow")
@@ -314,7 +323,7 @@ class GPT(nn.Module):
             context = torch.cat([context, unread], dim=1)
             if context.size(1) > self.config.block_size:
                 context = unread = context[:, -max(1, self.config.block_size // 2) :]
-                cache = self.new_cache() if cache else None
+                cache, read = self.new_cache() if cache else None, self.hidden
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
         """The prompts idx (B, T) and their continuations: (B, T + new). For options see

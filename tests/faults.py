@@ -168,7 +168,12 @@ def note_shards(folder: Path):
     counts = dict(blocks=0, exchanges=0)
     before(GPT, "forward", begin)
     before(Block, "forward", look)
-    before(torch.distributed, "reduce_scatter_single", exchanged)
+    exchange = "reduce_scatter_single"  # torch 2.11 calls it reduce_scatter_tensor
+    before(
+        torch.distributed,
+        exchange if hasattr(torch.distributed, exchange) else "reduce_scatter_tensor",
+        exchanged,
+    )
     before(torch.amp.GradScaler, "step", lambda scaler, optimizer: note(optimizer))
 
 

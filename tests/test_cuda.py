@@ -14,6 +14,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 import hellaswag
 from lib import checkpoint, parallel, plan
+from lib.decoding import StaticDecoder
 from lib.device import autocast, cudnn_attention, pick_device, pick_dtype
 from lib.optimizers import Muon, gather
 from lib.processes import Process
@@ -213,6 +214,15 @@ def test_cached_generation_equals_uncached(device, dtype):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3 if dtype == "float32" else 0.5)
     if dtype == "float32":
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(cached, whole))
+
+
+def test_a_cuda_graph_makes_the_same_text(device):
+    model = random_model(block_size=16).to(device)
+    prompts = torch.randint(300, (3, 7), generator=torch.Generator().manual_seed(0)).to(device)
+    options = dict(temperature=0.0, stop_token=None)
+    plain = model.generate(prompts, 40, **options)
+    model.make_decoder = StaticDecoder
+    assert torch.equal(model.generate(prompts, 40, **options), plain)
 
 
 def test_hellaswag_s_predictions_equal_the_cpu_s(device):
