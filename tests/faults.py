@@ -168,12 +168,8 @@ def note_shards(folder: Path):
     counts = dict(blocks=0, exchanges=0)
     before(GPT, "forward", begin)
     before(Block, "forward", look)
-    exchange = "reduce_scatter_single"  # torch 2.11 calls it reduce_scatter_tensor
-    before(
-        torch.distributed,
-        exchange if hasattr(torch.distributed, exchange) else "reduce_scatter_tensor",
-        exchanged,
-    )
+    names = ("reduce_scatter_single", "reduce_scatter_tensor")  # the second in torch 2.11
+    before(torch.distributed, next(name for name in names if hasattr(torch.distributed, name)), exchanged)
     before(torch.amp.GradScaler, "step", lambda scaler, optimizer: note(optimizer))
 
 

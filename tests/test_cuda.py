@@ -110,7 +110,7 @@ def test_one_process_of_nccl_has_the_gradients_of_none(device, wrap, tmp_path):
     """NCCL on a GPU, else gloo. DDP's gradients stay in its buckets over two micro-steps."""
     plain = loss_and_gradients(random_model().to(device), device, torch.float32)
     store = FileStore(str(tmp_path / "store"), 1)
-    options = dict(device_id=device) if ON_GPU else {}
+    options: dict = dict(device_id=device) if ON_GPU else {}
     dist.init_process_group("nccl" if ON_GPU else "gloo", store=store, rank=0, world_size=1, **options)
     try:
         model: torch.nn.Module = random_model().to(device)
@@ -219,7 +219,7 @@ def test_cached_generation_equals_uncached(device, dtype):
 def test_a_cuda_graph_makes_the_same_text(device):
     model = random_model(block_size=16).to(device)
     prompts = torch.randint(300, (3, 7), generator=torch.Generator().manual_seed(0)).to(device)
-    options = dict(temperature=0.0, stop_token=None)
+    options: dict = dict(temperature=0.0, stop_token=None)
     plain = model.generate(prompts, 40, **options)
     model.make_decoder = StaticDecoder
     assert torch.equal(model.generate(prompts, 40, **options), plain)

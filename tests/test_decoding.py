@@ -12,7 +12,7 @@ def test_a_static_step_equals_a_growing_one_also_past_the_end_of_the_context(row
     """16 positions and 40 new tokens: the context is cut and read again four times."""
     model = random_model(block_size=16)
     prompts = torch.randint(300, (rows, length), generator=torch.Generator().manual_seed(0))
-    options = dict(max_new_tokens=40, temperature=0.0, stop_token=None)
+    options: dict = dict(max_new_tokens=40, temperature=0.0, stop_token=None)
     plain = list(model.stream_with_logits(prompts, **options))
     decoders = []
 
