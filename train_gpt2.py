@@ -333,7 +333,7 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
     progress = runs.Progress.from_state(state, folder.name)
     process.print(report.describe_run(cfg, batch_size, why, world_size, folder, state.get("step")))
     trial = tuple(t.to(device) for t in train_data.batch(progress.step, 0, batch_size, sequences))
-    with plan.refuse_too_large_batches(cfg, raw_model, setup.dtype, process):
+    with plan.refuse_too_large_batches(cfg, raw_model, setup.dtype, process, bool(state)):
         model = parallel.wrap(raw_model, trial, setup.autocast, process, cfg.compile, cfg.reduce_dtype)
     about = runs.describe(cfg, model_config, train_data, setup.dtype, world_size)
     run = stack.enter_context(runs.Run(folder, about, process, state.get("step")))

@@ -2,10 +2,8 @@
 
     speed_up(model)                          # then model.generate(...) as before
 
-A step of one token launches some two hundred kernels, each shorter than its launch. A CUDA graph is
-one launch.
-It needs shapes that stay the same, so its key-value cache has its full size from the
-beginning.
+A step of one token launches some two hundred kernels, each shorter than its launch. A CUDA graph is one
+launch. It needs shapes that stay the same, so its key-value cache has its full size from the beginning.
 """
 
 import torch

@@ -152,12 +152,15 @@ class Workload:
 
 
 @contextlib.contextmanager
-def refuse_too_large_batches(cfg: Any, model: GPT, dtype: torch.dtype, process: Process) -> Iterator[None]:
-    """Around the trial passes of a run: room is taken as its optimizer will take it. If the device runs out
-    of memory, raises ValueError with the batch that fits. cfg: train_gpt2.py's settings."""
+def refuse_too_large_batches(
+    cfg: Any, model: GPT, dtype: torch.dtype, process: Process, has_optimizer_state: bool
+) -> Iterator[None]:
+    """For the trial passes of a run. If the device runs out of memory, raises ValueError with the batch that
+    fits. An optimizer's state that does not exist yet is represented by an empty tensor of its size. cfg:
+    train_gpt2.py's settings."""
     work, room = Workload.from_settings(cfg, model, dtype, process), None
     try:
-        if process.device.type == "cuda" and not cfg.resume:  # a resumed run has its state already
+        if process.device.type == "cuda" and not has_optimizer_state:
             size = int(work.step_bytes(cfg.batch_size)["optimizer"])
             room = torch.empty(size, dtype=torch.uint8, device=process.device)
         yield
