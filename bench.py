@@ -51,7 +51,7 @@ import fineweb
 import hellaswag
 from lib import checkpoint, cli, documents, plan, shards, sources, tokenizer
 from lib.decoding import speed_up
-from lib.device import autocast, cast_linears, cudnn_attention, pick_device, pick_dtype
+from lib.device import allow_cudnn_attention, autocast, cast_linears, pick_device, pick_dtype
 from lib.files import check_target, write_json
 from model import GPT, GPTConfig, config_to_hf, to_hf
 
@@ -156,7 +156,13 @@ class Bench:
             if unit == "GB/s":
                 rows, out = 1, (250_000_000 if small else 2_000_000_000) // width // dtype.itemsize
             x, weight = (torch.randn(n, width, dtype=dtype, device=self.device) for n in (rows, out))
-            (seconds,) = self.time_sides(lambda: [F.linear(x, weight) for _ in range(count)])
+            product = F.linear(x, weight)
+
+            def multiply(x=x, weight=weight, product=product):
+                for _ in range(count):
+                    torch.mm(x, weight.t(), out=product)
+
+            (seconds,) = self.time_sides(multiply)
             work = weight.nbytes / 1e9 if unit == "GB/s" else 2 * rows * weight.numel() / 1e12
             self.limits[name] = count * work / seconds
         return self.limits[name]
@@ -175,7 +181,7 @@ class Bench:
         fast = torch.compile(compute_loss, dynamic=False) if self.compiles_steps else compute_loss
 
         def step():
-            with autocast(self.device, self.dtype), cudnn_attention(True):
+            with autocast(self.device, self.dtype), allow_cudnn_attention(True):
                 loss = fast(idx)
             loss.backward()
             optimizer.step()
@@ -207,7 +213,7 @@ class Bench:
             return measure(self.batch_size)
         work, start = plan.Workload(self.model_config, self.cfg.seq_len, dtype=self.dtype), 1
         while sum(work.step_bytes(start).values()) < plan.free_memory(self.device, 1)[0]:
-            start *= 2  # until it fits only if torch.compile saves memory
+            start *= 2  # the first that does not fit uncompiled
         return find_best_step(measure, start)
 
     def name_shape(self, *batch_sizes: int) -> str:
@@ -259,7 +265,7 @@ class Bench:
         cast_linears(ours, self.dtype)
         items = self.make_items()
         few = items[:BASELINE_ITEMS] if self.on_gpu else items
-        batch_size = hellaswag.pick_batch_size(self.device)
+        batch_size = hellaswag.pick_batch_size(ours)
 
         @torch.inference_mode()
         def score_item_by_item():

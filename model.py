@@ -186,7 +186,7 @@ class GPT(nn.Module):
         self.config = config
         self.recompute = False  # activation checkpointing; see `hidden`
         self.tokenizer_files: dict[str, str] = {}  # of the model it began with; its checkpoints keep them
-        self.make_decoder: Callable | None = None  # lib/decoding.py
+        self.make_decoder: Callable | None = None  # for faster generation; see lib/decoding.py
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -233,7 +233,7 @@ class GPT(nn.Module):
         pos = start + torch.arange(idx.size(1), device=idx.device)
         x = self.wte(idx) + self.transformer["wpe"](pos)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        if self.training and product_dtype(x) == torch.bfloat16:
+        if self.training and find_product_dtype(x) == torch.bfloat16:
             x = x.bfloat16()  # between the products a GPU waits for memory: this halves the stream's bytes
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training and not cache:
@@ -265,7 +265,7 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache)
         if targets is None:
             return self.lm_head(x)
-        x = x.to(product_dtype(x))  # autocast does not reach into LinearCrossEntropy
+        x = x.to(find_product_dtype(x))  # autocast does not reach into LinearCrossEntropy
         args = (x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
         return LinearCrossEntropy.apply(*args, torch.is_grad_enabled())  # type: ignore[return-value]
 
@@ -301,9 +301,9 @@ class GPT(nn.Module):
         done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         unread, read = context, self.hidden
         for _ in range(max_new_tokens):
-            x = read(unread, cache) if cache else self.hidden(context)
-            if cache and self.make_decoder and read == self.hidden:
+            if cache and cache[0].length and self.make_decoder and read == self.hidden:
                 read = self.make_decoder(self, cache)
+            x = read(unread, cache) if cache else self.hidden(context)
             logits = self.lm_head(x[:, -1])[:, :choices]  # (B, V)
             if not logits.isfinite().all():
                 raise ValueError("the logits are not finite: the weights are damaged, or their sums overflow")
@@ -340,7 +340,7 @@ class GPT(nn.Module):
         return read_model(locate(name), dropout)
 
 
-def product_dtype(x: torch.Tensor) -> torch.dtype:
+def find_product_dtype(x: torch.Tensor) -> torch.dtype:
     """The precision of matrix products with x: autocast's, or its own."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype

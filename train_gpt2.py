@@ -34,7 +34,7 @@ from tqdm import tqdm
 import hellaswag
 from lib import checkpoint, cli, parallel, plan, processes, report, runs, shards, stops, tokenizer, trackers
 from lib.cli import format_path, knob
-from lib.device import autocast, cudnn_attention, pick_dtype, versions
+from lib.device import allow_cudnn_attention, autocast, pick_dtype, to_device, versions
 from lib.hub_runs import check_targets
 from lib.hub_shards import open_data
 from lib.optimizers import Muon, Optimizers
@@ -159,14 +159,13 @@ def make_optimizers(cfg: Config, model: GPT) -> list[torch.optim.Optimizer]:
 
     Matrices and embeddings have weight decay; biases and LayerNorm have none.
     """
-    is_muon = cfg.optimizer == "muon"
+    is_muon, lr, decay = cfg.optimizer == "muon", cfg.learning_rate, cfg.weight_decay
     hidden = {n: p for n, p in model.named_parameters() if is_muon and ".h." in n and p.dim() == 2}
     rest = [p for n, p in model.named_parameters() if n not in hidden]
     groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    lr, decay = cfg.learning_rate, cfg.weight_decay
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
     return [adamw, Muon(hidden.values(), lr, decay)] if hidden else [adamw]
 
@@ -221,8 +220,8 @@ def validation_loss(model: GPT, reader: shards.ShardReader, val_tokens: int, pro
     positions, rows = range(0, windows * seq_len, seq_len), max(1, VAL_BATCH_TOKENS // seq_len)
     mine, losses = range(0, windows, rows)[process.rank :: process.world_size], []
     for i in tqdm(mine, "validation", leave=False, disable=process.rank > 0 or None):
-        x, y = (t.to(process.device) for t in reader.read(positions[i : i + rows]))
-        losses.append(model(x, y))  # it stays on the device: reading each would let a GPU run dry
+        x, y = (to_device(t, process.device) for t in reader.read(positions[i : i + rows]))
+        losses.append(model(x, y))  # it stays on the device: a GPU would idle while each is read
     values = torch.stack(losses).tolist() if losses else []
     total = sum(loss * len(positions[i : i + rows]) for loss, i in zip(values, mine))  # exact: in float64
     return process.all_reduce(total)[0] / windows
@@ -242,7 +241,7 @@ def evaluate(setup: Setup, model: GPT, step: int, due: set[str]) -> dict[str, fl
     """Runs the evaluations that are due; returns their figures by the log's streams."""
     cfg, process, figures = setup.cfg, setup.process, {}
     whole = parallel.unshard(model)
-    with setup.autocast, cudnn_attention(False):
+    with setup.autocast, allow_cudnn_attention(False):
         if "val" in due and setup.val_data:
             figures["val"] = validation_loss(whole, setup.val_data, cfg.val_tokens, process)
             loss = report.format_finite(figures["val"], ".4f")
@@ -317,7 +316,7 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
     state, folder, train_data, model_config = setup.state, setup.folder, setup.train_data, setup.model.config
     device, rank, world_size = process.device, process.rank, process.world_size
     assert train_data
-    stack.enter_context(cudnn_attention(True))
+    stack.enter_context(allow_cudnn_attention(True))
     raw_model = parallel.place(setup.model, process, cfg.fsdp, cfg.reduce_dtype)
     raw_model.recompute = cfg.activation_checkpointing
     batch_size, why = plan.choose_batch_size(cfg, raw_model, setup.dtype, process)
@@ -334,7 +333,8 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
     process.print(report.describe_run(cfg, batch_size, why, world_size, folder, state.get("step")))
     trial = tuple(t.to(device) for t in train_data.batch(progress.step, 0, batch_size, sequences))
     with plan.refuse_too_large_batches(cfg, raw_model, setup.dtype, process, bool(state)):
-        model = parallel.wrap(raw_model, trial, setup.autocast, process, cfg.compile, cfg.reduce_dtype)
+        how = (process, cfg.compile, cfg.reduce_dtype, micro_steps > 1)
+        model = parallel.wrap(raw_model, trial, setup.autocast, *how)
     about = runs.describe(cfg, model_config, train_data, setup.dtype, world_size)
     run = stack.enter_context(runs.Run(folder, about, process, state.get("step")))
     run.start_tracker(progress.tracker_id)

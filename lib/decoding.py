@@ -6,6 +6,8 @@ A step of one token launches some two hundred kernels, each shorter than its lau
 launch. It needs shapes that stay the same, so its key-value cache has its full size from the beginning.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from model import GPT, KVCache
@@ -39,14 +41,23 @@ class StaticDecoder:
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):  # libraries take their memory now: a graph must not do so
                 self.model.hidden(self.token, self.cache)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream(device).wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.x = self.model.hidden(self.token, self.cache)
+
+    def begin(self, cache: list[KVCache]) -> "StaticDecoder":
+        """Continues another context, with as many rows."""
+        for mine, layer in zip(self.cache, cache):
+            if mine.kv is not layer.kv:
+                assert mine.kv is not None and layer.kv is not None
+                mine.kv[..., : layer.length, :] = layer.kv[..., : layer.length, :]
+        self.length.fill_(cache[0].length)
+        return self
 
     def __call__(self, token: torch.Tensor, cache: list[KVCache]) -> torch.Tensor:
         """Token ids (B, 1) to vectors (B, 1, C), which the next call overwrites."""
@@ -59,9 +70,24 @@ class StaticDecoder:
         return self.x
 
 
+def keep_decoders() -> Callable[[GPT, list[KVCache]], StaticDecoder]:
+    """A function that makes a decoder once for each number of rows, and then uses it again."""
+    decoders: dict[int, StaticDecoder] = {}
+
+    def make_decoder(model: GPT, cache: list[KVCache]) -> StaticDecoder:
+        assert cache[0].kv is not None
+        rows = cache[0].kv.size(1)
+        if rows not in decoders:
+            decoders[rows] = StaticDecoder(model, cache)
+        return decoders[rows].begin(cache)
+
+    return make_decoder
+
+
 def speed_up(model: GPT):
-    """Makes generation faster, after some seconds at its beginning."""
+    """Makes generation faster, after some seconds at its beginning. Cast the linear layers before
+    (cast_linears): a graph cannot use weights that autocast casts and frees."""
     if model.wte.weight.device.type == "cuda":
-        model.make_decoder = StaticDecoder
+        model.make_decoder = keep_decoders()
     else:
         model.hidden = torch.compile(model.hidden)

@@ -68,7 +68,7 @@ def pick_device(name: str, spare_memory: bool = False) -> torch.device:
 
 
 @contextlib.contextmanager
-def cudnn_attention(is_on: bool) -> Iterator[None]:
+def allow_cudnn_attention(is_on: bool) -> Iterator[None]:
     """Whether attention may use cuDNN. On Hopper it is the fastest for training. But it plans each new shape,
     which takes 0.05 to 0.4 s, and an evaluation has a thousand shapes."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
@@ -109,6 +109,11 @@ def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> to
     """A context in which matrix products are in dtype; with float32 it changes nothing. cache: keep the cast
     weights until the context ends."""
     return torch.autocast(device.type, dtype, dtype != torch.float32, cache)
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies to the device. The CPU does not wait for a GPU, which copies from pinned memory by itself."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def cast_linears(model: torch.nn.Module, dtype: torch.dtype):

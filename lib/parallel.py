@@ -1,7 +1,7 @@
 """Wraps the network for training in torch.compile, DDP or FSDP, and says when gradients are averaged.
 
     raw_model = parallel.place(model, process, fsdp, reduce_dtype)       # on the device; FSDP shards it here
-    model = parallel.wrap(raw_model, batch, autocast, process, compile, reduce_dtype)
+    model = parallel.wrap(raw_model, batch, autocast, process, compile, reduce_dtype, accumulates)
     for micro_step in range(micro_steps):
         parallel.set_gradient_sync(model, is_last=micro_step == micro_steps - 1)
 
@@ -29,10 +29,17 @@ def place(model: GPT, process: Process, fsdp: bool, reduce_dtype: str) -> GPT:
 
 
 def wrap(
-    model: GPT, batch: Batch, autocast: torch.autocast, process: Process, compile: bool, reduce_dtype: str
+    model: GPT,
+    batch: Batch,
+    autocast: torch.autocast,
+    process: Process,
+    compile: bool,
+    reduce_dtype: str,
+    accumulates: bool,
 ) -> torch.nn.Module:
     """The module to train: the model, compiled if asked, inside DDP if there are several processes and it is
-    not sharded. The batch is used for trial passes, which leave no trace."""
+    not sharded. The batch is used for trial passes, which leave no trace. accumulates: a step has several
+    micro-steps."""
     module: torch.nn.Module = model
     if compile:
         process.print("note   compiling, which may take a minute; --no-compile does without")
@@ -42,18 +49,26 @@ def wrap(
         else:
             module, outcome = compile_model(model, batch, autocast)
         process.print(f"note   {outcome}")
-    on_gpu, is_ddp = process.device.type == "cuda", process.world_size > 1 and not is_sharded(model)
-    if is_ddp:
+    module.train()
+    passes = (1 + accumulates) * (process.device.type == "cuda")  # they show whether the memory suffices
+    if process.world_size > 1 and not is_sharded(model):
         module = wrap_ddp(module, reduce_dtype, process.device)
-    # DDP reorders its buckets after its first backward pass, and so adds gradients up in another order.
-    # That pass is not a step of the run: a resumed run must equal an uninterrupted one. A GPU shows whether
-    # its memory suffices, also for a second micro-step, which finds gradients.
-    for _ in range(2 if on_gpu else is_ddp):
-        with autocast:
-            loss = module(*batch)
-        loss.backward()
+        # After its first backward pass DDP arranges its buckets anew, and then adds gradients up in another
+        # order. These passes are no steps of the run: a resumed run must equal an uninterrupted one.
+        run_pass(module, batch, autocast)
+        module.zero_grad(set_to_none=True)
+        passes = 1
+    for _ in range(passes):
+        run_pass(module, batch, autocast)
     zero_gradients(module)
     return module
+
+
+def run_pass(module: torch.nn.Module, batch: Batch, autocast: torch.autocast):
+    """A forward and a backward pass."""
+    with autocast:
+        loss = module(*batch)
+    loss.backward()
 
 
 def compile_model(model: GPT, batch: Batch, autocast: torch.autocast) -> tuple[torch.nn.Module, str]:
@@ -61,9 +76,7 @@ def compile_model(model: GPT, batch: Batch, autocast: torch.autocast) -> tuple[t
     fast = torch.compile(model.train())
     begin = time.perf_counter()
     try:
-        with autocast:
-            loss = fast(*batch)
-        loss.backward()
+        run_pass(fast, batch, autocast)  # type: ignore[arg-type]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a missing or broken compiler raises errors of many kinds
@@ -86,8 +99,8 @@ def compile_blocks(model: GPT, batch: Batch, autocast: torch.autocast) -> str:
 
 
 def wrap_ddp(model: torch.nn.Module, reduce_dtype: str, device: torch.device) -> DistributedDataParallel:
-    """The model with gradients averaged over all processes (all-reduce), in buckets, which the gradients are
-    views of. In eager mode buckets travel during the backward pass; a compiled backward pass is one graph,
+    """The model with gradients averaged over all processes (all-reduce), in buckets. A gradient is a view of
+    its bucket. In eager mode buckets travel during the backward pass; a compiled backward pass is one graph,
     and they travel after it."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 

@@ -81,7 +81,8 @@ class Workload:
             layer += 2 * width + 3 * 4 * model_config.n_head * self.seq_len / C + 6 * is_cast
         elif model_config.dropout:  # two masks of bytes
             layer += 2
-        layers = residual * L + layer if self.recompute else L * layer  # of all but one layer, the input only
+        is_half = self.dtype == torch.bfloat16
+        layers = (2 if is_half else 4) * L + layer if self.recompute else L * layer  # else the inputs only
         cast = matrices / L if self.recompute else matrices  # autocast's copies
         # LinearCrossEntropy holds the embedding's gradient and, if cast, its copy. To them it adds a chunk's
         # logits and log-softmax, or the chunk's share of the gradient (which a CPU casts, too).
@@ -117,14 +118,16 @@ class Workload:
         in Hugging Face's layout."""
         return (4 + 8 + 4) * self.model_config.num_params
 
-    def largest_batch(self, fits: Callable[[int], bool]) -> int:
+    def largest_batch(self, fits: Callable[[int], bool], below: float = math.inf) -> int:
         """The largest batch size that fits and divides a process's share of a step; 0 if none does."""
         share = self.total_batch_tokens // (self.seq_len * self.world_size)
-        return next((n for n in range(share, 0, -1) if share % n == 0 and fits(n)), 0)
+        return next((n for n in range(share, 0, -1) if share % n == 0 and n < below and fits(n)), 0)
 
-    def fitting_batch(self, model: GPT, device: torch.device) -> tuple[int, str]:
-        """The largest batch that fits the device's memory (0: none), and the reason. On CUDA, real steps are
-        tried; elsewhere, and for a sharded or meta model, `step_bytes` decides."""
+    def fitting_batch(
+        self, model: GPT, device: torch.device, below: float = math.inf, has_optimizer_state: bool = False
+    ) -> tuple[int, str]:
+        """The largest batch (below some size) that fits the device's memory (0: none), and the reason. On
+        CUDA, real steps are tried; elsewhere, and for a sharded or meta model, `step_bytes` decides."""
         is_there = not model.wte.weight.is_meta
         is_tried = device.type == "cuda" and is_there and not self.fsdp
         how = "tried" if is_tried else "computed"
@@ -132,7 +135,9 @@ class Workload:
             # CUDA's libraries take memory in the first step and never return it.
             peak_of_step(model, 1, self.seq_len, self.dtype, 0, False)
         free, source = free_memory(device, self.world_size)
-        free += 4 * self.model_config.num_params * self.share * is_there  # the weights are part of a step
+        held = self.step_bytes(1)["optimizer"] if has_optimizer_state else 0.0
+        # What the process holds already is part of a step.
+        free += 4 * self.model_config.num_params * self.share * is_there + held
         room = free * (1 - HEADROOM[how]) - self.saving_bytes() * (device.type == "cpu")
 
         def fits(batch_size: int) -> bool:
@@ -141,7 +146,7 @@ class Workload:
                 return sum(parts.values()) <= room
             if sum(parts.values()) > 1.3 * room:  # far too large to try
                 return False
-            beside, finds_gradients = parts["optimizer"], self.finds_gradients(batch_size)
+            beside, finds_gradients = parts["optimizer"] - held, self.finds_gradients(batch_size)
             return peak_of_step(model, batch_size, self.seq_len, self.dtype, beside, finds_gradients) <= room
 
         account = (
@@ -158,20 +163,22 @@ def refuse_too_large_batches(
     """For the trial passes of a run. If the device runs out of memory, raises ValueError with the batch that
     fits. An optimizer's state that does not exist yet is represented by an empty tensor of its size. cfg:
     train_gpt2.py's settings."""
-    work, room = Workload.from_settings(cfg, model, dtype, process), None
+    work, placeholder = Workload.from_settings(cfg, model, dtype, process), None
     try:
         if process.device.type == "cuda" and not has_optimizer_state:
             size = int(work.step_bytes(cfg.batch_size)["optimizer"])
-            room = torch.empty(size, dtype=torch.uint8, device=process.device)
+            placeholder = torch.empty(size, dtype=torch.uint8, device=process.device)
         yield
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)  # they keep tensors alive
-        del room
+        del placeholder
         model.zero_grad(set_to_none=True)
-        fitting, why = work.fitting_batch(model, process.device)
+        fitting, why = work.fitting_batch(model, process.device, cfg.batch_size, has_optimizer_state)
+        advice = f"{fitting} fits ({why}): give --batch-size {fitting}, or auto"
+        if not fitting:
+            advice = f"no smaller one fits ({why}): take a smaller --model-size or --seq-len"
         raise ValueError(
-            f"--batch-size {cfg.batch_size} runs out of memory on {process.device}; {fitting} fits ({why}): "
-            f"give --batch-size {fitting}, or auto"
+            f"--batch-size {cfg.batch_size} runs out of memory on {process.device}; {advice}"
         ) from None
 
 

@@ -59,8 +59,8 @@ def choose_folder(cfg: Any, model_config: GPTConfig, process: Process) -> Path:
         raise ValueError(
             f"{run} exists: go on with it (--run-name {run.name} --resume) or choose another --run-name"
         )
-    if cfg.dry_run and run.exists() and process.rank == 0:
-        unlock(lock(run))  # raises if another process has it
+    if not cfg.eval_only and run.exists() and process.rank == 0:
+        unlock(lock(run))  # raises if another process has it, before this one takes memory
     if links := [path for path in run.iterdir() if path.is_symlink()] if run.is_dir() else []:
         raise ValueError(f"{links[0]} is a link; a run writes only into its own folder: remove the link")
     return run

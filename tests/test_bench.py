@@ -177,7 +177,6 @@ def test_hellaswag_takes_all_real_items_on_a_gpu_and_few_for_the_baseline(preten
     (result,) = runner.hellaswag()
     assert seen == [(20, 64)] and result.share
     assert (result.job, result.ours, result.baseline) == ("hellaswag 5 items", 5, 2)
-    assert [hellaswag.pick_batch_size(torch.device(kind)) for kind in ("cuda", "cpu")] == [512, 64]
     runner.on_gpu = False
     assert len(runner.make_items()) == 3
 

@@ -35,9 +35,11 @@ from helpers import (
     train,
     values,
 )
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 import train_gpt2
 from lib import checkpoint, run_folder, stops
+from lib.processes import Process
 from train_gpt2 import Config
 
 
@@ -500,15 +502,37 @@ def test_a_process_that_hangs_is_named(launch, config, tally):
         training.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.fault(9)
 def test_a_process_that_is_late_is_named_before_the_timeout(launch, config, tmp_path):
     """Under NCCL the others would be ended at the timeout, without an exception that could name it."""
-    cfg = dataclasses.replace(config, timeout_seconds=8.0, val_every=10)
+    cfg = dataclasses.replace(config, timeout_seconds=20.0, val_every=10)
     training = launch(cfg, world_size=2, patches=[partial(faults.hold_before_evaluation, tmp_path, 1)])
     said = "rank 1 has not come to the all-reduce for which rank 0 waits"
-    training.wait_for(f"{said}; the run ends after --timeout-seconds 8")
+    training.wait_for(f"{said}; the run ends after --timeout-seconds 20")
     (tmp_path / "go").touch()
     assert training.finish().count("has not come") == 1
+
+
+def test_only_a_process_that_others_wait_for_is_late(monkeypatch):
+    """Rank 0 begins its second all-reduce; rank 1 stays at its first, rank 2 comes, rank 3 comes too late."""
+    store, clock, seen = HashStore(), [100.0], {}
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    process = Process(0, 4, torch.device("cpu"), store, timeout_seconds=60.0)
+
+    def find_late(at: float, *all_reduces: int) -> list[int]:
+        clock[0], process.all_reduces = at, all_reduces[0]
+        for rank, count in enumerate(all_reduces):
+            name = f"all-reduces of rank {rank}"
+            store.add(name, count - store.add(name, 0))
+        return process.find_late(seen)
+
+    assert find_late(100, 1, 1, 1, 1) == []
+    assert find_late(500, 1, 1, 1, 1) == []  # a long evaluation, in which none waits
+    assert find_late(501, 2, 1, 1, 1) == find_late(529, 2, 1, 2, 1) == []
+    assert find_late(540, 2, 1, 2, 1) == [1, 3]
+    assert find_late(541, 2, 1, 2, 2) == [1]
+    assert Process(2, 4, torch.device("cpu"), store, timeout_seconds=60.0).find_late({}) == []
 
 
 # -----------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 import hellaswag
 import train_gpt2
-from lib import checkpoint, files, plan, processes, shard_writer, shards
+from lib import checkpoint, files, parallel, plan, processes, shard_writer, shards
 from lib.hub_shards import open_data
 from model import GPT, GPTConfig
 from train_gpt2 import Config
@@ -214,6 +214,17 @@ def test_validation_uses_the_same_tokens_whatever_the_batch(config):
     assert others == [pytest.approx(first, abs=1e-5)] * 2
 
 
+def test_trial_passes_are_those_of_training_also_of_weights_that_were_loaded(golden, monkeypatch):
+    """A GPU's memory is tried by them, with dropout and activation checkpointing."""
+    modes: list[bool] = []
+    monkeypatch.setattr(parallel, "run_pass", lambda module, *args: modes.append(module.training))
+    model, process = checkpoint.build_model(golden).eval(), processes.Process(0, 1, torch.device("cuda"))
+    batch, cast = (torch.zeros(1, 4, dtype=torch.long),) * 2, torch.autocast("cpu", enabled=False)
+    for accumulates in (False, True):
+        assert parallel.wrap(model.eval(), batch, cast, process, False, "float32", accumulates) is model
+    assert modes == [True] * 3
+
+
 def test_attention_by_cudnn_is_for_training_only(config, items, monkeypatch):
     """It plans each new shape, and an evaluation has a thousand shapes."""
     seen, hidden = set(), GPT.hidden
@@ -239,8 +250,9 @@ def test_a_batch_that_runs_out_of_gpu_memory_is_refused_before_the_first_step(go
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
 
-    def fitting_batch(work, model, device) -> tuple[int, str]:
+    def fitting_batch(work, model, device, below, has_optimizer_state) -> tuple[int, str]:
         assert alive and alive[0]() is None  # the failed pass holds no memory any more
+        assert (below, has_optimizer_state) == (4, False)
         return 2, "tried"
 
     monkeypatch.setattr(GPT, "forward", run_out)
@@ -249,7 +261,7 @@ def test_a_batch_that_runs_out_of_gpu_memory_is_refused_before_the_first_step(go
     cfg = dataclasses.replace(golden, batch_size=4, compile=True)
     with pytest.raises(ValueError, match=r"--batch-size 4 .* 2 fits \(tried\): give --batch-size 2, or auto"):
         train_gpt2.main(cfg)
-    assert not list(Path(golden.log_dir).rglob("step_*"))
+    assert not (Path(golden.log_dir) / "run").exists()
     assert train_gpt2.main(dataclasses.replace(cfg, batch_size=2, max_steps=1)).exists()
 
 
