@@ -65,8 +65,8 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
 
 
 def orthogonalize_shared(x: torch.Tensor) -> torch.Tensor:
-    """`orthogonalize`, of which each process computes a share and all get the whole. x must be the same on
-    all."""
+    """`orthogonalize` by all processes, each of which takes a share of the matrices. x must be the same on
+    all; so is the result."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return orthogonalize(x)
     count = -(-x.size(0) // dist.get_world_size())  # matrices of each process; the last ones may have fewer

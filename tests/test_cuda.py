@@ -33,7 +33,7 @@ def device() -> torch.device:
 @pytest.fixture
 def config(config) -> Config:
     """Twelve steps with dropout, accumulation and checkpoints, on the GPU if there is one."""
-    return dataclasses.replace(config, device=DEVICE, n_head=2, n_embd=32)
+    return dataclasses.replace(config, device=DEVICE, n_embd=8)
 
 
 def loss_and_gradients(
