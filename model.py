@@ -226,7 +226,7 @@ class GPT(nn.Module):
         stores only each block's input, and the backward pass recomputes the rest with the same dropout
         (Chen et al., 2016, arXiv:1604.06174). Raises ValueError for a context longer than block_size.
         """
-        start = cache[0].length if cache else 0
+        start = cache[0].length if cache else 0  # a tensor in lib/decoding.py
         end = start + idx.size(1)
         if isinstance(end, int) and end > self.config.block_size:
             raise ValueError(f"a context of {end} tokens; this model has {self.config.block_size} positions")

@@ -333,8 +333,7 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
     process.print(report.describe_run(cfg, batch_size, why, world_size, folder, state.get("step")))
     trial = tuple(t.to(device) for t in train_data.batch(progress.step, 0, batch_size, sequences))
     with plan.refuse_too_large_batches(cfg, raw_model, setup.dtype, process, bool(state)):
-        how = (process, cfg.compile, cfg.reduce_dtype, micro_steps > 1)
-        model = parallel.wrap(raw_model, trial, setup.autocast, *how)
+        model = parallel.wrap(raw_model, trial, setup.autocast, process, cfg, micro_steps)
     about = runs.describe(cfg, model_config, train_data, setup.dtype, world_size)
     run = stack.enter_context(runs.Run(folder, about, process, state.get("step")))
     run.start_tracker(progress.tracker_id)

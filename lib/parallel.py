@@ -1,7 +1,7 @@
 """Wraps the network for training in torch.compile, DDP or FSDP, and says when gradients are averaged.
 
     raw_model = parallel.place(model, process, fsdp, reduce_dtype)       # on the device; FSDP shards it here
-    model = parallel.wrap(raw_model, batch, autocast, process, compile, reduce_dtype, accumulates)
+    model = parallel.wrap(raw_model, batch, autocast, process, cfg, micro_steps)
     for micro_step in range(micro_steps):
         parallel.set_gradient_sync(model, is_last=micro_step == micro_steps - 1)
 
@@ -29,19 +29,12 @@ def place(model: GPT, process: Process, fsdp: bool, reduce_dtype: str) -> GPT:
 
 
 def wrap(
-    model: GPT,
-    batch: Batch,
-    autocast: torch.autocast,
-    process: Process,
-    compile: bool,
-    reduce_dtype: str,
-    accumulates: bool,
+    model: GPT, batch: Batch, autocast: torch.autocast, process: Process, cfg: Any, micro_steps: int
 ) -> torch.nn.Module:
     """The module to train: the model, compiled if asked, inside DDP if there are several processes and it is
-    not sharded. The batch is used for trial passes, which leave no trace. accumulates: a step has several
-    micro-steps."""
+    not sharded. The batch is used for trial passes, which leave no trace. cfg: train_gpt2.py's settings."""
     module: torch.nn.Module = model
-    if compile:
+    if cfg.compile:
         process.print("note   compiling, which may take a minute; --no-compile does without")
         torch._dynamo.config.optimize_ddp = False  # one graph; ours gains nothing when DDP's buckets cut it
         if is_sharded(model):
@@ -50,9 +43,10 @@ def wrap(
             module, outcome = compile_model(model, batch, autocast)
         process.print(f"note   {outcome}")
     module.train()
-    passes = (1 + accumulates) * (process.device.type == "cuda")  # they show whether the memory suffices
+    # On a GPU these passes show whether its memory suffices. A second micro-step finds the first gradients.
+    passes = min(micro_steps, 2) if process.device.type == "cuda" else 0
     if process.world_size > 1 and not is_sharded(model):
-        module = wrap_ddp(module, reduce_dtype, process.device)
+        module = wrap_ddp(module, cfg.reduce_dtype, process.device)
         # After its first backward pass DDP arranges its buckets anew, and then adds gradients up in another
         # order. These passes are no steps of the run: a resumed run must equal an uninterrupted one.
         run_pass(module, batch, autocast)

@@ -220,8 +220,8 @@ def test_trial_passes_are_those_of_training_also_of_weights_that_were_loaded(gol
     monkeypatch.setattr(parallel, "run_pass", lambda module, *args: modes.append(module.training))
     model, process = checkpoint.build_model(golden).eval(), processes.Process(0, 1, torch.device("cuda"))
     batch, cast = (torch.zeros(1, 4, dtype=torch.long),) * 2, torch.autocast("cpu", enabled=False)
-    for accumulates in (False, True):
-        assert parallel.wrap(model.eval(), batch, cast, process, False, "float32", accumulates) is model
+    for micro_steps in (1, 5):
+        assert parallel.wrap(model.eval(), batch, cast, process, golden, micro_steps) is model
     assert modes == [True] * 3
 
 
