@@ -94,7 +94,7 @@ def remove_leftovers(run: Path):
             left.rename(final)
         else:
             shutil.rmtree(left, ignore_errors=True)
-    for left in run.glob(".log.txt.*.tmp"):
+    for left in run.glob(".*.tmp"):  # of files.write_atomically
         left.unlink()
 
 
