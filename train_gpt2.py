@@ -91,6 +91,7 @@ class Config:
     log_dir: cli.PathName = start("", "parent of the run folders; by default log/ beside this script")
     resume: cli.PathName = start("", "a run, checkpoint or hf://org/name; alone: --run-name's or the newest")
     override: cli.Switch = start(False, "resume although settings or data differ from the checkpoint's")
+    print_every: int = free(1, "steps between lines on the console", above=0)
     max_hours: float = free(0.0, "save and stop (exit code 4) after so long; 0: never", at_least=0)
     eval_only: cli.Switch = start(False, "only evaluate --resume's or --init-from's model; write nothing")
     dry_run: cli.Switch = start(False, "only check, and print what the run would take; write nothing")
@@ -228,13 +229,15 @@ def validation_loss(model: GPT, reader: shards.ShardReader, val_tokens: int, pro
 
 
 def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
-    """Prints four continuations of the sample prompt, drawn with a generator of their own."""
+    """Prints four continuations of the sample prompt, drawn with a generator of their own; at step 0, where
+    they are noise, a short one."""
+    count, length = (4, 48) if step else (1, 12)
     ids = tokenizer.encode(cfg.sample_prompt) or [tokenizer.END_OF_TEXT]
     generator = torch.Generator(device=device).manual_seed(cfg.seed + step)
-    prompts = torch.tensor([ids] * 4, device=device)
-    rows = model.generate(prompts, 48, temperature=0.8, top_k=50, generator=generator)
+    prompts = torch.tensor([ids] * count, device=device)
+    rows = model.generate(prompts, length, temperature=0.8, top_k=50, generator=generator)
     for row in rows[:, len(ids) :].tolist():
-        print(f"  sample | {cfg.sample_prompt + tokenizer.decode_until_end(row)!r}", flush=True)
+        report.print_sample(cfg.sample_prompt + tokenizer.decode_until_end(row))
 
 
 def evaluate(setup: Setup, model: GPT, step: int, due: set[str]) -> dict[str, float]:
@@ -244,13 +247,11 @@ def evaluate(setup: Setup, model: GPT, step: int, due: set[str]) -> dict[str, fl
     with setup.autocast, allow_cudnn_attention(False):
         if "val" in due and setup.val_data:
             figures["val"] = validation_loss(whole, setup.val_data, cfg.val_tokens, process)
-            loss = report.format_finite(figures["val"], ".4f")
-            process.print(f"step {step:>6} | validation loss {loss} (unigram entropy {setup.entropy:.2f})")
+            process.print(report.describe_validation(step, cfg.max_steps, figures["val"], setup.entropy))
         if "hellaswag" in due and setup.hellaswag_items:
             scores = hellaswag.evaluate(whole, setup.hellaswag_items, protocols=("completion",))
             figures["hella"] = scores["completion"]["acc_norm"]
-            of_items = f"{report.format_finite(figures['hella'], '.2%')} of {scores['n']:,} items"
-            process.print(f"step {step:>6} | HellaSwag acc_norm {of_items}")
+            process.print(report.describe_hellaswag(step, cfg.max_steps, figures["hella"], scores["n"]))
         if "sample" in due and process.rank == 0:
             with report.note_not_finite():
                 print_samples(whole, cfg, step, process.device)
@@ -397,13 +398,14 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
         toks = cfg.total_batch_tokens / seconds
         run.log(step, train=mean_loss, lr=lr, norm=norm, toks=toks, **verdict.streams)
         for line in verdict.explain():
-            process.print(f"step {step:>6} | {line}")
+            process.print(f"{report.format_step(step, cfg.max_steps)} | {line}")
         progress.note_step(mean_loss, verdict, optimizers.can_overflow())
         watch.tally(votes, progress.bad_steps)
         if watch.exit_code:
             process.print(f"stopping: {watch.reason}")
         run.print_news(step)
-        process.print(console.describe_step(step, mean_loss, lr, norm, seconds))
+        if line := console.describe_step(step, mean_loss, lr, norm, seconds):
+            process.print(line)
 
     run.print_news(step, wait=True)
     run.close_tracker(watch.exit_code)  # before the others may end: torchrun gives rank 0 no time after that
@@ -414,7 +416,7 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
     if rank == 0:
         run.finish(watch.exit_code)
     if watch.exit_code:
-        process.print(f"Stopped at step {step}. To go on: {report.suggest_resume(folder)}")
+        process.print(f"Stopped at step {step}. To go on:\n  {report.suggest_resume(folder)}")
         sys.exit(watch.exit_code)
     return folder
 

@@ -1,7 +1,9 @@
-"""Standard output and error that do not end the work when they fail.
+"""Standard output and error that do not end the work when they fail, and lines as wide as the terminal.
 
     console.protect(outlive=True)      # once, before a script begins
     print("28.59 ± 0.45")              # "28.59 +- 0.45" where the encoding has no ±
+    print(console.fit(["step 1/9", "loss 6.97", "4m01s left"]))     # the first fields, as many as fit
+    print(console.fold("a long line"))                              # broken between words, and indented
 
 A stream that was closed before the start becomes the null device. A write can fail because a pipe's reader or
 a terminal is gone, or because a disk is full. It is said on standard error, and later output is dropped.
@@ -11,8 +13,11 @@ import codecs
 import contextlib
 import io
 import os
+import shutil
 import sys
+import textwrap
 import time
+from collections.abc import Sequence
 from typing import Any
 
 SPELLED = {"±": "+-", "°": " deg", **{bar: str(n) for n, bar in enumerate("▁▂▃▄▅▆▇█", 1)}}
@@ -89,3 +94,33 @@ def wrap(stream: Any, outlive: bool) -> Any:
     return io.TextIOWrapper(
         buffer, stream.encoding, "spell", line_buffering=stream.line_buffering, write_through=is_unbuffered
     )
+
+
+def get_width() -> int:
+    """Columns of the terminal; a pipe or a file takes lines of any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+
+
+def fit(fields: Sequence[str]) -> str:
+    """Joins the first fields by bars, as many as fit into a line of the terminal."""
+    count = len(fields)
+    while count > 1 and len(" | ".join(fields[:count])) > get_width():
+        count -= 1
+    return " | ".join(fields[:count])
+
+
+def fold(text: str, indent: str = " " * 7) -> str:
+    """Breaks lines wider than the terminal between words. Indented lines, such as commands, stay whole."""
+    width, lines = get_width(), []
+    for line in text.split("\n"):
+        is_whole = len(line) <= width or line.startswith("  ")
+        lines += [line] if is_whole else textwrap.wrap(
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def emphasize(text: str) -> str:
+    """Bold on a terminal, unless the user wants no colours (no-color.org)."""
+    is_plain = not sys.stdout.isatty() or os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR")
+    return text if is_plain else f"\x1b[1m{text}\x1b[0m"

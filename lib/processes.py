@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from lib import console
 from lib.device import pick_device
 from lib.environment import read_group
 
@@ -46,9 +47,9 @@ class Process:
     began: float = field(default_factory=time.monotonic)
 
     def print(self, text: str):
-        """Prints on rank 0, at once."""
+        """Prints on rank 0, at once; lines wider than the terminal are folded."""
         if self.rank == 0:
-            print(text, flush=True)
+            print(console.fold(text), flush=True)
 
     def all_reduce(self, *values: float | torch.Tensor) -> list[float]:
         """Each value summed over all processes. Scalar tensors may lie on the device, which is read once."""

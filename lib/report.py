@@ -2,13 +2,14 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lib import run_log
+from lib import console, run_log
 from lib.cli import format_command, format_path
 from lib.device import peak_flops
 from lib.files import ROOT
@@ -43,9 +44,9 @@ def describe_setup(setup: Any, why: str) -> str:
     if math.isfinite(setup.entropy):
         uniform = math.log(shape.vocab_size)
         lines.append(
-            f"loss   {uniform:.2f} if all tokens were alike, {setup.entropy:.2f} (unigram entropy of the"
+            f"loss   in nats per token; uniform guessing has {uniform:.2f}, and guessing by each token's "
+            f"frequency {setup.entropy:.2f} (the unigram entropy)"
         )
-        lines.append("       validation split) if a model knows only how frequent each token is")
     return "\n".join(lines)
 
 
@@ -59,7 +60,9 @@ def describe_run(
     if cfg.warmup_steps > cfg.max_steps:
         lines.append(f"note   the run ends within its {cfg.warmup_steps} steps of warm-up (--warmup-steps)")
     resumed = "" if resumed_step is None else f", resumed at step {resumed_step}"
-    return "\n".join([*lines, f"run    {format_path(folder)}{resumed}"])
+    lines.append(f"run    {format_path(folder)}{resumed}")
+    lines.append(f"stop   by Ctrl-C, which saves first; --resume {format_path(folder)} goes on")
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager
@@ -68,7 +71,7 @@ def note_not_finite() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        print(f"  sample | none: {error}", flush=True)
+        print(f"sample | none: {error}", flush=True)
 
 
 def format_finite(figure: float, form: str) -> str:
@@ -82,25 +85,64 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}h{minutes % 60:02d}m" if hours else f"{minutes}m{int(seconds % 60):02d}s"
 
 
+def format_step(step: int, max_steps: int) -> str:
+    return f"step {step:>{len(str(max_steps))}}/{max_steps}"
+
+
+def describe_validation(step: int, max_steps: int, loss: float, entropy: float) -> str:
+    fields = [format_step(step, max_steps), f"validation loss {format_finite(loss, '.4f')}"]
+    if loss < 700:  # beyond, exp() overflows
+        fields.append(f"perplexity {math.exp(loss):,.1f}")
+    return console.emphasize(console.fit([*fields, f"unigram entropy {entropy:.2f}"]))
+
+
+def describe_hellaswag(step: int, max_steps: int, acc_norm: float, items: int) -> str:
+    figure = f"HellaSwag acc_norm {format_finite(acc_norm, '.2%')}"
+    return console.emphasize(console.fit([format_step(step, max_steps), figure, f"{items:,} items"]))
+
+
+def print_sample(text: str):
+    print(console.fold(f"sample | {text!r}", indent="       | "), flush=True)
+
+
 class Console:
-    """Makes the line of each step. Knows the time to the end and, if the device's peak is known, MFU: model
-    FLOP/s as a share of the peak (Chowdhery et al., 2022, arXiv:2204.02311, appendix B)."""
+    """Makes the line of each step. Knows the time to the end, evaluations included, and, if the device's peak
+    is known, MFU: model FLOP/s as a share of the peak (Chowdhery et al., 2022, arXiv:2204.02311, app. B)."""
 
     def __init__(
         self, cfg: Any, flops_per_token: float, device: torch.device, dtype: torch.dtype, world_size: int
     ):
-        self.max_steps, self.batch_tokens = cfg.max_steps, cfg.total_batch_tokens
-        self.flops, self.peak = flops_per_token, peak_flops(device, dtype) * world_size
-        self.seconds = self.steps = 0.0
+        self.cfg, self.flops = cfg, flops_per_token
+        self.peak = peak_flops(device, dtype) * world_size
+        self.evaluate_every = min(
+            (n for n in (cfg.val_every, cfg.hellaswag_every, cfg.sample_every) if n),
+            default=cfg.max_steps + 1,
+        )
+        self.seconds = self.pauses = 0.0  # in steps, and between them
+        self.steps = self.evaluations = 0
+        self.last = time.perf_counter()
+
+    def seconds_left(self, step: int, seconds: float) -> float:
+        """Estimates the time to the end from the steps and evaluations so far. Call it once per step."""
+        now, cfg = time.perf_counter(), self.cfg
+        self.seconds, self.steps = self.seconds + seconds, self.steps + 1
+        self.pauses, self.last = self.pauses + now - self.last - seconds, now
+        self.evaluations += step % self.evaluate_every == 0
+        pause = self.pauses / max(1, self.evaluations)
+        evaluations = math.ceil((cfg.max_steps - step) / self.evaluate_every)
+        return self.seconds / self.steps * (cfg.max_steps - step - 1) + pause * evaluations
 
     def describe_step(self, step: int, loss: float, lr: float, norm: float, seconds: float) -> str:
-        self.seconds, self.steps = self.seconds + seconds, self.steps + 1
-        toks, left = self.batch_tokens / seconds, self.seconds / self.steps * (self.max_steps - step - 1)
-        mfu = f" | mfu {toks * self.flops / self.peak:5.1%}" if self.peak else ""
-        return (
-            f"step {step:>6} | loss {loss:7.4f} | lr {lr:.2e} | norm {norm:7.3f} | "
-            f"{1000 * seconds:8.1f} ms | {toks:9,.0f} tok/s{mfu} | {format_seconds(left)} left"
-        )
+        """The line of a step: what matters most comes first, because a narrow terminal cuts the end. Returns
+        "" for steps that --print-every leaves out."""
+        cfg, toks, left = self.cfg, self.cfg.total_batch_tokens / seconds, self.seconds_left(step, seconds)
+        if step % cfg.print_every and step < cfg.max_steps - 1:
+            return ""
+        fields = [f"{format_step(step, cfg.max_steps)} | loss {loss:7.4f}", f"{format_seconds(left):>6} left"]
+        fields += [f"{toks:7,.0f} tok/s", f"lr {lr:.2e}", f"norm {norm:6.3f}", f"{1000 * seconds:6.0f} ms"]
+        if self.peak:
+            fields.append(f"mfu {toks * self.flops / self.peak:5.1%}")
+        return console.fit(fields)
 
 
 def summarize(log: Path, max_steps: int, total_batch_tokens: int) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from lib import checkpoint, cli, files, folders, hub, hub_runs, report, run_folder, schema, tokenizer
+from lib import checkpoint, cli, console, files, folders, hub, hub_runs, report, run_folder, schema, tokenizer
 from lib.checkpoint import STATE, Found
 from lib.optimizers import Optimizers
 from lib.processes import Process
@@ -160,13 +160,16 @@ class Run(contextlib.ExitStack):
             state = self.about | progress.to_state() | optimizers.to_state()
             self.saver.begin(step, model.config, weights, tensors, state, texts)
         milliseconds = 1000 * (time.perf_counter() - begin)
-        folder = cli.format_path(self.last_checkpoint)
-        self.process.print(f"step {step:>6} | saving {folder}; training paused for {milliseconds:.0f} ms")
+        fields = [self.format_step(step), f"saving {cli.format_path(self.last_checkpoint)}"]
+        self.process.print(console.fit([*fields, f"training paused for {milliseconds:.0f} ms"]))
+
+    def format_step(self, step: int) -> str:
+        return report.format_step(step, self.settings["max_steps"])
 
     def print_news(self, step: int, wait: bool = False):
         """Prints what was saved and sent since the last call. Raises OSError if saving failed."""
         for news in self.saver.poll(wait):
-            self.process.print(f"step {step:>6} | {news}")
+            self.process.print(f"{self.format_step(step)} | {news}")
 
     def finish(self, exit_code: int):
         """Ends a run on rank 0. Waits for the uploads, unless the run was stopped; draws the curves and says

@@ -159,7 +159,7 @@ def test_a_killed_run_resumes_with_the_same_end(config, dtype, tmp_path):
 def test_sigkill_loses_only_the_steps_since_the_last_checkpoint(launch, config, tmp_path):
     whole = train(config, log_dir=str(tmp_path / "whole"), max_steps=16)
     training = launch(dataclasses.replace(config, max_steps=16))
-    training.wait_for("step      5 | loss")
+    training.wait_for(" 5/16 | loss")
     training.signal(signal.SIGKILL)
     training.wait()
     run = tmp_path / "run"

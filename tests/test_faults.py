@@ -373,7 +373,7 @@ def test_a_signal_to_the_command_that_started_several_processes_has_its_code(con
         [sys.executable, str(ROOT / "train_gpt2.py"), *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", bufsize=1,
     )  # fmt: skip
-    read_until(process, "step      5 | loss")
+    read_until(process, " 5/10000 | loss")
     process.send_signal(signal.SIGTERM)
     printed = process.communicate(timeout=90)[0]
     assert process.returncode == 143 and "Traceback" not in printed, printed
@@ -384,7 +384,7 @@ def test_a_signal_to_the_command_that_started_several_processes_has_its_code(con
 @pytest.mark.slow
 def test_processes_whose_torchrun_was_killed_save_and_stop(config, tmp_path):
     process = start_torchrun(dataclasses.replace(config, max_steps=10_000, checkpoint_every=0))
-    read_until(process, "step      5 | loss")
+    read_until(process, " 5/10000 | loss")
     process.kill()
     printed = process.communicate(timeout=60)[0]  # which ends when no process is left that writes there
     assert "stopping: torchrun is gone" in printed
@@ -460,7 +460,7 @@ def read_until(process: subprocess.Popen, words: str) -> str:
 @pytest.mark.slow
 def test_torchrun_passes_a_signal_to_one_process_on_to_the_run(config, tmp_path):
     process = start_torchrun(dataclasses.replace(config, max_steps=10_000, checkpoint_every=0))
-    read_until(process, "step      5 | loss")
+    read_until(process, " 5/10000 | loss")
     workers = workers_of(process)
     assert len(workers) == 2
     os.kill(workers[-1], signal.SIGTERM)
@@ -478,7 +478,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(config, whole, tmp_pat
     for attempt in tally(1, 3):
         cfg = dataclasses.replace(config, run_name=f"run{attempt.number}", **changes)
         process = start_torchrun(cfg, "--resume")
-        read_until(process, f"step     {13 + 9 * attempt.number} | loss")
+        read_until(process, f"step {13 + 9 * attempt.number}/40 | loss")
         os.kill(workers_of(process)[attempt.number % 2], signal.SIGKILL)
         printed = process.communicate(timeout=120)[0]
         assert process.returncode == 0 and "resumed at step" in printed, printed
@@ -493,7 +493,7 @@ def test_a_process_that_hangs_is_named(launch, config, tally):
             config, run_name=f"run{attempt.number}", max_steps=100_000, timeout_seconds=timeout
         )
         training = launch(cfg, world_size=2)
-        training.wait_for("step      5 | loss")
+        training.wait_for(" 5/100000 | loss")
         training.signal(signal.SIGSTOP, hung)
         begin = time.monotonic()
         training.ranks[1 - hung].join(60)

@@ -41,8 +41,8 @@ def evaluations(printed: str, step: int) -> list[str]:
     """Returns the lines of a step's evaluations; those of samples do not name the step."""
     found, at = [], None
     for line in printed.splitlines():
-        at = int(line.split()[1]) if line.startswith("step ") else at
-        if at == step and re.search(r"validation loss|HellaSwag acc|  sample \|", line):
+        at = int(re.split("[ /]+", line)[1]) if line.startswith("step ") else at
+        if at == step and re.search(r"validation loss|HellaSwag acc|sample \|", line):
             found.append(line)
     return found
 
@@ -120,7 +120,7 @@ def test_evaluating_alone_finds_what_the_run_found_and_writes_nothing(
     assert found == evaluations(first, 8) and len(found) == 1 + 1 + 4
     assert [line for line in printed.splitlines() if "| " in line] == found  # and no more happens
     assert "nothing is written" in printed
-    assert f"step      8 | validation loss {values(run, 'val')[2]:.4f}" in printed
+    assert f"step  8/12 | validation loss {values(run, 'val')[2]:.4f}" in printed
     assert content(tmp_path / "log") == before and names(tmp_path) == there
 
 
@@ -130,7 +130,7 @@ def test_evaluating_alone_takes_weights_from_anywhere(launch, config, whole):
     shape = dict(n_layer=None, n_head=None, n_embd=None)
     cfg = dataclasses.replace(config, **shape, init_from=str(run / "step_000012"), val_every=1000)
     printed = launch(cfg, "--eval-only").finish()
-    assert f"step      0 | validation loss {values(run, 'val')[-1]:.4f}" in printed
+    assert f"step  0/12 | validation loss {values(run, 'val')[-1]:.4f}" in printed
     assert content(run) == before and not Path(config.log_dir).exists()
 
 
