@@ -89,7 +89,7 @@ class Config:
     # run
     run_name: str = start("", "folder under log/; by default the model and the time")
     log_dir: cli.PathName = start("", "parent of the run folders; by default log/ beside this script")
-    resume: cli.PathName = start("", "a run, checkpoint or hf://org/name; alone: --run-name's or the newest")
+    resume: cli.PathName = start("", "a run, checkpoint or hf://org/name; alone: the newest", alone="newest")
     override: cli.Switch = start(False, "resume although settings or data differ from the checkpoint's")
     max_hours: float = free(0.0, "save and stop (exit code 4) after so many hours; 0 for never", at_least=0)
     eval_only: cli.Switch = start(False, "only evaluate --resume's or --init-from's model; write nothing")
@@ -442,15 +442,10 @@ def dry_run(cfg: Config, process: Process, found: checkpoint.Found | None) -> Pa
 
 def read_flags(argv: list[str], base: Config | None = None) -> Config:
     """A command line as a configuration: flags over base, or over the preset that is its first word."""
-    argv = list(argv)
-    for i, word in enumerate(argv):  # --resume without a value
-        if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
-            argv.insert(i + 1, "newest")
     cfg = cli.parse(Config, __doc__, argv, base, PRESETS, MOST_USED)
-    if cfg.init_from and not base:
-        presets = {name: checkpoint.adopt_shape(preset, cfg.init_from) for name, preset in PRESETS.items()}
-        cfg = cli.parse(Config, __doc__, argv, base, presets, MOST_USED)
-    return cfg
+    if not cfg.init_from or base:
+        return cfg
+    return cli.parse(Config, __doc__, argv, base, checkpoint.adopt_shape(PRESETS, cfg.init_from), MOST_USED)
 
 
 def parse_args(argv: list[str]) -> tuple[Config, checkpoint.Found | None]:

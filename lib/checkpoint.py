@@ -248,18 +248,28 @@ def check_init_from(cfg: Any):
         raise ValueError(f"--init-from {cfg.init_from} brings its own shape: leave out {', '.join(extra)}")
 
 
-def adopt_shape(preset: Any, init_from: str) -> Any:
-    """A preset's settings for a run from other weights: without a shape, and with a context that is no longer
-    than the one of a local model directory."""
-    changes = {name: getattr(type(preset), name) for name in SHAPE}
-    folder = Path(init_from)
-    if identify(folder) == "run":
-        folder = [folder, *list_steps(folder)][-1]
-    if identify(folder) in ("checkpoint", "model") and (folder / "config.json").is_file():
-        hf = schema.read_json(folder / "config.json", {})
-        context = pretrained.config_from_hf(hf, source=folder / "config.json").block_size
-        changes["seq_len"] = min(preset.seq_len, context)
-    return dataclasses.replace(preset, **changes)
+def adopt_shape(presets: dict[str, Any], init_from: str) -> dict[str, Any]:
+    """train_gpt2.py's presets for a run from other weights: without a shape, and with a context that is no
+    longer than that of a local model."""
+    shape = {name: getattr(type(next(iter(presets.values()))), name) for name in SHAPE}
+    longest = read_context(init_from)
+    return {
+        name: dataclasses.replace(preset, **shape, seq_len=min(preset.seq_len, longest or preset.seq_len))
+        for name, preset in presets.items()
+    }
+
+
+def read_context(name: str) -> int | None:
+    """The context of a local model, None for any other name. Raises ValueError if it is no GPT-2."""
+    path = Path(name)
+    if identify(path) == "run":
+        path = [path / "no checkpoint", *list_steps(path)][-1]
+    if path.is_file():
+        return pretrained.read_torch_file(path, 0.0)[1].block_size
+    if not (path / "config.json").is_file():
+        return None
+    hf = schema.read_json(path / "config.json", {})
+    return pretrained.config_from_hf(hf, source=path / "config.json").block_size
 
 
 def check_name(name: str, flag: str = "--model"):

@@ -84,11 +84,13 @@ def knob(
     at_most: float | None = None,
     resume: str = "fixed",
     alias: str = "",
+    alone: str = "",
 ) -> Any:
     """A dataclass field: default, help, bounds, and whether a resumed run may change it (train_gpt2.py).
-    Pass dataclasses.MISSING as the default of a flag that must be given. alias: a second flag."""
+    Pass dataclasses.MISSING as the default of a flag that must be given. alias: a second flag; alone: the
+    value if the flag is given without one."""
     bounds = {"above": above, "at_least": at_least, "at_most": at_most}
-    facts = {"help": help, "bounds": bounds, "resume": resume, "alias": alias}
+    facts = {"help": help, "bounds": bounds, "resume": resume, "alias": alias, "alone": alone}
     return dataclasses.field(default=default, metadata=facts)
 
 
@@ -121,6 +123,9 @@ def parse(
     hints, fields = typing.get_type_hints(config, include_extras=True), []
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         facts = field.metadata
+        for i, word in enumerate(argv if facts["alone"] else ()):
+            if word == flag(field.name) and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
+                argv.insert(i + 1, facts["alone"])
         names = tyro.conf.arg(help=facts["help"], aliases=[facts["alias"]] if facts["alias"] else None)
         value = getattr(default, field.name) if default else field.default
         fields.append((field.name, Annotated[hints[field.name], names], dataclasses.field(default=value)))
@@ -185,7 +190,8 @@ def format_help(
     first, *rest = description.strip().split("\n\n")
     commands = [part for part in rest if part.startswith(" ")][:1]
     notes = [part for part in rest if part not in commands]
-    flags = {f.name: describe_flag(f, h, default) for f, h in list_fields(config)}
+    hints = typing.get_type_hints(config, include_extras=True)
+    flags = {f.name: describe_flag(f, hints[f.name], default) for f in dataclasses.fields(config)}
     groups = {"Most used": list(most_used)} if most_used else {}
     for name, heading in read_headings(config).items():
         groups.setdefault(heading, []).extend([name] if name not in most_used else [])
@@ -200,11 +206,6 @@ def format_help(
     parts += [wrap(note, width) for note in notes]
     parts += [f"{bold.format('Examples')}\n{wrap(part, width)}" for part in commands]
     return "\n\n".join(parts)
-
-
-def list_fields(config: type) -> list[tuple[dataclasses.Field, Any]]:
-    hints = typing.get_type_hints(config, include_extras=True)
-    return [(field, hints[field.name]) for field in dataclasses.fields(config)]
 
 
 def read_headings(config: type) -> dict[str, str]:
@@ -239,8 +240,10 @@ def describe_flag(field: dataclasses.Field, hint: Any, default: Any) -> tuple[st
         names, kind = field.name.upper(), ""
     elif kind == "NAME":
         notes.append(" or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]])))
-    elif choices:
-        kind = "|".join([kind, *choices])
+    elif choices or field.metadata["alone"]:
+        kind = f"[{kind}]" if field.metadata["alone"] else "|".join([kind, *choices])
+    if typing.get_origin(hint) is tuple:
+        kind += " ..."
     if value is dataclasses.MISSING:
         notes.append("required")
     elif value not in (None, "", ()) and hint != Switch:

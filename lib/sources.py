@@ -135,8 +135,8 @@ def find_local_files(source: str) -> list[Path]:
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         near = cli.suggest(source, NAMES) or cli.suggest(path.name, beside)
         raise FileNotFoundError(
-            f"--source is {source!r}; it must be a file, folder or glob that exists, hf:org/name, or a name "
-            f"that --help lists, as fineweb-edu-10BT, tinystories or pydocs{near}"
+            f"--source is {source!r}; it must be a file, folder or glob that exists, or a name such as "
+            f"fineweb-edu-10BT, tinystories, pydocs, hf:org/name (--help lists all){near}"
         )
     taken: dict[Path, Path] = {}  # by the path that links lead to
     left_out: Counter = Counter()

@@ -232,8 +232,11 @@ def test_auto_is_a_batch_size_among_numbers(config):
         train_gpt2.read_flags(["--batch-size", "large"])
     cfg = dataclasses.replace(config, batch_size="auto", total_batch_tokens=64)
     runs.check_settings(cfg, 4)
-    with pytest.raises(ValueError, match="no multiple of the 48 tokens"):
+    with pytest.raises(ValueError, match=r"no multiple of the 48 tokens.*: --total-batch-tokens 48 or 96$"):
         runs.check_settings(cfg, 3)
+    cfg = dataclasses.replace(config, batch_size=3, total_batch_tokens=8 * config.seq_len)
+    with pytest.raises(ValueError, match=r"work: --total-batch-tokens 96 or 144, or --batch-size 2 or 4$"):
+        runs.check_settings(cfg, 1)
 
 
 # -----------------------------------------------------------------------------
