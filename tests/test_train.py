@@ -411,7 +411,7 @@ def test_resume_finds_the_newest_run_a_named_run_or_starts_one(config, tmp_path)
     unborn = dataclasses.replace(unborn, run_name="unborn", max_steps=0)
     assert train_gpt2.main(unborn) == train_gpt2.main(unborn)  # it may begin, and begin again
     with pytest.raises(FileNotFoundError, match=r"no folder[^;]*; give[^;]*$"):
-        train_gpt2.parse_args(["--resume", str(tmp_path / "nowhere")])
+        train_gpt2.parse_args(["--resume", str(tmp_path / "zzz")])
     with pytest.raises(FileNotFoundError, match=r"no folder.*; did you mean .*/older\?"):
         train_gpt2.parse_args(["--resume", "oldre", *log])
     for missing in ("step_000999", "step_9"):
