@@ -63,8 +63,8 @@ def find_run(path: Path) -> Path:
 
 
 def suggest_folder(path: Path, log_root: Path = files.LOGS) -> str:
-    """A hint for an error about a missing folder: the newest checkpoints of the run that it names,
-    or the runs beside it and in log_root whose names are near."""
+    """A hint for an error about a missing folder: the newest checkpoints of the run that it names, or the
+    runs beside it and in log_root whose names are near."""
     if identify(path.parent) == "run":
         steps = [step.name for step in list_steps(path.parent)[-10:]]
         return f"; {path.parent} has {', '.join(steps) or 'no checkpoint'}"

@@ -27,26 +27,14 @@ from typing import Any
 
 import torch
 
-from lib import (
-    checkpoint,
-    cli,
-    files,
-    folders,
-    hub,
-    hub_runs,
-    plan,
-    report,
-    run_folder,
-    schema,
-    tokenizer,
-    trackers,
-)
+from lib import checkpoint, cli, files, folders, hub, hub_runs, report, run_folder, schema, tokenizer
 from lib.checkpoint import STATE, Found
 from lib.optimizers import Optimizers
+from lib.plan import check_batch
 from lib.processes import Process
 from lib.shards import Folder, ShardReader
 from lib.stops import SPIKE_WINDOW, Verdict
-from lib.trackers import Tracker
+from lib.trackers import Tracker, check_package
 from model import GPT, GPTConfig
 
 # The entries of a checkpoint's state that resuming reads.
@@ -223,7 +211,7 @@ def check_settings(cfg: Any, world_size: int, device_type: str = "cpu"):
     if cfg.init_from and is_new:
         checkpoint.check_init_from(cfg)
     if not cfg.eval_only:
-        trackers.check(cfg.tracker)
+        check_package(cfg.tracker)
     if cfg.eval_only and is_new and not cfg.init_from:
         raise ValueError("--eval-only needs a model: give --resume or --init-from")
     if cfg.eval_only and not (cfg.val_every or cfg.hellaswag_every or cfg.sample_every):
@@ -233,7 +221,7 @@ def check_settings(cfg: Any, world_size: int, device_type: str = "cpu"):
             f"--dropout is {cfg.dropout}; on mps --activation-checkpointing cannot repeat it: leave one out"
         )
     if not cfg.eval_only:
-        plan.check_batch(cfg, world_size)
+        check_batch(cfg, world_size)
 
 
 def find_checkpoint(cfg: Any) -> Found | None:
