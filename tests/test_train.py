@@ -636,9 +636,7 @@ def test_a_configuration_built_in_python_resumes_as_the_command_line_does(config
 
 @pytest.mark.fault(12)
 def test_weights_of_another_shape_than_init_from_are_refused(config, tmp_path):
-    with pytest.raises(
-        ValueError, match="--init-from gpt2 brings its own shape: leave out --n-layer, --n-head, --n-embd$"
-    ):
+    with pytest.raises(ValueError, match=r"leave out --n-layer, --n-head, --n-embd$"):
         train(config, init_from="gpt2")
 
 
