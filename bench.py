@@ -63,24 +63,22 @@ Step = tuple[int, float, float]  # batch size, seconds, peak memory in GB
 
 @dataclass(frozen=True)
 class Config:
-    jobs: tuple[Job, ...] = cli.knob((), "The jobs to measure; by default all, on CUDA GPU_JOBS.")
-    model_size: str = cli.knob("124M", "124M, 350M, 774M or 1558M.")
-    seq_len: int = cli.knob(1024, "Tokens of context in `train` and `memory`.", at_least=1)
+    jobs: tuple[Job, ...] = cli.knob((), "the jobs to measure; by default all, on CUDA GPU_JOBS")
+    model_size: str = cli.knob("124M", "124M, 350M, 774M or 1558M")
+    seq_len: int = cli.knob(1024, "tokens of context in `train` and `memory`", at_least=1)
     batch_size: int | Literal["auto"] = cli.knob(
-        "auto", "Sequences per step; auto: 4, on CUDA the best.", at_least=1
+        "auto", "sequences per step; auto: 4, on CUDA the best", at_least=1
     )
-    items: int = cli.knob(96, "Random items in `hellaswag`; on CUDA only without the real ones.", at_least=1)
-    max_tokens: int = cli.knob(64, "Tokens to make in `generate`.", at_least=1)
-    text: cli.PathName = cli.knob(
-        "", "A parquet file or folder for `tokenize`; by default pydocs, ten times."
+    items: int = cli.knob(96, "random items in `hellaswag`; on CUDA only without the real ones", at_least=1)
+    max_tokens: int = cli.knob(64, "tokens to make in `generate`", at_least=1)
+    text: cli.PathName = cli.knob("", "a parquet file or folder for `tokenize`; by default pydocs, ten times")
+    repeats: int = cli.knob(3, "measurements of each side; the median counts", at_least=1)
+    device: str = cli.knob("auto", "auto, cpu, cuda, mps")
+    dtype: cli.Dtype = cli.knob(
+        "auto", "precision of the matrix products; `generate` is measured in float32, too"
     )
-    repeats: int = cli.knob(3, "Measurements of each side; the median counts.", at_least=1)
-    device: str = cli.knob("auto", "auto, cpu, cuda, mps.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = cli.knob(
-        "auto", "Precision of the matrix products; `generate` is measured in float32, too."
-    )
-    compile: bool = cli.knob(False, "torch.compile steps, and speed_up(); on CUDA both always.")
-    json: cli.PathName = cli.knob("", "Also write the table to this file.")
+    compile: bool = cli.knob(False, "torch.compile steps, and speed_up(); on CUDA both always")
+    json: cli.PathName = cli.knob("", "also write the table to this file")
 
 
 @dataclass(frozen=True)

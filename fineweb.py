@@ -53,28 +53,31 @@ PART_BYTES = 2**30  # of input files per part
 
 @dataclass(frozen=True)
 class Config:
-    source: cli.PathName = cli.knob("fineweb-edu-10BT", "What to tokenize: one of the sources above.")
-    name: str = cli.knob("", "Name of the data set; by default the source's.")
-    out_dir: cli.PathName = cli.knob("", "Folder of the shards; by default data/<name> beside this script.")
-    shard_tokens: int = cli.knob(100_000_000, "Tokens per shard.", at_least=1)
-    val_tokens: int | None = cli.knob(
-        None, "Validation tokens, from the start; by default 10,485,760, or a tenth if smaller.", at_least=0
-    )
+    # text
+    source: cli.PathName = cli.knob("fineweb-edu-10BT", "what to tokenize: a name from the list, or files")
     documents: Unit = cli.knob(
-        "auto", "A document in a text file: the file (auto), a line, a block between blank lines, an article."
+        "auto", "a document in a text file: the file (auto), a line, a block between blank lines, an article"
     )
-    text_field: str = cli.knob("text", "Column (parquet, hf:) or key (jsonl) that holds the text.")
-    config: str = cli.knob("", "hf:, fineweb, fineweb-edu: the data set's configuration.")
-    split: str = cli.knob("train", "hf: the split to read.")
-    max_shards: int = cli.knob(0, "Sources of shards: most training shards to fetch; 0 for all.", at_least=0)
-    workers: int = cli.knob(0, "Tokenizing threads; 0 for all cores. Shards do not depend on it.", at_least=0)
-    clear_cache: cli.Switch = cli.knob(False, "Delete a download once its shards are read back.")
-    push_to: str = cli.knob("", "Then upload the shards to this data-set repository of the Hub (org/name).")
+    text_field: str = cli.knob("text", "column (parquet, hf:) or key (jsonl) that holds the text")
+    config: str = cli.knob("", "hf:, fineweb, fineweb-edu: the data set's configuration")
+    split: str = cli.knob("train", "hf: the split to read")
+    # shards
+    name: str = cli.knob("", "name of the data set; by default the source's")
+    out_dir: cli.PathName = cli.knob("", "folder of the shards; by default data/<name> beside this script")
+    shard_tokens: int = cli.knob(100_000_000, "tokens per shard", at_least=1)
+    val_tokens: int | None = cli.knob(
+        None, "validation tokens, from the start; by default 10,485,760, or a tenth if smaller", at_least=0
+    )
+    max_shards: int = cli.knob(0, "sources of shards: most training shards to fetch; 0 for all", at_least=0)
+    # work
+    workers: int = cli.knob(0, "tokenizing threads; 0 for all cores; shards do not depend on it", at_least=0)
+    clear_cache: cli.Switch = cli.knob(False, "delete a download once its shards are read back")
+    push_to: str = cli.knob("", "then upload the shards to this data-set repository of the Hub (org/name)")
     merge: cli.Switch = cli.knob(
-        False, "Only join the parts that several machines made, once they are copied into one folder."
+        False, "only join the parts that several machines made, once they are copied into one folder"
     )
-    verify: cli.Switch = cli.knob(False, "Write nothing: compare every byte with the manifest.")
-    inspect: cli.Switch = cli.knob(False, "Write nothing: print what is in the shards.")
+    verify: cli.Switch = cli.knob(False, "write nothing: compare every byte with the manifest")
+    inspect: cli.Switch = cli.knob(False, "write nothing: print what is in the shards")
 
     @property
     def dataset_name(self) -> str:

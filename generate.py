@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import tyro
@@ -53,34 +53,38 @@ Stops = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Config:
+    # model
     model: cli.PathName = cli.knob(
-        "", "A checkpoint, run folder, size (gpt2) or Hub id; by default the newest run."
+        "", "a checkpoint, run folder, size (gpt2) or Hub id; by default the newest run"
     )
-    device: str = cli.knob("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = cli.knob(
-        "float32", "Precision of the matrix products, auto for the fastest. Logits are always float32."
+    device: str = cli.knob("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: cli.Dtype = cli.knob(
+        "float32", "precision of the matrix products, auto for the fastest; logits are always float32"
     )
-    compile: bool = cli.knob(False, "Slower start, then faster: a CUDA graph, elsewhere torch.compile.")
-    prompt: str = cli.knob("Hello, I'm a language model,", "The text to continue.")
+    compile: bool = cli.knob(False, "slower start, then faster: a CUDA graph, elsewhere torch.compile")
+    # prompt
+    prompt: str = cli.knob("Hello, I'm a language model,", "the text to continue")
     prompt_file: cli.PathName = cli.knob(
-        "", "A file with the prompt; - for standard input. Omits a trailing newline."
+        "", "a file with the prompt; - for standard input; a trailing newline is left out"
     )
-    interactive: bool = cli.knob(False, "Continue each line that is typed; the context is the whole text.")
-    max_tokens: int = cli.knob(128, "Tokens to add, at most; <|endoftext|> ends a text earlier.", at_least=1)
-    temperature: float = cli.knob(0.8, "0 takes the likeliest token; 1 samples as trained; higher is wilder.")
-    top_k: int = cli.knob(50, "Choose among this many likeliest tokens; 0 for all.", at_least=0)
-    top_p: float = cli.knob(1.0, "Choose among the likeliest tokens of this joint probability; 1 for all.")
-    repetition_penalty: float = cli.knob(1.0, "Above 1, makes repeats less likely (1.2 is usual).", above=0)
-    stop: Stops = cli.knob((), "End before this text (\\n is a newline).")
-    num_samples: int = cli.knob(1, "Continuations of the same prompt.", at_least=1)
-    seed: int = cli.knob(0, "The same seed gives the same text on the same machine.")
-    special_tokens: bool = cli.knob(False, "Read <|endoftext|> in the prompt as the control token.")
+    interactive: bool = cli.knob(False, "continue each line that is typed; the context is the whole text")
+    # sampling
+    max_tokens: int = cli.knob(128, "tokens to add, at most; <|endoftext|> ends a text earlier", at_least=1)
+    temperature: float = cli.knob(0.8, "0 takes the likeliest token; 1 samples as trained; higher is wilder")
+    top_k: int = cli.knob(50, "choose among this many likeliest tokens; 0 for all", at_least=0)
+    top_p: float = cli.knob(1.0, "choose among the likeliest tokens of this joint probability; 1 for all")
+    repetition_penalty: float = cli.knob(1.0, "above 1, makes repeats less likely (1.2 is usual)", above=0)
+    stop: Stops = cli.knob((), "end before this text (\\n is a newline)")
+    num_samples: int = cli.knob(1, "continuations of the same prompt", at_least=1)
+    seed: int = cli.knob(0, "the same seed gives the same text on the same machine")
+    # tokens and files
+    special_tokens: bool = cli.knob(False, "read <|endoftext|> in the prompt as the control token")
     show_probs: bool = cli.knob(
         False,
-        "Colour each token by its probability in the model, before penalty, temperature, top-k and top-p; "
-        "without colours (NO_COLOR, no terminal), a table on standard error. --json has them, too.",
+        "colour each token by its probability in the model, before penalty, temperature, top-k and top-p; "
+        "without colours (NO_COLOR, no terminal), a table on standard error; --json has them, too",
     )
-    json: cli.PathName = cli.knob("", "Also write prompt, settings and texts to this file.")
+    json: cli.PathName = cli.knob("", "also write prompt, settings and texts to this file")
 
 
 def check(cfg: Config):

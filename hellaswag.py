@@ -50,19 +50,19 @@ Row = tuple[list[int], list[int]]  # the ids of a context and of one ending
 @dataclass(frozen=True)
 class Config:
     model: cli.PathName = cli.knob(
-        "", "A checkpoint, run folder, size (gpt2) or Hub id; by default the newest run."
+        "", "a checkpoint, run folder, size (gpt2) or Hub id; by default the newest run"
     )
-    device: str = cli.knob("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    data: cli.PathName = cli.knob("", "A hellaswag_val.jsonl; by default the downloaded one.")
-    limit: int = cli.knob(0, "Score only this many first items; 0 for all.", at_least=0)
+    device: str = cli.knob("auto", "auto, cpu, cuda, cuda:1, mps")
+    data: cli.PathName = cli.knob("", "a hellaswag_val.jsonl; by default the downloaded one")
+    limit: int = cli.knob(0, "score only this many first items; 0 for all", at_least=0)
     batch_size: int | Literal["auto"] = cli.knob(
-        "auto", "Rows (a context and one ending) per batch; auto: 64, on CUDA up to 512.", at_least=1
+        "auto", "rows (a context and one ending) per batch; auto: 64, on CUDA up to 512", at_least=1
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = cli.knob(
-        "float32", "Precision of the matrix products, auto for the fastest. Logits are always float32."
+    dtype: cli.Dtype = cli.knob(
+        "float32", "precision of the matrix products, auto for the fastest; logits are always float32"
     )
-    json: cli.PathName = cli.knob("", "Also write the figures to this file.")
-    download: bool = cli.knob(False, "Only download the data.")
+    json: cli.PathName = cli.knob("", "also write the figures to this file")
+    download: bool = cli.knob(False, "only download the data")
 
 
 # -----------------------------------------------------------------------------

@@ -40,24 +40,30 @@ from tqdm import tqdm
 
 from lib import cli, documents, files, shards, tokenizer
 from lib.checkpoint import load_model
+from lib.device import autocast, cast_linears, pick_dtype
 from model import GPT
 
 
 @dataclass(frozen=True)
 class Config:
     data: cli.PathName = cli.knob(
-        dataclasses.MISSING, "A file of text, JSON lines or parquet, or a folder of shards."
+        dataclasses.MISSING, "a file of text, JSON lines or parquet, or a folder of shards"
     )
     model: cli.PathName = cli.knob(
-        "", "A checkpoint, run folder, size (gpt2) or Hub id; by default the newest run."
+        "", "a checkpoint, run folder, size (gpt2) or Hub id; by default the newest run"
     )
-    device: str = cli.knob("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    split: str = cli.knob("val", "The split of a folder of shards.")
-    protocol: Literal["stride", "rolling", "wikitext"] = cli.knob("stride", "See above.")
-    stride: int = cli.knob(0, "Tokens from one window to the next; 0 for half the model's context.")
-    limit: int = cli.knob(0, "Score only this many first tokens; 0 for all.", at_least=0)
-    batch_size: int = cli.knob(8, "Windows per batch.", at_least=1)
-    json: cli.PathName = cli.knob("", "Also write the figures to this file.")
+    device: str = cli.knob("auto", "auto, cpu, cuda, cuda:1, mps")
+    split: str = cli.knob("val", "the split of a folder of shards")
+    protocol: Literal["stride", "rolling", "wikitext"] = cli.knob(
+        "stride", "what counts as the earlier tokens, as described"
+    )
+    stride: int = cli.knob(0, "tokens from one window to the next; 0 for half the model's context")
+    limit: int = cli.knob(0, "score only this many first tokens; 0 for all", at_least=0)
+    batch_size: int = cli.knob(8, "windows per batch", at_least=1)
+    dtype: cli.Dtype = cli.knob(
+        "float32", "precision of the matrix products, auto for the fastest; logits are always float32"
+    )
+    json: cli.PathName = cli.knob("", "also write the figures to this file")
 
 
 def load_ids(cfg: Config) -> np.ndarray:
@@ -230,10 +236,15 @@ def main(cfg: Config) -> dict:
         raise ValueError(f"--stride is {cfg.stride}; the protocol {cfg.protocol} sets it: leave it out")
     ids = load_ids(cfg)
     model, source = load_model(cfg.model, cfg.device)
-    result = {"model": source, "data": cfg.data, **measure(model, ids, cfg)}
+    device = model.wte.weight.device
+    dtype, _ = pick_dtype(cfg.dtype, device)
+    cast_linears(model, dtype)
+    with autocast(device, dtype):
+        figures = measure(model, ids, cfg)
+    result = {"model": source, "data": cfg.data, "dtype": str(dtype)[6:], **figures}
     if cfg.json:  # first: a figure is not to be lost because it cannot be printed
         files.write_json(Path(cfg.json), result)
-    how = f"{result['protocol']}, context {result['context']}, stride {result['stride']}"
+    how = f"{result['protocol']}, context {result['context']}, stride {result['stride']}, {result['dtype']}"
     print(f"{cfg.data}, {source}: protocol {how}")
     print(f"token perplexity {result['token_perplexity']:10.2f}   over {result['tokens']:,} tokens")
     print(f"word perplexity  {result['word_perplexity']:10.2f}   over {result['words']:,} words")

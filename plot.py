@@ -64,20 +64,20 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Config:
-    runs: Runs = cli.knob((), "Run folders; by default the newest under log/.")
+    runs: Runs = cli.knob((), "run folders; by default the newest under log/")
     out: cli.PathName = cli.knob(
-        "", "The picture, .png, .svg or .pdf; by default loss.png in the first run's folder."
+        "", "the picture, .png, .svg or .pdf; by default loss.png in the first run's folder"
     )
     x: Literal["step", "tokens", "hours"] = cli.knob(
-        "step", "The horizontal axis; hours, from the logged tokens per second, are without evaluation."
+        "step", "the horizontal axis; hours, from the logged tokens per second, are without evaluation"
     )
     smooth: int | None = cli.knob(
-        None, "Steps of the training loss's mean; 1 for none; by default a fiftieth of the run's.", at_least=1
+        None, "steps of the training loss's mean; 1 for none; by default a fiftieth of the run's", at_least=1
     )
-    log: cli.Switch = cli.knob(False, "A logarithmic horizontal axis.")
-    max_loss: float | None = cli.knob(None, "Cut off losses above this, to give the lower ones more room.")
-    theme: Literal["light", "dark"] = cli.knob("light", "Colours.")
-    text: cli.Switch = cli.knob(False, "Print the curves as text; draw only with --out.")
+    log: cli.Switch = cli.knob(False, "a logarithmic horizontal axis")
+    max_loss: float | None = cli.knob(None, "cut off losses above this, to give the lower ones more room")
+    theme: Literal["light", "dark"] = cli.knob("light", "colours")
+    text: cli.Switch = cli.knob(False, "print the curves as text; draw only with --out")
 
 
 class Run:

@@ -2,8 +2,8 @@
 
     python train_gpt2.py demo                # no data, no network, no GPU: about 5 minutes on two cores
     python train_gpt2.py                     # GPT-2 124M on FineWeb-Edu (first: python fineweb.py)
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py            # the same on 8 GPUs, or --num-gpus 8
-    python train_gpt2.py --init-from gpt2 --dataset-path data/mine --warmup-steps 20 --max-steps 500
+    python train_gpt2.py --num-gpus 8        # the same on 8 GPUs; or torchrun --standalone --nproc_per_node=8
+    python train_gpt2.py finetune --dataset-path data/mine     # GPT-2's weights; or --init-from log/<run>
     python train_gpt2.py --resume            # the newest run goes on; or --resume log/<run>, hf://org/name
     python train_gpt2.py --dry-run           # memory, hours, money; --eval-only evaluates; --version
 
@@ -67,7 +67,7 @@ class Config:
     # optimization
     batch_size: int | Literal["auto"] = free(16, "sequences per micro-step and process", above=0)
     total_batch_tokens: int = knob(524_288, "tokens per optimizer step, by gradient accumulation", above=0)
-    learning_rate: float = knob(6e-4, "peak learning rate", above=0)
+    learning_rate: float = knob(6e-4, "peak learning rate", above=0, alias="--lr")
     schedule: Literal["cosine", "wsd"] = knob("cosine", "after warm-up: cosine, or flat, then linear")
     decay_ratio: float = knob(0.4, "share of max_steps that wsd's decay takes", at_least=0, at_most=1)
     min_lr_ratio: float = knob(0.1, "the schedule ends at this fraction of the peak", at_least=0, at_most=1)
@@ -79,7 +79,7 @@ class Config:
     seed: int = knob(1337, "initial weights, data order and dropout", at_least=0)
     # machine
     device: str = free("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "precision of matrix products")
+    dtype: cli.Dtype = knob("auto", "precision of matrix products")
     compile: bool = free(True, "torch.compile; if that fails, training goes on without it")
     activation_checkpointing: bool = free(False, "recompute blocks in the backward pass, to save memory")
     fsdp: bool = free(False, "shard weights, gradients and optimizer state over the processes")
@@ -89,26 +89,26 @@ class Config:
     # run
     run_name: str = start("", "folder under log/; by default the model and the time")
     log_dir: cli.PathName = start("", "parent of the run folders; by default log/ beside this script")
-    resume: cli.PathName = start("", "a run, checkpoint or hf://org/name; alone: --run-name's or the newest")
+    resume: cli.PathName = start("", "a run, checkpoint or hf://org/name; alone: the newest", alone="newest")
     override: cli.Switch = start(False, "resume although settings or data differ from the checkpoint's")
     print_every: int = free(1, "steps between lines on the console", above=0)
-    max_hours: float = free(0.0, "save and stop (exit code 4) after so long; 0: never", at_least=0)
+    max_hours: float = free(0.0, "save and stop (exit code 4) after so many hours; 0 for never", at_least=0)
     eval_only: cli.Switch = start(False, "only evaluate --resume's or --init-from's model; write nothing")
     dry_run: cli.Switch = start(False, "only check, and print what the run would take; write nothing")
     dollars_per_gpu_hour: float = start(0.0, "price for --dry-run's cost; 0 for none", at_least=0)
-    # periodic jobs: every so many steps and at the end; 0 for never
-    val_every: int = free(250, "steps between validation losses", at_least=0)
+    # periodic jobs: every so many steps, and at the end
+    val_every: int = free(250, "steps between validation losses; 0 for never", at_least=0)
     val_tokens: int = free(10_485_760, "tokens of the validation split to use", above=0)
-    hellaswag_every: int = free(250, "steps between HellaSwag scores", at_least=0)
+    hellaswag_every: int = free(250, "steps between HellaSwag scores; 0 for never", at_least=0)
     hellaswag_limit: int = free(0, "HellaSwag items to use; 0 for all 10,042", at_least=0)
-    sample_every: int = free(250, "steps between samples of four texts", at_least=0)
+    sample_every: int = free(250, "steps between samples of four texts; 0 for never", at_least=0)
     sample_prompt: str = free("Hello, I'm a language model,", "beginning of the samples")
-    checkpoint_every: int = free(5000, "steps between checkpoints", at_least=0)
-    checkpoint_minutes: float = free(0.0, "also save when the last one is this old; 0: never", at_least=0)
+    checkpoint_every: int = free(5000, "steps between checkpoints; 0 for never", at_least=0)
+    checkpoint_minutes: float = free(0.0, "also save every so many minutes; 0 for never", at_least=0)
     keep_last: int = free(0, "checkpoints to keep, beside the best and --keep-every's; 0 for all", at_least=0)
-    keep_every: int = free(0, "keep checkpoints whose step this divides", at_least=0)
+    keep_every: int = free(0, "keep checkpoints whose step this divides; 0 for none", at_least=0)
     hub_repo: str = free("", "upload checkpoints to this model repository of the Hub (org/name)")
-    tracker: trackers.Name = free("none", "also send the curves to TensorBoard, Weights & Biases or Trackio")
+    tracker: trackers.Name = free("none", "also send the curves to this tool")
     # numerical faults
     max_bad_steps: int = free(5, "save and stop after so many steps in a row that were not finite", above=0)
     spike_zscore: float = knob(6.0, "standard deviations above the last losses that are a spike", at_least=0)
@@ -127,27 +127,18 @@ PRESETS = {
         compile=False, val_every=50, hellaswag_every=0, sample_every=100,
         sample_prompt="This function returns", checkpoint_every=100,
     ),
+    "finetune": Config(
+        init_from="gpt2", dataset_path="data/mine", batch_size=4, total_batch_tokens=32_768,
+        learning_rate=3e-5, max_steps=200, warmup_steps=20, val_every=50, hellaswag_every=0, sample_every=50,
+    ),
 }  # fmt: skip
 
+MOST_USED = (
+    "dataset_path", "model_size", "init_from", "seq_len", "batch_size", "learning_rate", "max_steps",
+    "num_gpus", "run_name", "resume",
+)  # fmt: skip
 VAL_BATCH_TOKENS = 8192  # per batch of validation
 JOBS = ("val", "hellaswag", "sample", "checkpoint")
-
-
-def check(cfg: Config, world_size: int, device_type: str = "cpu"):
-    """Raises ValueError for settings that cannot work, with the value, the bound and the fix."""
-    cli.check_bounds(cfg)
-    if not cfg.eval_only:
-        trackers.check(cfg.tracker)
-    if cfg.eval_only and cfg.resume in ("", "newest") and not cfg.init_from:
-        raise ValueError("--eval-only needs a model: give --resume or --init-from")
-    if cfg.eval_only and not (cfg.val_every or cfg.hellaswag_every or cfg.sample_every):
-        raise ValueError("--eval-only needs --val-every, --hellaswag-every or --sample-every above 0")
-    if cfg.activation_checkpointing and cfg.dropout and device_type == "mps":
-        raise ValueError(
-            f"--dropout is {cfg.dropout}; on mps --activation-checkpointing cannot repeat it: leave one out"
-        )
-    if not cfg.eval_only:
-        plan.check_batch(cfg, world_size)
 
 
 # -----------------------------------------------------------------------------
@@ -267,7 +258,7 @@ def prepare(cfg: Config, process: Process, found: checkpoint.Found | None) -> Se
     nothing there. Raises ValueError or OSError for whatever would stop the run later."""
     writes, device = not (cfg.dry_run or cfg.eval_only), process.device
     world_size = max(process.world_size, cfg.num_gpus) if cfg.dry_run else process.world_size
-    check(cfg, world_size, device.type)
+    runs.check_settings(cfg, world_size, device.type)
     if process.rank == 0 and not cfg.eval_only:
         check_targets(cfg, is_new=found is None)
     data = train_data = val_data = None
@@ -284,6 +275,8 @@ def prepare(cfg: Config, process: Process, found: checkpoint.Found | None) -> Se
     state, tensors = (loaded.state, loaded.optimizer) if loaded else ({}, {})
     changes = runs.compare_settings(cfg, found, data, process, world_size)
     model = loaded.model if loaded else checkpoint.build_model(cfg)
+    if cfg.init_from and not loaded and cfg.seq_len == model.config.block_size < Config.seq_len:
+        changes.append(f"--seq-len is {cfg.seq_len}, the context of {cfg.init_from}")
     folder = choose_folder(cfg, model.config, process)
     dtype, why = process.broadcast(pick_dtype(cfg.dtype, device, state.get("dtype")))
     setup = Setup(cfg, process, model, state, tensors, dtype, folder, data, train_data, val_data)
@@ -451,13 +444,10 @@ def dry_run(cfg: Config, process: Process, found: checkpoint.Found | None) -> Pa
 
 def read_flags(argv: list[str], base: Config | None = None) -> Config:
     """A command line as a configuration: flags over base, or over the preset that is its first word."""
-    argv = list(argv)
-    preset = argv.pop(0) if argv and argv[0] in PRESETS else "gpt2"
-    for i, word in enumerate(argv):  # --resume without a value
-        if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
-            argv.insert(i + 1, "newest")
-    description = f"{__doc__}\nThe first word may be a preset, {' or '.join(PRESETS)} (by default gpt2)."
-    return cli.parse(Config, description, argv, base or PRESETS[preset])
+    cfg = cli.parse(Config, __doc__, argv, base, PRESETS, MOST_USED)
+    if not cfg.init_from or base:
+        return cfg
+    return cli.parse(Config, __doc__, argv, base, checkpoint.adopt_shape(PRESETS, cfg.init_from), MOST_USED)
 
 
 def parse_args(argv: list[str]) -> tuple[Config, checkpoint.Found | None]:
@@ -491,7 +481,7 @@ def run_script():
         return
     cfg, found = parse_args(sys.argv[1:])
     if cfg.num_gpus > 1 and "RANK" not in os.environ and not cfg.dry_run:
-        check(cfg, cfg.num_gpus)
+        runs.check_settings(cfg, cfg.num_gpus)
         processes.launch(__file__, cfg.num_gpus, sys.argv[1:])
     else:
         main(cfg, found)

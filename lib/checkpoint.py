@@ -12,6 +12,7 @@ A directory of that name is whole or does not exist: it is written under a tempo
 file, and renamed. Loading it runs no code.
 """
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -24,9 +25,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lib import files, pretrained, schema, tokenizer
+from lib import cli, files, pretrained, schema, tokenizer
 from lib.device import pick_device
-from lib.folders import OPTIMIZER, STATE, STEP_NAME, identify, list_steps, newest_run
+from lib.folders import OPTIMIZER, STATE, STEP_NAME, identify, list_steps, newest_run, suggest_folder
 from model import END_OF_TEXT, GPT, HUB_NAMES, SIZE_NAMES, SIZES, GPTConfig, config_to_hf, to_hf
 
 
@@ -219,24 +220,73 @@ def find_newest_valid(run: Path) -> tuple[Found | None, list[str]]:
     return None, passed_over
 
 
+SHAPE = ("model_size", "n_layer", "n_head", "n_embd")
+
+
 def build_model(cfg: Any) -> GPT:
     """The network of a new run, on the CPU: --init-from's, or initialised from the seed; for a dry run
     without memory. cfg: train_gpt2.py's settings."""
-    shape = {k: v for k in ("n_layer", "n_head", "n_embd") if (v := getattr(cfg, k)) is not None}
     if cfg.init_from:
-        if cfg.model_size != type(cfg).model_size or shape:
-            raise ValueError(
-                "--init-from brings its own shape: leave out --model-size and --n-layer, -head, -embd"
-            )
+        check_init_from(cfg)
         model, source = load_model(cfg.init_from, "cpu", cfg.dropout, spare_memory=cfg.fsdp)
         if cfg.seq_len > (longest := model.config.block_size):
             raise ValueError(
                 f"--seq-len {cfg.seq_len} is longer than the {longest} of {source}: take {longest}"
             )
         return model
+    shape = {key: value for key in SHAPE[1:] if (value := getattr(cfg, key)) is not None}
     torch.manual_seed(cfg.seed)
     with torch.device("meta" if cfg.dry_run else "cpu"):
         return GPT(GPTConfig.named(cfg.model_size, block_size=cfg.seq_len, dropout=cfg.dropout, **shape))
+
+
+def check_init_from(cfg: Any):
+    """Raises FileNotFoundError if --init-from is no model, and ValueError for settings of a shape beside it.
+    cfg: train_gpt2.py's settings."""
+    check_name(cfg.init_from, "--init-from")
+    if extra := [cli.flag(name) for name in SHAPE if getattr(cfg, name) != getattr(type(cfg), name)]:
+        raise ValueError(f"--init-from {cfg.init_from} brings its own shape: leave out {', '.join(extra)}")
+
+
+def adopt_shape(presets: dict[str, Any], init_from: str) -> dict[str, Any]:
+    """train_gpt2.py's presets for a run from other weights: without a shape, and with a context that is no
+    longer than that of a local model."""
+    shape = {name: getattr(type(next(iter(presets.values()))), name) for name in SHAPE}
+    longest = read_context(init_from)
+    return {
+        name: dataclasses.replace(preset, **shape, seq_len=min(preset.seq_len, longest or preset.seq_len))
+        for name, preset in presets.items()
+    }
+
+
+def read_context(name: str) -> int | None:
+    """The context of a local model, None for any other name. Raises ValueError if it is no GPT-2."""
+    path = Path(name)
+    if identify(path) == "run":
+        path = [path / "no checkpoint", *list_steps(path)][-1]
+    if path.is_file():
+        return pretrained.read_torch_file(path, 0.0)[1].block_size
+    if not (path / "config.json").is_file():
+        return None
+    hf = schema.read_json(path / "config.json", {})
+    return pretrained.config_from_hf(hf, source=path / "config.json").block_size
+
+
+def check_name(name: str, flag: str = "--model"):
+    """Raises FileNotFoundError, with near names, for a flag's value that names no model here and cannot be a
+    size or a Hub id."""
+    path = Path(name)
+    if path.is_dir() and not identify(path):
+        inside = [str(file) for file in sorted(path.glob("*.pt"))[-3:]]
+        hint = f"; give {' or '.join(inside)}" if inside else ""
+        raise FileNotFoundError(f"{path} is neither a model directory nor a run with checkpoints in it{hint}")
+    is_hub_id = name.count("/") == 1 and not path.parent.is_dir()
+    if not path.exists() and name.lower() not in SIZE_NAMES and not is_hub_id:
+        sizes = ", ".join([*SIZES, *HUB_NAMES])
+        near = suggest_folder(path) or cli.suggest(name, SIZE_NAMES)
+        raise FileNotFoundError(
+            f"{flag} {name!r} is no directory here, no size ({sizes}) and no Hub id (org/name){near}"
+        )
 
 
 def load_model(
@@ -248,6 +298,8 @@ def load_model(
     file of nanoGPT or build-nanogpt, a size name, a Hub id, or "" for the newest run. Raises ValueError or
     FileNotFoundError for anything else.
     """
+    if name:
+        check_name(name)
     path = Path(name) if name else newest_run()
     kind = identify(path)
     if kind == "run":
@@ -259,19 +311,6 @@ def load_model(
         path = found.folder
     elif kind == "checkpoint":
         verify(path)
-    elif path.is_dir() and not kind:
-        inside = [str(file) for file in sorted(path.glob("*.pt"))[-3:]]
-        hint = f"; give {' or '.join(inside)}" if inside else ""
-        raise FileNotFoundError(f"{path} is neither a model directory nor a run with checkpoints in it{hint}")
-    elif (
-        not path.exists()
-        and name.lower() not in SIZE_NAMES
-        and (name.count("/") != 1 or path.parent.is_dir())
-    ):
-        raise FileNotFoundError(
-            f"--model {name!r} is no directory here, no size ({', '.join([*SIZES, *HUB_NAMES])}) "
-            "and no Hub id (org/name)"
-        )
     source = str(path) if path.exists() else name
     where = pretrained.locate(source)
     model = pretrained.read_model(where, dropout)

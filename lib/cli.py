@@ -1,8 +1,9 @@
-"""What all scripts' command lines share: a setting in one line, bounds, refusals, Ctrl-C.
+"""What all scripts' command lines share: a setting in one line, --help, bounds, refusals, Ctrl-C.
 
     @dataclass(frozen=True)
     class Config:
-        limit: int = cli.knob(0, "Score only the first so many items; 0 for all.", at_least=0)
+        # items                    (a comment between the fields is a heading of --help)
+        limit: int = cli.knob(0, "score only so many first items; 0 for all", at_least=0)
 
     def main(cfg: Config): ...
 
@@ -14,31 +15,65 @@ Exit codes: 0 done, 2 bad input (the reason is on standard error), 130 Ctrl-C.
 
 import contextlib
 import dataclasses
+import difflib
 import errno
+import inspect
 import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from lib import console
+from lib import console, terminal
 from lib.environment import is_local_main
 
 C = TypeVar("C")
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 PathName = Annotated[str, "a path: ~ is expanded"]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # a flag without its --no-
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+# What users of nanoGPT, llm.c, torchrun and transformers type, and what to write. Of several flags, a message
+# names those that its script has.
+NAMES_HERE = {
+    "batch": "--batch-size", "bs": "--batch-size", "per-device-train-batch-size": "--batch-size",
+    "block-size": "--seq-len", "context": "--seq-len", "context-length": "--seq-len",
+    "max-length": "--seq-len | --max-tokens", "max-seq-length": "--seq-len",
+    "bf16": "--dtype bfloat16", "fp16": "--dtype float16", "precision": "--dtype",
+    "cpu": "--device cpu", "cuda": "--device cuda", "gpu": "--device cuda:0", "gpu-id": "--device cuda:0",
+    "gpus": "--num-gpus", "n-gpus": "--num-gpus", "nproc-per-node": "--num-gpus",
+    "data": "--dataset-path | --source", "dataset": "--dataset-path data/NAME | --source | --data",
+    "data-dir": "--dataset-path | --source", "train-file": "--source", "num-proc": "--workers",
+    "input": "--source | --data | --prompt-file", "start": "--prompt", "text": "--prompt | --data",
+    "epochs": "--max-steps (--dry-run shows a run's epochs)", "max-iters": "--max-steps",
+    "num-epochs": "--max-steps (--dry-run shows a run's epochs)", "steps": "--max-steps",
+    "num-train-epochs": "--max-steps (--dry-run shows a run's epochs)", "lr-decay-iters": "--max-steps",
+    "warmup": "--warmup-steps", "warmup-iters": "--warmup-steps", "lr-scheduler-type": "--schedule",
+    "min-lr": "--min-lr-ratio, a share of the peak", "decay-lr": "--min-lr-ratio 1 for a constant rate",
+    "gradient-accumulation-steps": "--total-batch-tokens", "total-batch-size": "--total-batch-tokens",
+    "gradient-checkpointing": "--activation-checkpointing", "max-grad-norm": "--grad-clip",
+    "eval-interval": "--val-every", "eval-steps": "--val-every", "eval-iters": "--val-tokens",
+    "save-steps": "--checkpoint-every", "save-every": "--checkpoint-every",
+    "always-save-checkpoint": "--checkpoint-every", "save-total-limit": "--keep-last",
+    "resume-from-checkpoint": "--resume", "out-dir": "--run-name", "output-dir": "--run-name | --out-dir",
+    "report-to": "--tracker", "wandb": "--tracker wandb", "wandb-log": "--tracker wandb",
+    "model": "--model-size | --init-from", "model-name-or-path": "--init-from | --model",
+    "length": "--max-tokens", "max-new-tokens": "--max-tokens", "num-return-sequences": "--num-samples",
+    "output": "--json | --out",
+}  # fmt: skip
 
 
 def knob(
@@ -48,11 +83,15 @@ def knob(
     at_least: float | None = None,
     at_most: float | None = None,
     resume: str = "fixed",
+    alias: str = "",
+    alone: str = "",
 ) -> Any:
     """A dataclass field: default, help, bounds, and whether a resumed run may change it (train_gpt2.py).
-    Pass dataclasses.MISSING as the default of a flag that must be given."""
+    Pass dataclasses.MISSING as the default of a flag that must be given. alias: a second flag; alone: the
+    value if the flag is given without one."""
     bounds = {"above": above, "at_least": at_least, "at_most": at_most}
-    return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds, "resume": resume})
+    facts = {"help": help, "bounds": bounds, "resume": resume, "alias": alias, "alone": alone}
+    return dataclasses.field(default=default, metadata=facts)
 
 
 def flag(name: str) -> str:
@@ -61,30 +100,174 @@ def flag(name: str) -> str:
 
 
 def parse(
-    config: type[C], description: str | None, argv: Sequence[str] | None = None, default: C | None = None
+    config: type[C],
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    default: C | None = None,
+    presets: Mapping[str, C] | None = None,
+    most_used: Sequence[str] = (),
 ) -> C:
-    """Parses argv (by default this process's) into a `config`; a missing flag has `default`'s value. Exits
-    with code 2 for an unknown flag or a value of the wrong type, and with code 0 for --help."""
+    """Parses argv (by default this process's) into a `config`. A missing flag has the value of `default`, or
+    of the preset that is the first word (else of the first preset).
+
+    description: a module's docstring; most_used: the fields that --help shows first. Raises ValueError for an
+    unknown word; exits with code 2 for a value of the wrong type, and with code 0 after --help.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if presets:
+        preset = argv.pop(0) if argv and argv[0] in presets else next(iter(presets))
+        default = default or presets[preset]
+    if {"-h", "--help"} & set(argv):
+        print(format_help(config, description or "", default, list(presets or ()), most_used))
+        sys.exit(0)
     hints, fields = typing.get_type_hints(config, include_extras=True), []
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        kind = Annotated[hints[field.name], tyro.conf.arg(help=field.metadata["help"])]
+        facts = field.metadata
+        for i, word in enumerate(argv if facts["alone"] else ()):
+            if word == flag(field.name) and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
+                argv.insert(i + 1, facts["alone"])
+        names = tyro.conf.arg(help=facts["help"], aliases=[facts["alias"]] if facts["alias"] else None)
         value = getattr(default, field.name) if default else field.default
-        fields.append((field.name, kind, dataclasses.field(default=value)))
+        fields.append((field.name, Annotated[hints[field.name], names], dataclasses.field(default=value)))
     kind = dataclasses.make_dataclass("Flags", fields)
     said = io.StringIO() if ERROR_FILE in os.environ else sys.stderr
     try:
         with contextlib.redirect_stderr(said):
-            flags = tyro.cli(kind, args=argv, description=description)
+            flags, unknown = tyro.cli(kind, args=argv, return_unknown_args=True)
     except SystemExit as end:
         if end.code and isinstance(said, io.StringIO):  # under torchrun: `run` says it, once
             raise ValueError(said.getvalue().strip()) from None
         raise
+    if unknown:
+        raise ValueError(explain_unknown(unknown[0], hints, list(presets or ())))
     values = vars(flags)
     for name, hint in hints.items():
         if hint == PathName:
             # A shell leaves --log-dir=~/x as it is. pathlib would change hf://org/name.
             values[name] = os.path.expanduser(values[name])  # noqa: PTH111
     return config(**values)
+
+
+# -----------------------------------------------------------------------------
+# wrong words
+
+
+def suggest(word: str, names: Iterable[str | Path]) -> str:
+    """Returns "; did you mean ...?" with the nearest of the names, at most three; "" if none is near. Of a
+    path, the last part is compared."""
+    by_name = {(name.name if isinstance(name, Path) else name).lower(): name for name in names}
+    near = [by_name[name] for name in difflib.get_close_matches(word.lower(), by_name)]
+    shown = [format_path(name) if isinstance(name, Path) else name for name in near]
+    return f"; did you mean {' or '.join(shown)}?" if shown else ""
+
+
+def explain_unknown(word: str, fields: Iterable[str], presets: Sequence[str]) -> str:
+    """Says what to write in place of a word of the command line that no flag takes."""
+    typed, flags = word.partition("=")[0], [flag(name) for name in fields]
+    if word in presets:
+        return f"the preset {word} must be the first word, before all flags"
+    if word.lower() in ("true", "false", "0", "1", "yes", "no"):
+        return f"--NAME turns a switch on and --no-NAME off; no switch takes a value, as {word!r} would be"
+    if not word.startswith("-"):
+        what = f"is no preset; there are {', '.join(presets)}" if presets else "belongs to no flag"
+        return f"{word!r} {what}" + (suggest(word, presets) or "; --help lists the flags")
+    there = NAMES_HERE.get(typed.strip("-").replace("_", "-").lower(), "").split(" | ")
+    if here := [advice for advice in there if re.split("[ ,]", advice)[0] in flags]:
+        return f"there is no flag {typed}; write {' or '.join(here)}"
+    return f"there is no flag {typed}" + (suggest(typed, flags) or "; --help lists the flags")
+
+
+# -----------------------------------------------------------------------------
+# --help
+
+
+def format_help(
+    config: type, description: str, default: Any, presets: Sequence[str], most_used: Sequence[str]
+) -> str:
+    """The text of --help, as wide as the terminal: the docstring's first sentence, the flags, the rest of the
+    docstring, and at the end its first indented paragraph, which has the commands."""
+    width = max(60, min(120, shutil.get_terminal_size().columns))
+    first, *rest = description.strip().split("\n\n")
+    commands = [part for part in rest if part.startswith(" ")][:1]
+    notes = [part for part in rest if part not in commands]
+    hints = typing.get_type_hints(config, include_extras=True)
+    flags = {f.name: describe_flag(f, hints[f.name], default) for f in dataclasses.fields(config)}
+    groups = {"Most used": list(most_used)} if most_used else {}
+    for name, heading in read_headings(config).items():
+        groups.setdefault(heading, []).extend([name] if name not in most_used else [])
+    column = max(len(left) for left, _ in flags.values()) + 4
+    bold = "\x1b[1m{}\x1b[0m" if terminal.has_colours() else "{}"
+    words = [f"[{'|'.join(presets)}]"] if presets else []
+    usage = " ".join(["usage: python", Path(sys.argv[0]).name, *words, "[--flag VALUE ...]"])
+    parts = [usage, wrap(first, width)]
+    for heading, names in groups.items():
+        rows = [wrap(f"  {flags[name][0]:{column - 4}}  {flags[name][1]}", width, column) for name in names]
+        parts += ["\n".join([bold.format(heading), *rows])] if rows else []
+    parts += [wrap(note, width) for note in notes]
+    parts += [f"{bold.format('Examples')}\n{wrap(part, width)}" for part in commands]
+    return "\n\n".join(parts)
+
+
+def read_headings(config: type) -> dict[str, str]:
+    """For each field, the comment on a line of its own that is nearest above it; "Flags" if there is none."""
+    headings, heading = {}, "Flags"
+    for line in inspect.getsource(config).splitlines():
+        if match := re.fullmatch(r"    # (.*)", line):
+            heading = match[1][0].upper() + match[1][1:]
+        elif match := re.match(r"    (\w+): .* = ", line):
+            headings[match[1]] = heading
+    return headings
+
+
+def flatten(hint: Any) -> list[Any]:
+    """The types and literal values in a type hint."""
+    if typing.get_origin(hint) is Literal:
+        return list(typing.get_args(hint))
+    inside = typing.get_args(hint)[: 1 if typing.get_origin(hint) is Annotated else None]
+    return [part for arg in inside for part in flatten(arg)] if inside else [hint]
+
+
+def describe_flag(field: dataclasses.Field, hint: Any, default: Any) -> tuple[str, str]:
+    """A flag with its kind of value, and its help with choices and default."""
+    parts, value = flatten(hint), getattr(default, field.name) if default else field.default
+    choices = [part for part in parts if isinstance(part, str)]
+    kinds = {int: "INT", float: "NUMBER", str: "PATH" if hint == PathName else "TEXT"}
+    kind = next((kinds[part] for part in parts if part in kinds), "NAME")
+    names, notes = ", ".join(filter(None, [flag(field.name), field.metadata["alias"]])), []
+    if bool in parts:
+        names, kind = names if hint == Switch else names.replace("--", "--[no-]"), ""
+    elif tyro.conf.Positional in typing.get_args(hint):
+        names, kind = field.name.upper(), ""
+    elif kind == "NAME":
+        notes.append(" or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]])))
+    elif choices or field.metadata["alone"]:
+        kind = f"[{kind}]" if field.metadata["alone"] else "|".join([kind, *choices])
+    if typing.get_origin(hint) is tuple:
+        kind += " ..."
+    if value is dataclasses.MISSING:
+        notes.append("required")
+    elif value not in (None, "", ()) and hint != Switch:
+        text = {True: "on", False: "off"}[value] if bool in parts else value
+        text = f"{text:.10g}" if isinstance(text, float) else repr(text) if " " in str(text) else text
+        notes.append(f"default {text}")
+    return f"{names} {kind}".rstrip(), field.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def wrap(text: str, width: int, column: int = 0) -> str:
+    """Fits a paragraph into a width. Prose is filled. In an indented line, two spaces begin a second column
+    (at `column`, if given). It stays aligned, or gets its own lines if it begins in the right half."""
+    if max(map(len, text.splitlines())) <= width:
+        return text
+    lines = []
+    for line in re.sub(r"\n( {8,}|(?=\S))", " ", text).splitlines():
+        indent = (len(line) - len(line.lstrip())) + 4 * line.startswith(" ")
+        gap = re.search(r"(?<=\S)  +(?=\S)", line)
+        at = column or (gap.end() if gap else indent)
+        if gap and at > width / 2 and len(line) > width:
+            lines.append(line[: gap.start()])
+            line, at = " " * indent + line[gap.end() :], indent
+        lines += textwrap.wrap(line, width, subsequent_indent=" " * at, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def check_bounds(cfg: Any):

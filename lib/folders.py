@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from lib import files
+from lib import cli, files
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -58,8 +58,19 @@ def find_run(path: Path) -> Path:
     folder = path.resolve().parent if path.is_file() or identify(path) == "checkpoint" else path
     if identify(folder) != "run":
         what = f"{path} is a model" if identify(path) else f"{path / 'log.txt'} is not there"
-        raise FileNotFoundError(f"{what}; give a run folder, log/<run>")
+        raise FileNotFoundError(f"{what}; give a run folder, log/<run>{suggest_folder(folder)}")
     return folder
+
+
+def suggest_folder(path: Path, log_root: Path = files.LOGS) -> str:
+    """A hint for an error about a missing folder: the newest checkpoints of the run that it names, or the
+    runs beside it and in log_root whose names are near."""
+    if identify(path.parent) == "run":
+        steps = [step.name for step in list_steps(path.parent)[-10:]]
+        return f"; {path.parent} has {', '.join(steps) or 'no checkpoint'}"
+    roots = [root for root in (log_root, path.parent) if root.is_dir()]
+    runs = [folder for root in roots for folder in root.iterdir() if identify(folder) == "run"]
+    return cli.suggest(path.name, runs)
 
 
 def newest_run(log_root: Path = files.LOGS, what: str = "checkpoint") -> Path:

@@ -253,16 +253,22 @@ def cgroup_room(root: Path = Path("/")) -> float:
 
 
 def check_batch(cfg: Any, world_size: int):
-    """Raises ValueError if a step is no whole number of micro-steps. cfg: train_gpt2.py's settings."""
-    rows = 1 if cfg.batch_size == "auto" else cfg.batch_size
+    """Raises ValueError, with the nearest settings that work, if a step is no whole number of micro-steps.
+    cfg: train_gpt2.py's settings."""
+    rows, total = 1 if cfg.batch_size == "auto" else cfg.batch_size, cfg.total_batch_tokens
     micro_step = rows * cfg.seq_len * world_size
-    if cfg.total_batch_tokens % micro_step:
-        below = cfg.total_batch_tokens // micro_step * micro_step
-        near = " or ".join(f"{n}" for n in (below, below + micro_step) if n)
+    if total % micro_step:
+        below = total // micro_step * micro_step
+        near = f"--total-batch-tokens {' or '.join(f'{n}' for n in (below, below + micro_step) if n)}"
+        share, rest = divmod(total, cfg.seq_len * world_size)
+        if not rest:
+            fitting = [n for n in range(1, share + 1) if share % n == 0]
+            smaller, larger = [n for n in fitting if n < rows][-1:], [n for n in fitting if n > rows][:1]
+            near += f", or --batch-size {' or '.join(map(str, smaller + larger))}"
         raise ValueError(
-            f"--total-batch-tokens {cfg.total_batch_tokens} is no multiple of the {micro_step} tokens of a "
-            f"micro-step (--batch-size {rows} x --seq-len {cfg.seq_len} x {world_size} processes); "
-            f"the nearest that are: {near}; or change --batch-size"
+            f"--total-batch-tokens {total} is no multiple of the {micro_step} tokens of a micro-step "
+            f"(--batch-size {rows} x --seq-len {cfg.seq_len} x {world_size} processes); the nearest that "
+            f"work: {near}"
         )
 
 

@@ -30,10 +30,11 @@ import torch
 from lib import checkpoint, cli, console, files, folders, hub, hub_runs, report, run_folder, schema, tokenizer
 from lib.checkpoint import STATE, Found
 from lib.optimizers import Optimizers
+from lib.plan import check_batch
 from lib.processes import Process
 from lib.shards import Folder, ShardReader
 from lib.stops import SPIKE_WINDOW, Verdict
-from lib.trackers import Tracker
+from lib.trackers import Tracker, check_package
 from model import GPT, GPTConfig
 
 # The entries of a checkpoint's state that resuming reads.
@@ -202,7 +203,28 @@ class Run(contextlib.ExitStack):
 
 
 # -----------------------------------------------------------------------------
-# resuming
+# before a run, and resuming
+
+
+def check_settings(cfg: Any, world_size: int, device_type: str = "cpu"):
+    """Raises ValueError or FileNotFoundError for settings that cannot work, with the value, the bound and the
+    fix. cfg: train_gpt2.py's settings."""
+    cli.check_bounds(cfg)
+    is_new = cfg.resume in ("", "newest")
+    if cfg.init_from and is_new:
+        checkpoint.check_init_from(cfg)
+    if not cfg.eval_only:
+        check_package(cfg.tracker)
+    if cfg.eval_only and is_new and not cfg.init_from:
+        raise ValueError("--eval-only needs a model: give --resume or --init-from")
+    if cfg.eval_only and not (cfg.val_every or cfg.hellaswag_every or cfg.sample_every):
+        raise ValueError("--eval-only needs --val-every, --hellaswag-every or --sample-every above 0")
+    if cfg.activation_checkpointing and cfg.dropout and device_type == "mps":
+        raise ValueError(
+            f"--dropout is {cfg.dropout}; on mps --activation-checkpointing cannot repeat it: leave one out"
+        )
+    if not cfg.eval_only:
+        check_batch(cfg, world_size)
 
 
 def find_checkpoint(cfg: Any) -> Found | None:
@@ -231,7 +253,8 @@ def find_checkpoint(cfg: Any) -> Found | None:
                 reason = f"has no training state; to begin from its weights: --init-from {resume}"
             else:
                 is_what = "run" if path.is_dir() else "folder"
-                reason = f"is no {is_what}; give a run (log/<run>) or a checkpoint in it"
+                hint = folders.suggest_folder(path, log_root)
+                reason = f"is no {is_what}; give a run (log/<run>) or a checkpoint in it{hint}"
             raise FileNotFoundError(f"--resume {resume!r} {reason}")
         run = path if kind == "run" else path.parent
         if run_name not in ("", run.name):

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib import documents, files, hub
+from lib import cli, documents, files, hub
 from lib.documents import Batch, Unit
 
 # Our name: repository, configuration, and the splits to read, by their names on the Hub.
@@ -45,6 +45,7 @@ TOKENIZED_SOURCES = {
     "fineweb-10B-gpt2": "hf://datasets/kjj0/fineweb10B-gpt2",
     "fineweb-100B-gpt2": "hf://datasets/kjj0/fineweb100B-gpt2",
 }
+NAMES = (*HUB_SOURCES, *TOKENIZED_SOURCES, "tiny-shakespeare", "pydocs")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 OUR_SPLITS = {"train": "train", "validation": "val", "test": "test"}
@@ -81,8 +82,8 @@ class Input(NamedTuple):
 
 def is_local(source: str) -> bool:
     """Tells whether --source is a path, a glob or pydocs, which need no network."""
-    names = (*HUB_SOURCES, *TOKENIZED_SOURCES, "tiny-shakespeare")
-    return source not in names and not source.startswith(("hf:", hub.HUB_PREFIX))
+    is_name = source in NAMES and source != "pydocs"
+    return not is_name and not source.startswith(("hf:", hub.HUB_PREFIX))
 
 
 def find_inputs(source: Source, revision: str | None = None) -> tuple[list[Input], dict]:
@@ -131,9 +132,11 @@ def find_local_files(source: str) -> list[Path]:
     else:  # a glob leaves hidden files out by itself, unless its pattern names them
         found = list(map(Path, sorted(glob.glob(str(path)))))
     if not found and not path.is_dir():
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = cli.suggest(source, NAMES) or cli.suggest(path.name, beside)
         raise FileNotFoundError(
-            f"--source is {source!r}; it must be a file, folder or glob that exists, or one of "
-            f"{', '.join([*HUB_SOURCES, *TOKENIZED_SOURCES])}, tiny-shakespeare, pydocs, hf:org/name"
+            f"--source is {source!r}; it must be a file, folder or glob that exists, or a name such as "
+            f"fineweb-edu-10BT, tinystories, pydocs, hf:org/name (--help lists all){near}"
         )
     taken: dict[Path, Path] = {}  # by the path that links lead to
     left_out: Counter = Counter()

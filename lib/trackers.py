@@ -38,7 +38,7 @@ PROJECT = "gpt2"
 FINISH_SECONDS = 20  # a run that must stop has little time to wait for a network
 
 
-def check(name: Name):
+def check_package(name: Name):
     """Raises ValueError if the tracker's package is missing."""
     spec = importlib.util.find_spec(name) if name != "none" else None
     if name != "none" and (spec is None or spec.origin is None):  # no origin: only a folder of that name

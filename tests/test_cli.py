@@ -1,7 +1,12 @@
 """cli.py and device.py: what command lines share, and choices that depend on the machine alone."""
 
+import contextlib
 import dataclasses
+import os
+import re
+import struct
 import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -34,6 +39,108 @@ def test_paths_of_every_script_may_begin_with_a_tilde(script, tmp_path, monkeypa
     words = [f"{cli.flag(name)}=~/a b" for name in {*PATHS[script], *required}]
     cfg = cli.parse(script.Config, "", words)
     assert {getattr(cfg, name) for name in PATHS[script]} == {f"{tmp_path}/a b"}
+
+
+def help_of(script, capsys, monkeypatch, columns: int, *words: str) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.argv", [f"{script.__name__}.py"])
+    with pytest.raises(SystemExit) as end:
+        if script is train_gpt2:
+            train_gpt2.read_flags([*words, "--help"])
+        cli.parse(script.Config, script.__doc__, ["--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("script", PATHS, ids=lambda script: script.__name__)
+def test_help_fits_the_terminal_and_has_each_flag_once_with_its_default(script, columns, capsys, monkeypatch):
+    lines = help_of(script, capsys, monkeypatch, columns).splitlines()
+    assert max(map(len, lines)) <= columns
+    assert lines[2] in script.__doc__ and "Examples" in lines[-25:] and "\x1b" not in "".join(lines)
+    rows = [line.split()[0].rstrip(",").replace("[no-]", "") for line in lines if re.match(r"  [-A-Z]", line)]
+    fields = dataclasses.fields(script.Config)
+    names = ["RUNS" if f.name == "runs" else cli.flag(f.name) for f in fields]
+    assert sorted(rows) == sorted(names)
+    wrong = [f.metadata["help"] for f in fields if re.match(r"[A-Z][a-z]|.*\.$", f.metadata["help"])]
+    assert not [text for text in wrong if not text.startswith("HellaSwag")]  # one form in all scripts
+    text = re.sub(r"\s+", " ", " ".join(lines))
+    for field in fields:
+        if type(field.default) in (int, float) or field.default == "auto":
+            assert f"default {str(field.default).removesuffix('.0')})" in text, field.name
+        assert not field.name.endswith("_every") or "; 0 for n" in field.metadata["help"]
+
+
+def test_help_of_training_is_short_begins_with_what_is_most_used_and_knows_the_preset(capsys, monkeypatch):
+    text = help_of(train_gpt2, capsys, monkeypatch, 120, "demo")
+    assert len(text.splitlines()) < 100
+    headings = [
+        "Most used",
+        "Data",
+        "Model",
+        "Optimization",
+        "Machine",
+        "Run",
+        "Periodic jobs: every",
+        "Numerical",
+    ]
+    places = [text.index(f"\n\n{heading}") for heading in [*headings, "On disk", "Examples\n"]]
+    assert places == sorted(places) and text[places[0] : places[1]].count("\n  --") == 10
+    assert re.search(r"--seq-len INT .*\(default 256\)", text) and "--learning-rate, --lr NUMBER" in text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminal")
+@pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}])
+def test_headings_are_bold_on_a_terminal_that_may_have_colours(env):
+    import fcntl
+    import pty
+    import termios
+
+    screen, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 72, 0, 0))
+    env = {n: v for n, v in os.environ.items() if n not in ("NO_COLOR", "COLUMNS")} | {"TERM": "xterm"} | env
+    words = [sys.executable, str(ROOT / "plot.py"), "--help"]
+    process = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, env=env)
+    os.close(slave)
+    data = b""
+    with contextlib.suppress(OSError):  # on Linux the end of the output
+        while more := os.read(screen, 4096):
+            data += more
+    os.close(screen)
+    assert process.wait() == 0 and (b"\x1b[1mFlags\x1b[0m" in data) == ("NO_COLOR" not in env)
+    lines = re.sub(r"\x1b\[\d*m", "", data.decode()).splitlines()
+    assert 60 < max(map(len, lines)) <= 72
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("demoo", "'demoo' is no preset; there are gpt2, gpt2-fast, demo, finetune; did you mean demo?"),
+        ("--seed 1 demo", "the preset demo must be the first word"),
+        ("--lernin_rate 3", "no flag --lernin_rate; did you mean --learning-rate"),
+        ("--gpu 0", "write --device cuda:0"),
+        ("--gpus=2", "write --num-gpus"),
+        ("--epochs 3", "write --max-steps (--dry-run"),
+        ("--dataset x", "write --dataset-path data/NAME"),
+        ("--compile=False", "--no-NAME off; no switch takes a value, as 'False'"),
+        ("--zzz", "no flag --zzz; --help lists the flags"),
+    ],
+)
+def test_a_wrong_word_is_answered_with_what_to_write(words, said):
+    with pytest.raises(ValueError) as error:
+        train_gpt2.read_flags(words.split())
+    assert said in str(error.value) and str(error.value).count("--dataset-path") == ("dataset" in words)
+    assert train_gpt2.read_flags(["--lr", "1"]).learning_rate == 1
+
+
+def test_a_script_suggests_only_flags_that_it_has():
+    with pytest.raises(ValueError, match=r"--max_new_tokens; write --max-tokens$"):
+        cli.parse(generate.Config, "", ["--max_new_tokens=3"])
+    with pytest.raises(ValueError, match=r"no flag --epochs; --help lists"):
+        cli.parse(generate.Config, "", ["--epochs", "3"])
+    flags = {cli.flag(f.name) for script in PATHS for f in dataclasses.fields(script.Config)}
+    advised = {re.split("[ ,]", text)[0] for value in cli.NAMES_HERE.values() for text in value.split(" | ")}
+    assert advised <= flags
 
 
 def test_what_is_no_path_keeps_its_tilde():

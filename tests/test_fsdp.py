@@ -15,7 +15,7 @@ from helpers import ITEM, Training, end_of, flags, lines_of, links, random_model
 from safetensors.torch import load_file
 
 import train_gpt2
-from lib import checkpoint
+from lib import checkpoint, runs
 from model import GPT, Block
 from train_gpt2 import Config
 
@@ -312,4 +312,4 @@ def test_two_processes_with_activation_checkpointing_end_bit_identical(whole, ch
 
 def test_dropout_that_cannot_be_drawn_again_is_refused(config):
     with pytest.raises(ValueError, match=r"--dropout is 0.2; on mps --activation-checkpointing cannot"):
-        train_gpt2.check(dataclasses.replace(config, dropout=0.2, activation_checkpointing=True), 1, "mps")
+        runs.check_settings(dataclasses.replace(config, dropout=0.2, activation_checkpointing=True), 1, "mps")

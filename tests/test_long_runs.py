@@ -141,9 +141,9 @@ def test_a_run_on_the_hub_is_not_fetched_where_nothing_is_to_be_written(config):
 
 
 def test_evaluating_alone_minds_no_arithmetic_of_training(config):
-    train_gpt2.check(dataclasses.replace(config, eval_only=True, init_from="gpt2", val_every=1), 3)
+    runs.check_settings(dataclasses.replace(config, eval_only=True, init_from="gpt2", val_every=1), 3)
     with pytest.raises(ValueError, match="no multiple"):
-        train_gpt2.check(config, 3)
+        runs.check_settings(config, 3)
 
 
 def test_a_copy_of_a_run_has_curves_of_its_own(launch, whole, tmp_path):
@@ -231,9 +231,12 @@ def test_auto_is_a_batch_size_among_numbers(config):
     with pytest.raises(SystemExit):
         train_gpt2.read_flags(["--batch-size", "large"])
     cfg = dataclasses.replace(config, batch_size="auto", total_batch_tokens=64)
-    train_gpt2.check(cfg, 4)
-    with pytest.raises(ValueError, match="no multiple of the 48 tokens"):
-        train_gpt2.check(cfg, 3)
+    runs.check_settings(cfg, 4)
+    with pytest.raises(ValueError, match=r"no multiple of the 48 tokens.*: --total-batch-tokens 48 or 96$"):
+        runs.check_settings(cfg, 3)
+    cfg = dataclasses.replace(config, batch_size=3, total_batch_tokens=8 * config.seq_len)
+    with pytest.raises(ValueError, match=r"work: --total-batch-tokens 96 or 144, or --batch-size 2 or 4$"):
+        runs.check_settings(cfg, 1)
 
 
 # -----------------------------------------------------------------------------

@@ -342,3 +342,14 @@ def test_what_cannot_be_scored_exits_2_with_the_reason(script, folder, tmp_path,
     done = script("perplexity.py", "--model", folder, "--device", "cpu", *args)
     assert done.returncode == 2
     assert not [reason for reason in ["perplexity.py: ", *reasons] if reason not in done.stderr]
+
+
+def test_dtype_is_the_precision_of_the_products_and_is_said(folder, tmp_path, capsys):
+    cfg = Config(data=write_text(tmp_path), model=str(folder), device="cpu")
+    exact = perplexity.main(cfg)
+    rough = perplexity.main(dataclasses.replace(cfg, dtype="bfloat16", json=str(tmp_path / "out.json")))
+    assert (exact["dtype"], rough["dtype"]) == ("float32", "bfloat16")
+    assert rough["token_perplexity"] == pytest.approx(exact["token_perplexity"], rel=0.01)
+    assert rough["token_perplexity"] != exact["token_perplexity"]
+    assert ", bfloat16\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"

@@ -403,6 +403,7 @@ def test_a_peers_file_gives_its_logits_here_and_in_our_checkpoint_of_it(
     model, source = checkpoint.load_model(str(path), "cpu")
     assert source == str(path) and model.config.vocab_size == options.get("vocab_size", 50304)
     assert all(p.requires_grad for p in model.parameters())
+    assert train_gpt2.read_flags(["--init-from", str(path)]).seq_len == model.config.block_size
     expected = logits_of(theirs, 50257)
     torch.testing.assert_close(logits_of(model, 50257), expected, rtol=0, atol=1e-4)
     shape = dict(n_layer=None, n_head=None, n_embd=None, seq_len=16, max_steps=1, checkpoint_every=1)

@@ -147,6 +147,13 @@ def test_a_source_that_is_not_there_is_refused_with_the_names_that_exist(tmp_pat
         read_documents(f"{tmp_path}/{name}")
 
 
+def test_a_source_that_is_nearly_a_name_or_a_file_is_asked_back(tmp_path):
+    (tmp_path / "story.txt").write_text("One.", encoding="utf-8")
+    for source, meant in (("tinystorys", "tinystories"), (f"{tmp_path}/sotry.txt", f"{tmp_path}/story.txt")):
+        with pytest.raises(FileNotFoundError, match=rf"\(--help lists all\); did you mean {meant}\?"):
+            sources.find_local_files(source)
+
+
 def test_a_source_of_other_files_only_is_refused_with_the_endings_that_are_read(tmp_path):
     (tmp_path / "a.docx").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"found: 1 \.docx.*\.txt, \.md, \.raw, .*\.gz or \.zst"):

@@ -351,6 +351,41 @@ def test_fine_tuning_starts_where_the_checkpoint_ended(config):
     assert values(tuned, "val")[0] == values(run, "val")[-1]
 
 
+def test_weights_replace_the_shape_of_a_preset_but_not_what_was_typed(config, tmp_path, capsys, monkeypatch):
+    run = train(config, checkpoint_every=1, max_steps=1)
+    cfg = train_gpt2.read_flags(["demo", "--init-from", str(run)])
+    assert (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.seq_len) == (None, None, None, config.seq_len)
+    assert cfg.learning_rate == train_gpt2.PRESETS["demo"].learning_rate
+    words = ["finetune", "--init-from", str(run), "--dataset-path", config.dataset_path, "--max-steps", "0"]
+    words += [
+        "--total-batch-tokens",
+        str(8 * config.seq_len),
+        "--log-dir",
+        str(tmp_path),
+        "--run-name",
+        "tuned",
+    ]
+    words += ["--no-compile", "--device", "cpu", "--sample-every", "0"]
+    train_gpt2.main(*train_gpt2.parse_args(words))
+    assert f"note   --seq-len is {config.seq_len}, the context of {run}" in capsys.readouterr().out
+    typed = train_gpt2.read_flags([*words, "--n-layer", "3", "--model-size", "350M"])
+    with pytest.raises(ValueError, match=r"brings its own shape: leave out --model-size, --n-layer$"):
+        train_gpt2.main(dataclasses.replace(typed, run_name="other"))
+    assert train_gpt2.read_flags([*words, "--seq-len", "999"]).seq_len == 999
+    # A wrong path is said before data that are not there either.
+    with pytest.raises(FileNotFoundError, match=rf"--init-from .*rum' is no directory.*did you mean {run}\?"):
+        train_gpt2.main(dataclasses.replace(cfg, init_from=f"{tmp_path}/rum", dataset_path="nowhere"))
+
+
+def test_finetune_is_the_recipe_of_the_readme():
+    recipe = (
+        "--init-from gpt2 --dataset-path data/x --learning-rate 3e-5 --max-steps 200 --warmup-steps 20 "
+        "--total-batch-tokens 32768 --batch-size 4 --val-every 50 --sample-every 50 --hellaswag-every 0"
+    )
+    short = train_gpt2.read_flags(["finetune", "--dataset-path", "data/x"])
+    assert short == train_gpt2.read_flags([*recipe.split()])
+
+
 @pytest.mark.fault(13)
 def test_resume_refuses_other_settings_unless_told(config):
     cfg = dataclasses.replace(config, checkpoint_every=5, max_steps=5)
@@ -375,8 +410,15 @@ def test_resume_finds_the_newest_run_a_named_run_or_starts_one(config, tmp_path)
     unborn, _ = train_gpt2.parse_args(["--resume", *log, "--run-name", "unborn", *flags(config)])
     unborn = dataclasses.replace(unborn, run_name="unborn", max_steps=0)
     assert train_gpt2.main(unborn) == train_gpt2.main(unborn)  # it may begin, and begin again
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        train_gpt2.parse_args(["--resume", str(tmp_path / "nowhere")])
+    with pytest.raises(FileNotFoundError, match=r"no folder[^;]*; give[^;]*$"):
+        train_gpt2.parse_args(["--resume", str(tmp_path / "zzz")])
+    with pytest.raises(FileNotFoundError, match=r"no folder.*; did you mean .*/older\?"):
+        train_gpt2.parse_args(["--resume", "oldre", *log])
+    for missing in ("step_000999", "step_9"):
+        with pytest.raises(FileNotFoundError, match=r"older has step_000001$"):
+            train_gpt2.parse_args(["--resume", str(tmp_path / "older" / missing)])
+        with pytest.raises(FileNotFoundError, match=r"--model .*older has step_000001$"):
+            checkpoint.load_model(str(tmp_path / "older" / missing), "cpu")
 
 
 ABOVE_0 = [
@@ -595,7 +637,7 @@ def test_a_configuration_built_in_python_resumes_as_the_command_line_does(config
 
 @pytest.mark.fault(12)
 def test_weights_of_another_shape_than_init_from_are_refused(config, tmp_path):
-    with pytest.raises(ValueError, match="--init-from brings its own shape"):
+    with pytest.raises(ValueError, match=r"leave out --n-layer, --n-head, --n-embd$"):
         train(config, init_from="gpt2")
 
 
