@@ -2,19 +2,19 @@
 
     python generate.py --prompt "The sun is"            # the newest checkpoint under log/
     python generate.py --model gpt2 --prompt "The sun is" --temperature 0 --max-tokens 50
-    cat story.txt | python generate.py --prompt-file - --stop "The end" --num-samples 3
+    cat story.txt | python generate.py --stop "The end" --num-samples 3
+    python generate.py --prompt-file prompts.txt --each-line --json texts.json    # a prompt per line
     python generate.py --interactive                    # you and the model take turns at one text
 
-Standard output is the prompt and its continuation, nothing else. A single sample is printed while it is
-generated. Several samples are generated as one batch and separated by empty lines. The default temperature
-and top-k are cautious, for small models.
+Standard output is the prompt and its continuation, nothing else. A single text is printed while it is
+generated. Several are generated in batches and separated by empty lines. The default temperature and top-k
+are cautious, for small models.
 """
 
 import lib.startup  # noqa: F401
 
 import codecs
 import dataclasses
-import io
 import itertools
 import re
 import shlex
@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import tyro
@@ -46,7 +46,10 @@ COMMANDS = """\
 /show             the settings
 /reset            forget the text so far
 /help             this list
+/quit, /exit      end
 Ctrl-C stops a text, Ctrl-D ends. A line that begins with / is a command, with a blank before it a text."""
+
+BATCH_ROWS, CACHE_BYTES = 64, 5e9  # of prompts by lines: texts at once, and memory of their key-value caches
 
 Stops = tyro.conf.UseAppendAction[tuple[str, ...]]
 
@@ -63,10 +66,11 @@ class Config:
     )
     compile: bool = cli.knob(False, "slower start, then faster: a CUDA graph, elsewhere torch.compile")
     # prompt
-    prompt: str = cli.knob("Hello, I'm a language model,", "the text to continue")
+    prompt: str = cli.knob("Hello, I'm a language model,", "the text to continue; without it, a pipe's text")
     prompt_file: cli.PathName = cli.knob(
         "", "a file with the prompt; - for standard input; a trailing newline is left out"
     )
+    each_line: bool = cli.knob(False, "each line of --prompt-file, or of a pipe, is a prompt of its own")
     interactive: bool = cli.knob(False, "continue each line that is typed; the context is the whole text")
     # sampling
     max_tokens: int = cli.knob(128, "tokens to add, at most; <|endoftext|> ends a text earlier", at_least=1)
@@ -95,22 +99,35 @@ def check(cfg: Config):
         raise ValueError(f"--temperature is {cfg.temperature}; it must be 0 (greedy) or at least 0.01")
     if not 0 < cfg.top_p <= 1:
         raise ValueError(f"--top-p is {cfg.top_p}; it must be above 0 and at most 1")
-    if cfg.prompt_file and cfg.prompt != Config.prompt:
+    if cfg.prompt_file and has_prompt(cfg):
         raise ValueError("--prompt and --prompt-file are two prompts: leave one out")
-    for name in ("prompt", "prompt_file", "num_samples", "json"):
+    for name in ("prompt", "prompt_file", "each_line", "num_samples", "json"):
         if cfg.interactive and getattr(cfg, name) != getattr(Config, name):
             raise ValueError(f"--interactive makes one text from typed lines: leave {cli.flag(name)} out")
+    if cfg.each_line and has_prompt(cfg):
+        raise ValueError("--each-line takes the lines of a file or a pipe: leave --prompt out")
 
 
-def read_prompt(cfg: Config) -> str:
-    """The text to continue. Raises OSError for a file that cannot be read, ValueError if it is not a text."""
-    if not cfg.prompt_file:
-        return cfg.prompt
-    if cfg.prompt_file != "-":
-        return documents.read_text(Path(cfg.prompt_file)).removesuffix("\n")
-    with open(0, "rb", closefd=False) as stdin:
-        text = io.BytesIO(stdin.read())  # to its end, once: a terminal has an end per Ctrl-D
-    return "".join(documents.decode_text(text, Path("-"))).removesuffix("\n")
+def has_prompt(cfg: Config) -> bool:
+    """Whether --prompt was given, be it with the default's words: only the default is the same object."""
+    return cfg.prompt is not Config.prompt
+
+
+def read_prompts(cfg: Config) -> list[str]:
+    """The text to continue, or with --each-line the texts: of --prompt-file, else --prompt, else a pipe, else
+    the default. Raises OSError for a file that cannot be read, ValueError if it is not a text."""
+    text, is_piped = "", cfg.prompt_file == "-" or (not has_prompt(cfg) and terminal.is_piped())
+    if cfg.prompt_file not in ("", "-"):
+        text = documents.read_text(Path(cfg.prompt_file))
+    elif is_piped:
+        text = "".join(documents.decode_text(terminal.read_pipe(), Path("-")))
+    if cfg.each_line and not text:
+        name = cfg.prompt_file or ("standard input" if is_piped else "")
+        reason = f"{name} is empty" if name else "there are none"
+        raise ValueError(f"--each-line needs lines, and {reason}: give --prompt-file FILE, or pipe them in")
+    if cfg.each_line:
+        return text.removesuffix("\n").split("\n")
+    return [text.removesuffix("\n") if text or cfg.prompt_file else cfg.prompt]
 
 
 def encode_prompt(prompt: str, cfg: Config) -> list[int]:
@@ -173,11 +190,11 @@ class Sample:
         return self.held + ([Piece(None, rest, 0.0)] if rest else [])
 
 
-def stream_pieces(model: GPT, ids: list[int], cfg: Config) -> Iterator[list[list[Piece]]]:
-    """Continues ids num_samples times, as one batch. Yields, for each step, the new pieces of each sample."""
+def stream_pieces(model: GPT, prompts: list[list[int]], cfg: Config) -> Iterator[list[list[Piece]]]:
+    """Continues prompts of equal length, as one batch. Yields, for each step, the new pieces of each."""
     device = model.wte.weight.device
-    samples = [Sample(cfg.stop) for _ in range(cfg.num_samples)]
-    idx = torch.tensor([ids] * cfg.num_samples, device=device)
+    samples = [Sample(cfg.stop) for _ in prompts]
+    idx = torch.tensor(prompts, device=device)
     generator = torch.Generator(device=device).manual_seed(cfg.seed)
     choice = (cfg.temperature, cfg.top_k or None, cfg.top_p, cfg.repetition_penalty)
     for tokens, logits in model.stream_with_logits(idx, cfg.max_tokens, *choice, generator=generator):
@@ -215,26 +232,57 @@ def print_probabilities(samples: list[list[Piece]]):
 # a prompt, or a conversation
 
 
-def complete(model: GPT, source: str, cfg: Config):
-    """Prints the prompt and its continuation, or several; writes --json."""
-    samples: list[list[Piece]] = [[] for _ in range(cfg.num_samples)]
-    is_single = cfg.num_samples == 1
+def divide_prompts(model: GPT, prompts: list[list[int]], cfg: Config) -> Iterator[list[int]]:
+    """Yields the places of the prompts of each batch. They have the same number of tokens: without padding,
+    each text is the one that its prompt alone would get."""
+    by_length: dict[int, list[int]] = {}
+    for place, ids in enumerate(prompts):
+        by_length.setdefault(len(ids), []).append(place)
+    shape = model.config
+    row_bytes = 2 * 4 * shape.n_layer * shape.n_embd * shape.block_size
+    count = max(1, min(BATCH_ROWS, int(CACHE_BYTES / row_bytes)) // cfg.num_samples)
+    for places in by_length.values():
+        yield from (places[i : i + count] for i in range(0, len(places), count))
+
+
+def complete(model: GPT, source: str, prompts: list[str], cfg: Config):
+    """Prints each prompt and its continuations, in order; writes --json."""
+    is_single = len(prompts) == cfg.num_samples == 1
+    made: dict[int, list[list[Piece]]] = {}  # by the prompt's place, its samples
+    encoded, printed = [encode_prompt(prompt, cfg) for prompt in prompts], 0
     if is_single:
-        print(cfg.prompt, end="", flush=True)
-    for new in stream_pieces(model, encode_prompt(cfg.prompt, cfg), cfg):
-        for sample, pieces in zip(samples, new):
-            sample += pieces
-        if is_single:
-            print(render(new[0], cfg), end="", flush=True)
-    print("" if is_single else "\n\n".join(cfg.prompt + render(sample, cfg) for sample in samples))
+        print(prompts[0], end="", flush=True)
+    for number, places in enumerate(divide_prompts(model, encoded, cfg)):
+        rows = [encoded[place] for place in places for _ in range(cfg.num_samples)]
+        samples: list[list[Piece]] = [[] for _ in rows]
+        for new in stream_pieces(model, rows, dataclasses.replace(cfg, seed=cfg.seed + number)):
+            for sample, pieces in zip(samples, new):
+                sample += pieces
+            if is_single:
+                print(render(new[0], cfg), end="", flush=True)
+        made |= {place: [samples.pop(0) for _ in range(cfg.num_samples)] for place in places}
+        while printed in made and not is_single:  # all before it have been printed
+            texts = [prompts[printed] + render(sample, cfg) for sample in made[printed]]
+            print("\n" if printed else "", "\n\n".join(texts), sep="", flush=True)
+            printed += 1
+    if is_single:
+        print()
     if cfg.show_probs:
-        print_probabilities(samples)
+        print_probabilities([sample for place in range(len(prompts)) for sample in made[place]])
     if cfg.json:
-        texts = [cfg.prompt + "".join(piece.text for piece in sample) for sample in samples]
-        result = {**dataclasses.asdict(cfg), "model": source, "texts": texts}
-        if cfg.show_probs:
-            result["tokens"] = [[p._asdict() for p in sample if p.id is not None] for sample in samples]
-        files.write_json(Path(cfg.json), result)
+        entries = [describe_texts(prompt, made[place], cfg) for place, prompt in enumerate(prompts)]
+        result = {**dataclasses.asdict(cfg), "model": source}
+        if cfg.each_line:
+            del result["prompt"]
+            entries = [{"prompts": entries}]
+        files.write_json(Path(cfg.json), result | entries[0])
+
+
+def describe_texts(prompt: str, samples: list[list[Piece]], cfg: Config) -> dict[str, Any]:
+    """The entry of a prompt in --json: prompt, texts and, with --show-probs, their tokens."""
+    texts = [prompt + "".join(piece.text for piece in sample) for sample in samples]
+    tokens = [[piece._asdict() for piece in sample if piece.id is not None] for sample in samples]
+    return {"prompt": prompt, "texts": texts} | ({"tokens": tokens} if cfg.show_probs else {})
 
 
 def converse(model: GPT, source: str, cfg: Config):
@@ -244,6 +292,8 @@ def converse(model: GPT, source: str, cfg: Config):
     for line in terminal.read_lines():
         if line.startswith("/"):
             command, *words = line.split(maxsplit=1)
+            if command in ("/quit", "/exit"):
+                return
             if command == "/reset":
                 text = ""
             elif command == "/set" and words:
@@ -264,7 +314,7 @@ def take_turn(model: GPT, text: str, cfg: Config) -> str:
     """Prints the continuation of the text, up to its end or Ctrl-C. Returns it."""
     made: list[Piece] = []
     try:
-        for (pieces,) in stream_pieces(model, encode_prompt(text, cfg), cfg):
+        for (pieces,) in stream_pieces(model, [encode_prompt(text, cfg)], cfg):
             print(render(pieces, cfg), end="", flush=True)
             made += pieces
     except KeyboardInterrupt:
@@ -295,19 +345,36 @@ def change_setting(cfg: Config, words: str) -> Config:
     return cfg
 
 
+def read_flags(argv: list[str]) -> Config:
+    """A command line as a configuration. Raises ValueError for a text that no flag takes."""
+    switches = [field.name for field in dataclasses.fields(Config) if isinstance(field.default, bool)]
+    for before, word in zip(["", *argv], argv):
+        name = re.sub("^--(no-)?", "", before).replace("-", "_")
+        # A word after an unknown flag is left to that flag's message.
+        is_value = before.startswith("--") and "=" not in before and name not in switches
+        if not word.startswith("-") and not is_value:
+            command = cli.format_command("generate.py", "--prompt", word)
+            raise ValueError(f"{word!r} has no flag before it; to continue this text: {command}")
+    return cli.parse(Config, __doc__, argv)
+
+
 def main(cfg: Config):
     check(cfg)
-    cfg = dataclasses.replace(cfg, prompt=read_prompt(cfg))
+    prompts = [] if cfg.interactive else read_prompts(cfg)
     model, source = load_model(cfg.model, cfg.device)
+    if Path(source) != Path(cfg.model):
+        print(f"model: {cli.format_path(source)}", file=sys.stderr)
     device = model.wte.weight.device
     dtype, _ = pick_dtype(cfg.dtype, device)
     cast_linears(model, dtype)
     if cfg.compile:
         speed_up(model)
-    answer = converse if cfg.interactive else complete
     with autocast(device, dtype):
-        answer(model, source, cfg)
+        if cfg.interactive:
+            converse(model, source, cfg)
+        else:
+            complete(model, source, prompts, cfg)
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(Config, __doc__)))
+    cli.run(lambda: main(read_flags(sys.argv[1:])))

@@ -1,5 +1,6 @@
-"""The terminal of a conversation: lines with an editor and a history, and colours for probabilities.
+"""The terminal of a conversation, or the pipe in its place; colours for probabilities.
 
+    text = read_pipe() if is_piped() else None   # all of standard input
     for line in read_lines():                    # until Ctrl-D or the end of a pipe; Ctrl-C discards a line
         print(colour("word", probability=0.3) if has_colours() else "word")
 
@@ -9,8 +10,11 @@ On disk: nothing.
 import contextlib
 import io
 import os
+import stat
 import sys
+import threading
 from collections.abc import Iterator
+from typing import BinaryIO
 
 # Probabilities below the first number have the second as their colour, of a terminal's 256.
 SHADES = ((0.01, 196), (0.05, 208), (0.2, 220), (0.5, 112), (2.0, 34))
@@ -49,3 +53,26 @@ def read_lines() -> Iterator[str]:
             if not is_typed:
                 raise
             print(file=sys.stderr)
+
+
+def is_piped() -> bool:
+    """Whether standard input is a pipe, a socket or a file: no terminal, no null device, and not closed."""
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+
+
+def read_pipe() -> BinaryIO:
+    """Reads standard input to its end. If that takes over a second, says on standard error what it waits for:
+    a script that runs without a terminal may have inherited a pipe that never ends."""
+    note = "reading the prompt from standard input, to its end; to use none: --prompt TEXT, or < /dev/null"
+    timer = threading.Timer(1.0, print, [note], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        with open(0, "rb", closefd=False) as stdin:
+            return io.BytesIO(stdin.read())  # once: a terminal has an end per Ctrl-D
+    finally:
+        timer.cancel()

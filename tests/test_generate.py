@@ -1,16 +1,19 @@
 """generate.py: what the command prints, equality with transformers, stop strings, probabilities, refusals; a
 conversation through a pipe (on a terminal: test_terminal.py)."""
 
+import contextlib
 import io
 import json
+import os
 import random
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import VOCAB_SIZE, random_model, run_script, save_checkpoint, scripted_model
+from helpers import ROOT, VOCAB_SIZE, random_model, run_script, save_checkpoint, scripted_model
 
 import generate
 from generate import Config
@@ -54,7 +57,7 @@ def continuation(folder: Path, prompt: str, **options) -> str:
 
 
 def pieces_of(model: generate.GPT, prompt: str, cfg: Config) -> list[generate.Piece]:
-    steps = generate.stream_pieces(model, generate.encode_prompt(prompt, cfg), cfg)
+    steps = generate.stream_pieces(model, [generate.encode_prompt(prompt, cfg)], cfg)
     return [piece for (pieces,) in steps for piece in pieces]
 
 
@@ -232,6 +235,85 @@ def test_a_prompt_comes_from_a_file_or_from_standard_input(scripted, tmp_path, c
     assert run_script("generate.py", *words, stdin="日 is\n").stdout == text
 
 
+@contextlib.contextmanager
+def standard_input(file: int) -> Iterator[None]:
+    """File descriptor 0 is this file in the block."""
+    before = os.dup(0)
+    os.dup2(file, 0)
+    try:
+        yield
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+
+
+def piped(data: bytes) -> int:
+    """The end to read of a pipe with this content."""
+    read, write = os.pipe()
+    os.write(write, data)
+    os.close(write)
+    return read
+
+
+def test_a_pipe_or_a_file_is_the_prompt_unless_one_is_given(tmp_path):
+    default, file = Config.prompt, tmp_path / "prompt.txt"
+    file.write_bytes(b"Two\n\n")
+    endless, _ = os.pipe()
+    for stdin, flags, prompts in [
+        (piped("日 is\r\n".encode()), [], ["日 is"]),
+        (os.open(file, os.O_RDONLY), [], ["Two\n"]),  # one newline is dropped
+        (piped(b"\n"), [], [""]),
+        (piped(b""), [], [default]),
+        (os.open(os.devnull, os.O_RDONLY), [], [default]),
+        (endless, ["--prompt", "One"], ["One"]),
+        (endless, ["--prompt", default.encode().decode()], [default]),  # as from a shell, a copy
+        (endless, ["--prompt-file", str(file)], ["Two\n"]),
+        (endless, ["--prompt-file", str(file), "--each-line"], ["Two", ""]),
+        (piped(b"a\x0b\n\nb"), ["--each-line"], ["a\x0b", "", "b"]),
+        (piped(b"a\nb\n"), ["--each-line", "--prompt-file", "-"], ["a", "b"]),
+    ]:
+        with standard_input(stdin):
+            assert generate.read_prompts(generate.read_flags(flags)) == prompts
+    with standard_input(piped(b"")), pytest.raises(ValueError, match="standard input is empty: give"):
+        generate.read_prompts(generate.read_flags(["--each-line"]))
+
+
+def test_a_wait_for_a_pipe_is_said(scripted):
+    words = ["--model", scripted.parent, "--device", "cpu", "--temperature", "0"]  # the run's newest
+    command = [sys.executable, str(ROOT / "generate.py"), *map(str, words)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8") as process:
+        assert process.stderr
+        assert process.stderr.readline().startswith("reading the prompt from standard input")
+        out, err = process.communicate(f"{PROMPT}\n", timeout=60)
+    assert (process.returncode, out) == (0, PROMPT + MIXED + "\n"), err
+    assert err == f"model: {scripted}\n"
+
+
+def test_each_line_gets_the_text_that_it_gets_alone(folder, tmp_path, capsys, monkeypatch):
+    lines = ["The sun is", "One", "", "The moon is", "A longer line than the others", "Two", "One"]
+    file, out = tmp_path / "lines.txt", tmp_path / "out.json"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    monkeypatch.setattr(generate, "BATCH_ROWS", 4)
+    rows, stream = [], generate.stream_pieces
+    monkeypatch.setattr(generate, "stream_pieces", lambda *args: rows.append(len(args[1])) or stream(*args))
+    options = dict(max_tokens=12, prompt_file=str(file), each_line=True, json=str(out))
+    text = generated(capsys, folder, temperature=0, num_samples=2, show_probs=True, **options)
+    assert sorted(rows) == [2, 4, 4, 4]  # two of three tokens; one, one, one and none; a longer one
+    expected = [line + continuation(folder, line, temperature=0, max_tokens=12) for line in lines]
+    assert text == "\n\n".join(one for one in expected for _ in range(2)) + "\n"
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert [(one["prompt"], one["texts"]) for one in result["prompts"]] == [
+        (line, [one] * 2) for line, one in zip(lines, expected)
+    ]
+    assert all(len(tokens) == 12 for one in result["prompts"] for tokens in one["tokens"])
+    assert "prompt" not in result and "texts" not in result and result["max_tokens"] == 12
+    generated(capsys, folder, temperature=1.5, **options)
+    result = json.loads(out.read_text(encoding="utf-8"))
+    first, last = (result["prompts"][place]["texts"][0] for place in (1, -1))
+    assert first != last  # drawn, not copied
+
+
 @pytest.mark.parametrize(
     ("args", "reason"),
     [
@@ -243,10 +325,17 @@ def test_a_prompt_comes_from_a_file_or_from_standard_input(scripted, tmp_path, c
         (["--interactive", "--prompt-file", "a.txt"], "leave --prompt-file out"),
         (["--interactive", "--num-samples", "2"], "leave --num-samples out"),
         (["--interactive", "--json", "a.json"], "leave --json out"),
+        (["--interactive", "--each-line"], "leave --each-line out"),
+        (["--each-line"], "--each-line needs lines, and there are none: give --prompt-file FILE, or pipe"),
+        (["--each-line", "--prompt", "b"], "leave --prompt out"),
+        (["--each-line", "--prompt-file", "{tmp}/empty.txt"], "empty.txt is empty"),
+        (["--top-k", "5", "The sun"], 'generate.py --prompt "The sun"'),
+        (["--show-probs", "Once"], "generate.py --prompt Once"),
     ],
 )
 def test_a_prompt_that_cannot_be_had_exits_2_with_the_reason(script, tmp_path, args, reason):
     (tmp_path / "latin1.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "empty.txt").touch()
     (tmp_path / "two.jsonl").write_bytes(b'{"text": "a"}\n{"text": "b"}')
     done = script("generate.py", *(arg.format(tmp=tmp_path) for arg in args))
     assert (done.returncode, done.stdout) == (2, "")
@@ -394,6 +483,12 @@ def test_what_is_no_setting_and_no_command_is_said(folder, monkeypatch, capsys, 
     out, err = conversation(monkeypatch, capsys, folder, line, " /no command", max_tokens=5)
     assert out == " /no command" + continuation(folder, " /no command", max_tokens=5, seed=1) + "\n"
     assert reason in "\n".join(err)
+
+
+@pytest.mark.parametrize("command", ["/quit", "/exit"])
+def test_a_conversation_ends_at_a_command(folder, monkeypatch, capsys, command):
+    out, err = conversation(monkeypatch, capsys, folder, command, "One")
+    assert (out, err) == ("", [])
 
 
 def test_probabilities_can_be_asked_for_in_a_conversation(folder, monkeypatch, capsys):
