@@ -71,10 +71,6 @@ def note_not_finite() -> Iterator[None]:
         print(f"  sample | none: {error}", flush=True)
 
 
-def format_finite(figure: float, form: str) -> str:
-    return format(figure, form) if math.isfinite(figure) else f"is not finite ({figure})"
-
-
 def format_seconds(seconds: float) -> str:
     if not seconds < 1e9:  # 30 years
         return "years"
@@ -113,8 +109,9 @@ def summarize(log: Path, max_steps: int, total_batch_tokens: int) -> str:
     text = f"{max_steps:,} steps of {total_batch_tokens:,} tokens, {format_seconds(seconds)} of training"
     if "val" in streams:
         text += "; best validation loss {:.4f} at step {}".format(*min(streams["val"]))
-    if "hella" in streams:
-        text += "; HellaSwag acc_norm {:.2%} at step {}".format(*streams["hella"][-1])
+    for name, figures in streams.items():
+        if name != "val" and run_log.find_stream(name).is_evaluation:
+            text += f"; {run_log.describe_figure(name, figures[-1][0])} at step {figures[-1][1]}"
     return text
 
 
