@@ -316,7 +316,7 @@ def draw(runs: list[Run], cfg: Config) -> Any:
             draw_losses(panels["loss"], group, name, cfg, look)
             for stream in shown[1:]:
                 draw_curve(panels[stream], group, stream, cfg, look)
-        finish_losses(panels["loss"], runs, cfg)
+        finish_losses(panels["loss"], groups, cfg)
         for stream in shown[1:]:
             label = run_log.find_stream(stream).label
             panels[stream].set_title(label[:1].upper() + label[1:], fontsize=9, loc="left")
@@ -360,14 +360,16 @@ def draw_curve(axes: Any, group: Group, stream: str, cfg: Config, look: dict[str
         axes.vlines(x, lowest, highest, color=look["color"], linewidth=1)
 
 
-def finish_losses(axes: Any, runs: list[Run], cfg: Config):
+def finish_losses(axes: Any, groups: list[Group], cfg: Config):
     """Adds GPT-2's loss, the title and the limits of the losses' panel. Raises ValueError for a --max-loss
     below all losses."""
+    runs = [run for group in groups for run in group]
     reached = np.fmin.reduce([run.best("val") for run in runs])
     draw_references(axes, VAL_LOSS, runs, "{:.2f}".format, lowest=reached - 1)
     windows = sorted({run.window(cfg) for run in runs if "train" in run.log})
     steps = " to ".join(str(window) for window in dict.fromkeys([*windows[:1], *windows[-1:]]))
-    mean = f", mean of {steps} steps (faint: each step)" if windows[-1:] > [1] else ""
+    faint = " (faint: each step)" if any(len(group) == 1 for group in groups) else ""
+    mean = f", mean of {steps} steps{faint}" if windows[-1:] > [1] else ""
     axes.set_title(f"lines: training loss{mean}; points: validation loss", fontsize=9, loc="left")
     axes.set_ylabel("loss (nats per token)")
     if cfg.max_loss is not None:

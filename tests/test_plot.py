@@ -139,9 +139,9 @@ def test_the_command_draws_two_runs_into_one_picture(script, tmp_path):
     done = script("plot.py", *runs, "--out", out)
     assert done.returncode == 0, done.stderr
     assert [line.split() for line in done.stdout.splitlines()] == [
-        "run last step validation loss HellaSwag acc_norm".split(),
-        "b 2 8.5000 26.25%".split(),  # the lower loss comes first
-        "a 2 9.2500 26.25%".split(),
+        ["run", "last", "step", "validation", "loss", "HellaSwag", "acc_norm"],
+        ["b", "2", "8.5000", "26.25%"],  # the lower loss comes first
+        ["a", "2", "9.2500", "26.25%"],
         [str(out)],
     ]
     found = words(out)
