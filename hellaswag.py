@@ -31,7 +31,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from lib import cli, documents, files, schema, tokenizer
@@ -228,6 +227,7 @@ def batch_by_length(lengths: dict[int, int], batch_size: int, least: int) -> Ite
 def evaluate(
     model: GPT,
     items: list[dict],
+    process: Process | None = None,
     batch_size: int | Literal["auto"] = "auto",
     protocols: Sequence[str] = PROTOCOLS,
     show: bool = True,
@@ -235,15 +235,16 @@ def evaluate(
     """{"n": ..., protocol: {"acc", "acc_norm", "acc_stderr", "acc_norm_stderr"}, ...}, accuracies in 0 to 1,
     or nan if a score is not finite.
 
-    Under torch.distributed each process scores its share of the items, and all return the sum.
+    Given its process, each of several scores its share of the items, and all return the sum.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    process = process or Process(0, 1, model.wte.weight.device)
     batch_size = pick_batch_size(model) if batch_size == "auto" else batch_size
     result: dict = {"n": len(items)}
     for protocol in protocols:
-        mine = [(render(item, protocol), int(item["label"])) for item in items[rank::world_size]]
+        share = items[process.rank :: process.world_size]
+        mine = [(render(item, protocol), int(item["label"])) for item in share]
         rows = [row for (item_rows, _), _ in mine for row in item_rows]
-        hide = None if show and rank == 0 else True  # None: show the bar on a terminal only
+        hide = None if show and process.rank == 0 else True  # None: show the bar on a terminal only
         with tqdm(total=len(rows), desc=f"HellaSwag, {protocol}", unit="row", disable=hide) as progress:
             scores = score(model, rows, batch_size, progress)
         right = torch.zeros(2)  # exact for millions of items
@@ -252,10 +253,7 @@ def evaluate(
             # A score that is not finite makes both counts nan, on all processes.
             wins = [four.argmax() == label, (four / lengths).argmax() == label]
             right += torch.tensor(wins) if np.isfinite(four).all() else math.nan
-        if world_size > 1:
-            right = right.to(model.wte.weight.device)
-            dist.all_reduce(right)
-        accuracies = [count / len(items) for count in right.tolist()]
+        accuracies = [count / len(items) for count in process.all_reduce(*right.tolist())]
         # With n - 1, as in lm_eval.
         errors = [math.sqrt(share * (1 - share) / max(1, len(items) - 1)) for share in accuracies]
         result[protocol] = dict(
@@ -277,7 +275,7 @@ def main(cfg: Config) -> dict:
     items = load_items(cfg.data, cfg.limit)
     begin = time.perf_counter()
     with autocast(device, dtype):
-        result = {"model": source, **evaluate(model, items, cfg.batch_size)}
+        result = {"model": source, **evaluate(model, items, batch_size=cfg.batch_size)}
     if not math.isfinite(sum(result[protocol]["acc"] for protocol in PROTOCOLS)):
         raise ValueError(f"{source}: the scores are not finite: its products overflow in {str(dtype)[6:]}")
     seconds = time.perf_counter() - begin

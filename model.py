@@ -365,6 +365,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits[:, vocab_size:] = -math.inf
             logp = logits.log_softmax(dim=-1)
             del logits  # this is the peak of a step's memory: free each large tensor at once
+            # To add a loss term: its sum over the rows to nll, its derivative by the logits to dlogits.
             target_logp = logp.gather(1, targets_c[:, None])  # (N/8, 1)
             nll -= target_logp.sum()
             if dw is not None:

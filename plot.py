@@ -1,8 +1,13 @@
-"""Draws runs: training loss, validation loss and HellaSwag, beside the published figures of GPT-2 and GPT-3.
+"""Draws and compares runs: losses, HellaSwag beside the figures of GPT-2 and GPT-3, and your own streams.
 
     python plot.py                                   # the newest run, into log/<run>/loss.png
     python plot.py log/a log/b --x tokens --log --theme dark --out compare.pdf
+    python plot.py log/muon-* log/adamw-* --band     # runs that differ in the seed: their mean and a band
+    python plot.py log/a --streams norm toks         # more of the log's streams, each in a panel
     python plot.py --text                            # as characters, in the terminal
+
+Several runs are also printed as a table, the lowest last validation loss first. A stream that train_gpt2.py
+does not have, that is, an evaluation of your own, is always drawn, in a panel of its own.
 
 The training loss is drawn twice: faint, as it was logged, and as a centred mean of --smooth steps. Grey lines
 are the published figures for the run's size, or for 124M if its shape is not a published one. GPT-2's loss,
@@ -11,7 +16,11 @@ which is on FineWeb-Edu, is drawn if a run comes within 1 of it.
 
 import lib.startup  # noqa: F401
 
+import functools
 import itertools
+import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -52,6 +61,12 @@ THEMES = {
     "dark": ("#0d1117", "#d6dde4", "#262c34", "#56b4e9 #e69f00 #009e73 #cc79a7 #f0e442 #d55e00"),
 }
 GREY = "#808890"
+POINTS = {"marker": "o", "markersize": 4}
+MOST_POINTS = 60  # a stream with more values is drawn as its mean, without points
+LOSSES = ("train", "val", "hella")  # they have their places
+
+# Runs with a band may differ in these settings.
+SEED_SETTINGS = {"seed", "run_name", "log_dir", "like"}
 
 # The settings that are read here.
 SETTINGS = {
@@ -74,6 +89,12 @@ class Config:
     smooth: int | None = cli.knob(
         None, "steps of the training loss's mean; 1 for none; by default a fiftieth of the run's", at_least=1
     )
+    band: cli.Switch = cli.knob(
+        False,
+        "draw runs as one if only the seeds and the numbers at the end of the names differ: the mean, and a "
+        "band from the lowest to the highest",
+    )
+    streams: tuple[str, ...] = cli.knob((), "more streams of the log to draw, such as lr, norm or toks")
     log: cli.Switch = cli.knob(False, "a logarithmic horizontal axis")
     max_loss: float | None = cli.knob(None, "cut off losses above this, to give the lower ones more room")
     theme: Literal["light", "dark"] = cli.knob("light", "colours")
@@ -118,6 +139,10 @@ class Run:
         extreme = np.fmax if stream == "hella" else np.fmin  # both ignore nan
         return extreme.reduce(self.log[stream][:, 1]) if stream in self.log else np.nan
 
+    def last(self, stream: str) -> np.ndarray:
+        """A stream's last step and value; nan without values."""
+        return self.log[stream][-1] if stream in self.log else np.full(2, np.nan)
+
     def size(self) -> str:
         """The model's published size; 124M if it has none."""
         name = str(self.settings.get("init_from") or self.settings.get("model_size"))
@@ -148,10 +173,74 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[place + after + 1] - sums[place - before]) / (before + after + 1)
 
 
-def name_runs(runs: list[Run]) -> list[str]:
-    """The folders' names, or their paths if two have the same name."""
-    names = [run.folder.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+Group = list[Run]  # drawn as one: runs that differ only in the seed, or a single run
+
+
+def group_runs(runs: list[Run], cfg: Config) -> list[Group]:
+    """The runs, with --band those that differ only in the seed together. The same settings do not suffice:
+    the code may have changed between `before-1` and `after-1`."""
+    groups: dict[Any, Group] = {}
+    for run in runs:
+        stem = re.sub(r"[-_.]*(seed|s)?[-_.\d]*$", "", run.folder.resolve().name)
+        settings = {name: value for name, value in run.settings.items() if name not in SEED_SETTINGS}
+        key = (stem, json.dumps(settings, sort_keys=True)) if cfg.band and settings else id(run)
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def name_groups(groups: list[Group]) -> list[str]:
+    """The folders' names, or what their names begin with; their paths if two have the same."""
+    for kind in (lambda run: run.folder.resolve().name, lambda run: str(run.folder)):
+        starts = [os.path.commonprefix([kind(run) for run in group]) for group in groups]  # noqa: RUF071
+        names = [
+            f"{start.rstrip('-_.')} ({len(group)} seeds)" if len(group) > 1 else start
+            for start, group in zip(starts, groups)
+        ]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def average(group: Group, stream: str, unit: str, window: int = 1) -> tuple[np.ndarray, ...]:
+    """x, mean, lowest and highest of a stream's smoothed values, at the steps that all runs have."""
+    curves = [run.curve(stream, "step", window) for run in group]
+    steps, values = curves[0][0], np.array([y for _, y in curves[:1]])
+    if len(group) > 1:
+        steps = functools.reduce(np.intersect1d, [x for x, _ in curves])
+        values = np.array([y[np.searchsorted(x, steps)] for x, y in curves])
+    x = np.mean([run.x(steps, unit) for run in group], axis=0)
+    return x, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+
+
+def format_mean(values: list[float], stream: str) -> str:
+    """A value in its stream's form; of several, the mean ± the standard deviation (of a sample, n - 1)."""
+    mean = run_log.format_value(stream, float(np.mean(values)))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {run_log.format_value(stream, float(np.std(values, ddof=1)))}"
+
+
+def format_table(groups: list[Group]) -> str:
+    """Each group's last evaluations, the lowest validation loss (without one, the training loss) first."""
+    streams = [stream for stream in list_streams(groups) if run_log.find_stream(stream).is_evaluation]
+    streams = streams if "val" in streams else ["train", *streams]
+    rows = []
+    for group, name in zip(groups, name_groups(groups)):
+        last = {stream: np.array([run.last(stream) for run in group]) for stream in streams}
+        steps, losses = last[streams[0]].T
+        until = " to ".join(f"{step:.0f}" for step in dict.fromkeys([steps.min(), steps.max()]))
+        cells = [format_mean(list(values[:, 1]), stream) for stream, values in last.items()]
+        rows.append((np.nan_to_num(losses.mean(), nan=np.inf), [name, until, *cells]))
+    head = ["run", "last step", *(run_log.find_stream(stream).label for stream in streams)]
+    table = [head, *(row for _, row in sorted(rows))]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in table)
+
+
+def list_streams(groups: list[Group]) -> list[str]:
+    """The streams of all runs: those that train_gpt2.py has, in its order, then the others."""
+    found = dict.fromkeys(stream for group in groups for run in group for stream in run.log)
+    return sorted(found, key=lambda name: [*run_log.STREAMS, name].index(name))
 
 
 def format_short(number: float, _: int | None = None) -> str:
@@ -166,13 +255,13 @@ def format_percent(share: float, _: int | None = None) -> str:
 
 def draw_text(run: Run, name: str, width: int) -> str:
     """The run's curves as lines of bars, one line per stream."""
-    streams = [stream for stream in ("train", "val", "hella") if stream in run.log]
+    streams = [name for name in list_streams([[run]]) if name in LOSSES or name not in run_log.STREAMS]
     last = max((run.log[stream][-1, 0] for stream in streams), default=0)
     lines = [f"{name}, steps 0 to {last:,.0f}"]
     for stream in streams:
         steps, values = run.curve(stream, "step")
         if len(values):
-            best = "" if stream == "train" else f", best {run.best(stream):.4g}"
+            best = f", best {run.best(stream):.4g}" if stream in ("val", "hella") else ""
             bars = draw_bars(steps / (last or 1), values, width)
             lines.append(f"{stream:5} {values[0]:7.4g} {bars} {values[-1]:.4g}{best}")
     return "\n".join(lines)
@@ -204,50 +293,92 @@ def style(theme: str) -> dict[Any, Any]:
 
 
 def draw(runs: list[Run], cfg: Config) -> Any:
-    """Draws the losses and, if a run has it, HellaSwag to their right. Returns a matplotlib figure."""
+    """Draws the losses and, if a run has them, HellaSwag and other streams, each in a panel. Returns a
+    matplotlib figure. Raises ValueError for --streams that no run has."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    names, windows = name_runs(runs), sorted({run.window(cfg) for run in runs if "train" in run.log})
-    has_hella = any("hella" in run.log for run in runs)
+    groups = group_runs(runs, cfg)
+    streams = list_streams(groups)
+    if missing := [name for name in cfg.streams if name not in streams]:
+        raise ValueError(f"--streams {missing[0]} is in no log; the runs have {', '.join(streams)}")
+    wanted = [name for name in streams if name in cfg.streams or name not in run_log.STREAMS]
+    shown = ["loss", *(["hella"] if "hella" in streams else []), *(n for n in wanted if n not in LOSSES)]
+    columns, rows = min(2, len(shown)), -(-len(shown) // 2)
     with matplotlib.rc_context(style(cfg.theme)):
-        figure = Figure(figsize=(12.8 if has_hella else 6.4, 4), layout="constrained")
-        panels = figure.subplots(1, 1 + has_hella, squeeze=False)[0]
-        loss, hella = panels[0], panels[-1]
-        for run, name, look in zip(runs, names, itertools.cycle(matplotlib.rcParams["axes.prop_cycle"])):
-            points = {"marker": "o", "markersize": 4}
-            forms = {"val": "{:.3f}".format, "hella": format_percent}
-            bests = [form(run.best(stream)) for stream, form in forms.items() if stream in run.log]
-            label = f"{name}: {', '.join(bests)}" if bests else name
-            loss.plot([], [], **look, **points, label=label)
-            if "train" in run.log:
-                raw = {"color": look["color"], "linestyle": "-", "linewidth": 0.7, "alpha": 0.3}
-                loss.plot(*run.curve("train", cfg.x), **raw)
-                loss.plot(*run.curve("train", cfg.x, run.window(cfg)), **look)
-            if "val" in run.log:
-                loss.plot(*run.curve("val", cfg.x), **{**look, **points, "linestyle": ""})
-            if "hella" in run.log:
-                hella.plot(*run.curve("hella", cfg.x), **look, **points)
-        reached = np.fmin.reduce([run.best("val") for run in runs])
-        draw_references(loss, VAL_LOSS, runs, "{:.2f}".format, lowest=reached - 1)
-        if has_hella:
-            draw_references(hella, HELLASWAG, runs, format_percent)
-            hella.set_title("acc_norm, completion style", fontsize=9, loc="left")
-            hella.set_ylabel("HellaSwag")
-            hella.yaxis.set_major_formatter(format_percent)
-        steps = " to ".join(str(window) for window in dict.fromkeys([*windows[:1], *windows[-1:]]))
-        mean = f", mean of {steps} steps (faint: each step)" if windows[-1:] > [1] else ""
-        loss.set_title(f"lines: training loss{mean}; points: validation loss", fontsize=9, loc="left")
-        loss.set_ylabel("loss (nats per token)")
-        if cfg.max_loss is not None:
-            lowest, top = loss.dataLim.y0, cfg.max_loss
-            if not np.isfinite(lowest):
-                raise ValueError(f"--max-loss is {top}, but no loss is finite: leave it out")
-            if not top > lowest:
-                raise ValueError(f"--max-loss is {top}; it must be above the lowest loss, {lowest:.3f}")
-            loss.set_ylim(lowest - 0.05 * (top - lowest), top)
-        finish_axes(figure, panels, cfg, are_many=len(runs) > 1)
+        figure = Figure(figsize=(6.4 * columns, 4 * rows), layout="constrained")
+        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axes in grid[len(shown) :]:
+            axes.remove()
+        panels = dict(zip(shown, grid))
+        looks = itertools.cycle(matplotlib.rcParams["axes.prop_cycle"])
+        for group, name, look in zip(groups, name_groups(groups), looks):
+            draw_losses(panels["loss"], group, name, cfg, look)
+            for stream in shown[1:]:
+                draw_curve(panels[stream], group, stream, cfg, look)
+        finish_losses(panels["loss"], groups, cfg)
+        for stream in shown[1:]:
+            label = run_log.find_stream(stream).label
+            panels[stream].set_title(label[:1].upper() + label[1:], fontsize=9, loc="left")
+        if "hella" in panels:
+            draw_references(panels["hella"], HELLASWAG, runs, format_percent)
+            panels["hella"].set_title("acc_norm, completion style", fontsize=9, loc="left")
+            panels["hella"].set_ylabel("HellaSwag")
+            panels["hella"].yaxis.set_major_formatter(format_percent)
+        title = "best validation loss" + (", HellaSwag" if "hella" in panels else "")
+        title += "\nband: lowest to highest seed" if len(groups) < len(runs) else ""
+        finish_axes(figure, list(panels.values()), cfg, title, are_many=len(groups) > 1)
     return figure
+
+
+def draw_losses(axes: Any, group: Group, name: str, cfg: Config, look: dict[str, Any]):
+    """Draws the training losses of a group as a line and its validation losses as points."""
+    forms = {"val": "{:.3f}".format, "hella": format_percent}
+    bests = {stream: [run.best(stream) for run in group if stream in run.log] for stream in forms}
+    texts = [forms[stream](np.mean(values)) for stream, values in bests.items() if values]
+    axes.plot([], [], **look, **POINTS, label=f"{name}: {', '.join(texts)}" if texts else name)
+    if len(group) == 1 and "train" in group[0].log:
+        raw = {"color": look["color"], "linestyle": "-", "linewidth": 0.7, "alpha": 0.3}
+        axes.plot(*group[0].curve("train", cfg.x), **raw)
+    draw_curve(axes, group, "train", cfg, look)
+    draw_curve(axes, group, "val", cfg, {**look, "linestyle": ""})
+
+
+def draw_curve(axes: Any, group: Group, stream: str, cfg: Config, look: dict[str, Any]):
+    """Draws a stream of a group: as a mean over steps if most steps have a value, else with points; and the
+    range of the group's values."""
+    group = [run for run in group if stream in run.log]
+    if not group:
+        return
+    window = max(run.window(cfg) for run in group)
+    is_dense = stream == "train" or len(group[0].log[stream]) > MOST_POINTS
+    x, mean, lowest, highest = average(group, stream, cfg.x, window if is_dense else 1)
+    axes.plot(x, mean, **look, **({} if is_dense else POINTS))
+    if len(group) > 1 and look["linestyle"]:
+        axes.fill_between(x, lowest, highest, color=look["color"], alpha=0.25, linewidth=0)
+    elif len(group) > 1:
+        axes.vlines(x, lowest, highest, color=look["color"], linewidth=1)
+
+
+def finish_losses(axes: Any, groups: list[Group], cfg: Config):
+    """Adds GPT-2's loss, the title and the limits of the losses' panel. Raises ValueError for a --max-loss
+    below all losses."""
+    runs = [run for group in groups for run in group]
+    reached = np.fmin.reduce([run.best("val") for run in runs])
+    draw_references(axes, VAL_LOSS, runs, "{:.2f}".format, lowest=reached - 1)
+    windows = sorted({run.window(cfg) for run in runs if "train" in run.log})
+    steps = " to ".join(str(window) for window in dict.fromkeys([*windows[:1], *windows[-1:]]))
+    faint = " (faint: each step)" if any(len(group) == 1 for group in groups) else ""
+    mean = f", mean of {steps} steps{faint}" if windows[-1:] > [1] else ""
+    axes.set_title(f"lines: training loss{mean}; points: validation loss", fontsize=9, loc="left")
+    axes.set_ylabel("loss (nats per token)")
+    if cfg.max_loss is not None:
+        lowest, top = axes.dataLim.y0, cfg.max_loss
+        if not np.isfinite(lowest):
+            raise ValueError(f"--max-loss is {top}, but no loss is finite: leave it out")
+        if not top > lowest:
+            raise ValueError(f"--max-loss is {top}; it must be above the lowest loss, {lowest:.3f}")
+        axes.set_ylim(lowest - 0.05 * (top - lowest), top)
 
 
 def draw_references(axes: Any, table: dict, runs: list[Run], form: Callable, lowest: float = -np.inf):
@@ -260,7 +391,7 @@ def draw_references(axes: Any, table: dict, runs: list[Run], form: Callable, low
             axes.axhline(value, color=GREY, ls=dash, lw=1.2, label=f"{name}: {form(value)}")
 
 
-def finish_axes(figure: Any, panels: list, cfg: Config, are_many: bool):
+def finish_axes(figure: Any, panels: list, cfg: Config, title: str, are_many: bool):
     """Sets up the horizontal axes and the legends. The legend of several runs stands beside the panels, and
     the figure grows by its width."""
     labels = {"step": "step", "tokens": "tokens of training", "hours": "hours of training (no evaluation)"}
@@ -269,9 +400,9 @@ def finish_axes(figure: Any, panels: list, cfg: Config, are_many: bool):
             axes.set_xscale("log", nonpositive="mask")
         axes.set_xlabel(labels[cfg.x])
         axes.xaxis.set_major_formatter(format_short)
-    title = "best validation loss" + (", HellaSwag" if len(panels) > 1 else "")
     for axes in panels[are_many:]:
-        axes.legend(title=title if axes is panels[0] else None, alignment="left")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(title=title if axes is panels[0] else None, alignment="left")
     if are_many:
         handles, names = panels[0].get_legend_handles_labels()
         width, height = figure.get_size_inches()
@@ -298,9 +429,11 @@ def main(cfg: Config) -> Path | None:
                     f"{run.folder}: {count} of {len(points)} values of {stream} are not finite",
                     file=sys.stderr,
                 )
+    if len(runs) > 1:
+        print(format_table(group_runs(runs, cfg)))
     if cfg.text:
         width = max(10, shutil.get_terminal_size().columns - 40)
-        for run, name in zip(runs, name_runs(runs)):
+        for run, name in zip(runs, name_groups([[run] for run in runs])):
             print(draw_text(run, name, width))
         if not cfg.out:
             return None

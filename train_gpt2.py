@@ -76,6 +76,7 @@ class Config:
     weight_decay: float = knob(0.1, "weight decay of matrices and embeddings", at_least=0)
     grad_clip: float = knob(1.0, "maximal gradient norm; 0 for no clipping", at_least=0)
     optimizer: Literal["adamw", "muon"] = shape("adamw", "muon: Muon for the blocks' matrices, else AdamW")
+    overfit_one_batch: cli.Switch = knob(False, "train on the first step's batch in every step, to find bugs")
     seed: int = knob(1337, "initial weights, data order and dropout", at_least=0)
     # machine
     device: str = free("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -88,6 +89,7 @@ class Config:
     timeout_seconds: float = free(600.0, "how long processes wait for one that does not answer", above=0)
     # run
     run_name: str = start("", "folder under log/; by default the model and the time")
+    like: cli.PathName = start("", "a run whose settings a new run has, but for other flags; no preset then")
     log_dir: cli.PathName = start("", "parent of the run folders; by default log/ beside this script")
     resume: cli.PathName = start("", "a run, checkpoint or hf://org/name; alone: the newest", alone="newest")
     override: cli.Switch = start(False, "resume although settings or data differ from the checkpoint's")
@@ -138,7 +140,6 @@ MOST_USED = (
     "num_gpus", "run_name", "resume",
 )  # fmt: skip
 VAL_BATCH_TOKENS = 8192  # per batch of validation
-JOBS = ("val", "hellaswag", "sample", "checkpoint")
 
 
 # -----------------------------------------------------------------------------
@@ -193,9 +194,13 @@ class Setup:
     folder: Path  # of the run; with --eval-only, the model's
     data: shards.Folder | None  # None if a dry run finds none
     train_data: shards.ShardReader | None
-    val_data: shards.ShardReader | None
     entropy: float = math.nan
     hellaswag_items: list[dict] = dataclasses.field(default_factory=list)
+
+    @functools.cached_property
+    def val_data(self) -> shards.ShardReader:
+        assert self.data
+        return shards.ShardReader(self.data, "val", self.cfg.seq_len, self.cfg.seed)
 
     @property
     def autocast(self) -> torch.autocast:
@@ -234,15 +239,20 @@ def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
 def evaluate(setup: Setup, model: GPT, step: int, due: set[str]) -> dict[str, float]:
     """Runs the evaluations that are due; returns their figures by the log's streams."""
     cfg, process, figures = setup.cfg, setup.process, {}
+
+    def note(stream: str, figure: float, *remarks: str):
+        figures[stream] = figure
+        process.print(report.describe_evaluation(step, cfg.max_steps, stream, figure, remarks))
+
     whole = parallel.unshard(model)
     with setup.autocast, allow_cudnn_attention(False):
-        if "val" in due and setup.val_data:
-            figures["val"] = validation_loss(whole, setup.val_data, cfg.val_tokens, process)
-            process.print(report.describe_validation(step, cfg.max_steps, figures["val"], setup.entropy))
-        if "hellaswag" in due and setup.hellaswag_items:
-            scores = hellaswag.evaluate(whole, setup.hellaswag_items, protocols=("completion",))
-            figures["hella"] = scores["completion"]["acc_norm"]
-            process.print(report.describe_hellaswag(step, cfg.max_steps, figures["hella"], scores["n"]))
+        if "val" in due:
+            loss = validation_loss(whole, setup.val_data, cfg.val_tokens, process)
+            perplexity = f"perplexity {math.exp(min(loss, 700)):,.1f}"
+            note("val", loss, perplexity, f"unigram entropy {setup.entropy:.2f}")
+        if "hellaswag" in due and (items := setup.hellaswag_items):
+            scores = hellaswag.evaluate(whole, items, process, protocols=("completion",))
+            note("hella", scores["completion"]["acc_norm"], f"{len(items):,} items")
         if "sample" in due and process.rank == 0:
             with report.note_not_finite():
                 print_samples(whole, cfg, step, process.device)
@@ -261,7 +271,7 @@ def prepare(cfg: Config, process: Process, found: checkpoint.Found | None) -> Se
     runs.check_settings(cfg, world_size, device.type)
     if process.rank == 0 and not cfg.eval_only:
         check_targets(cfg, is_new=found is None)
-    data = train_data = val_data = None
+    data = train_data = None
     try:
         data = open_data(cfg.dataset_path, 1e9 * cfg.cache_gb, process, may_make=writes)
     except FileNotFoundError as error:
@@ -270,7 +280,6 @@ def prepare(cfg: Config, process: Process, found: checkpoint.Found | None) -> Se
         process.print(f"note   the data are not there: {error}")
     if data:
         train_data = shards.ShardReader(data, "train", cfg.seq_len, cfg.seed)
-        val_data = shards.ShardReader(data, "val", cfg.seq_len, cfg.seed) if cfg.val_every else None
     loaded = checkpoint.load(found.folder, cfg.dropout, found.state) if found else None
     state, tensors = (loaded.state, loaded.optimizer) if loaded else ({}, {})
     changes = runs.compare_settings(cfg, found, data, process, world_size)
@@ -279,12 +288,13 @@ def prepare(cfg: Config, process: Process, found: checkpoint.Found | None) -> Se
         changes.append(f"--seq-len is {cfg.seq_len}, the context of {cfg.init_from}")
     folder = choose_folder(cfg, model.config, process)
     dtype, why = process.broadcast(pick_dtype(cfg.dtype, device, state.get("dtype")))
-    setup = Setup(cfg, process, model, state, tensors, dtype, folder, data, train_data, val_data)
-    if val_data and not cfg.dry_run:
-        setup.entropy = val_data.unigram_entropy(cfg.val_tokens)
+    setup = Setup(cfg, process, model, state, tensors, dtype, folder, data, train_data)
+    if data and cfg.val_every:
+        reader = setup.val_data  # raises ValueError if there is none
+        setup.entropy = math.nan if cfg.dry_run else reader.unigram_entropy(cfg.val_tokens)
     process.print(report.describe_setup(setup, why))
     if cfg.hellaswag_every and not cfg.dry_run:
-        is_needed = cfg.eval_only and not (cfg.val_every or cfg.sample_every)
+        is_needed = cfg.eval_only and runs.find_jobs(cfg) <= {"hellaswag", "checkpoint"}
         setup.hellaswag_items = hellaswag.load_for_training(process, cfg.hellaswag_limit, is_needed)
     for change in changes:
         process.print(f"note   {change}")
@@ -295,18 +305,9 @@ def prepare(cfg: Config, process: Process, found: checkpoint.Found | None) -> Se
 # training
 
 
-def find_due(step: int, cfg: Config) -> set[str]:
-    """The periodic jobs of a step: those whose interval divides it; at the end, all that are on."""
-    every = {job: getattr(cfg, f"{job}_every") for job in JOBS}
-    due = {job for job, n in every.items() if n and (step % n == 0 or step == cfg.max_steps)}
-    if cfg.checkpoint_minutes and step == cfg.max_steps:
-        due.add("checkpoint")
-    return due - {"checkpoint"} if step == 0 else due
-
-
-def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: contextlib.ExitStack) -> Path:
+def train(setup: Setup, stack: contextlib.ExitStack) -> Path:
     """Trains to max_steps; returns the run's folder. A run that stops early exits with a code of stops.py."""
-    setup = prepare(cfg, process, found)
+    cfg, process = setup.cfg, setup.process
     state, folder, train_data, model_config = setup.state, setup.folder, setup.train_data, setup.model.config
     device, rank, world_size = process.device, process.rank, process.world_size
     assert train_data
@@ -334,12 +335,13 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
     watch = stops.Watch(process, cfg.max_hours, cfg.checkpoint_minutes, cfg.max_bad_steps)
     stack.callback(watch.signals.restore)
     console = report.Console(cfg, model_config.flops_per_token(cfg.seq_len), device, setup.dtype, world_size)
-    first_step, steps, pin = progress.step, range(progress.step, cfg.max_steps), device.type == "cuda"
+    first_step, pin = progress.step, device.type == "cuda"
+    steps = [0 if cfg.overfit_one_batch else step for step in range(first_step, cfg.max_steps)]
     batches = train_data.batches(steps, micro_steps, batch_size, sequences, rank, world_size, pin_memory=pin)
 
     # ---- the loop: max_steps + 1 times; the last time only evaluates and saves
     for step in range(first_step, cfg.max_steps + 1):
-        due = find_due(step, cfg)
+        due = runs.find_due(step, cfg)
         if state and step == first_step:  # a stopped run saved this step without its evaluations
             due = set() if progress.evaluated else due - {"checkpoint"}
         if watch.exit_code:
@@ -367,11 +369,11 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
         train_loss = torch.zeros((), device=device)
         for micro_step in range(micro_steps):
             x, y = (t.to(device, non_blocking=True) for t in next(batches))
-            # DDP and FSDP average the gradients over the processes in the last micro-step's backward pass.
+            # DDP and FSDP average the gradients over the processes in the last micro-step.
             parallel.set_gradient_sync(model, is_last=micro_step == micro_steps - 1)
             with setup.autocast:
                 loss = model(x, y)
-            # backward() adds gradients up; dividing makes their sum the mean over all micro-steps.
+            # Gradients add up; dividing makes their sum the mean over all micro-steps.
             loss = loss / micro_steps
             train_loss += loss.detach()
             optimizers.backward(loss)
@@ -418,23 +420,20 @@ def train(cfg: Config, process: Process, found: checkpoint.Found | None, stack: 
 # evaluating alone, planning, main
 
 
-def evaluate_only(cfg: Config, process: Process, found: checkpoint.Found | None) -> Path:
+def evaluate_only(setup: Setup) -> Path:
     """Evaluates a checkpoint or --init-from's weights once; writes nothing."""
-    setup = prepare(cfg, process, found)
+    cfg, process = setup.cfg, setup.process
     model = parallel.place(setup.model, process, cfg.fsdp, cfg.reduce_dtype)
     process.print(f"only evaluating {format_path(setup.folder)}; nothing is written")
-    due = {job for job in JOBS if getattr(cfg, f"{job}_every")}
     setup.optimizer_tensors = {}  # they are not needed
-    evaluate(setup, model, setup.state.get("step", 0), due)
+    evaluate(setup, model, setup.state.get("step", 0), runs.find_jobs(cfg))
     process.barrier()
     return setup.folder
 
 
-def dry_run(cfg: Config, process: Process, found: checkpoint.Found | None) -> Path:
-    """Checks what a run would check and prints what it would take; returns the folder that it would have."""
-    if process.device.type == "cuda" and process.world_size == 1 and cfg.num_gpus > torch.cuda.device_count():
-        raise ValueError(f"--num-gpus is {cfg.num_gpus}; this machine has {torch.cuda.device_count()}")
-    setup = prepare(cfg, process, found)
+def dry_run(setup: Setup) -> Path:
+    """Prints what a run would take; returns the folder that it would have."""
+    cfg, process = setup.cfg, setup.process
     steps = cfg.max_steps - setup.state.get("step", 0)
     epoch = setup.train_data.num_windows * cfg.seq_len if setup.train_data else 0
     process.print(plan.describe(cfg, setup.model.to("meta"), setup.dtype, process, steps, epoch))
@@ -452,8 +451,12 @@ def read_flags(argv: list[str], base: Config | None = None) -> Config:
 
 def parse_args(argv: list[str]) -> tuple[Config, checkpoint.Found | None]:
     """The configuration of a command line, and the checkpoint it resumes. A resumed run starts from the saved
-    settings."""
+    settings, one with --like from another run's."""
     cfg = read_flags(argv)
+    if cfg.like:
+        if argv[0] in PRESETS:
+            raise ValueError(f"--like replaces the preset's settings: leave out {argv[0]}")
+        cfg = read_flags(argv, runs.read_like(cfg))
     if found := runs.find_checkpoint(cfg):
         cfg = runs.set_location(read_flags(argv, runs.read_settings(cfg, found)), found)
     return cfg, found
@@ -467,11 +470,10 @@ def main(cfg: Config, found: checkpoint.Found | None = None) -> Path:
     with connection as process, contextlib.ExitStack() as stack:
         if process.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 if the GPU has it
+        setup = prepare(cfg, process, found)
         if cfg.dry_run:
-            return dry_run(cfg, process, found)
-        if cfg.eval_only:
-            return evaluate_only(cfg, process, found)
-        return train(cfg, process, found, stack)
+            return dry_run(setup)
+        return evaluate_only(setup) if cfg.eval_only else train(setup, stack)
 
 
 def run_script():

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from lib import checkpoint, files, hub, run_folder
+from lib import checkpoint, files, hub, run_folder, run_log
 from lib.folders import STATE
 from lib.trackers import check_login
 
@@ -70,6 +70,9 @@ def model_card(repo: str, state: dict[str, Any], has_picture: bool) -> str:
         "optimizer": f"{run['optimizer']}, learning rate {run['learning_rate']:g}, "
         f"{run['total_batch_tokens']:,} tokens per step, seed {run['seed']}",
     }
+    for stream, value in state.get("figures", {}).items():
+        if stream not in run_log.STREAMS:
+            rows[run_log.find_stream(stream).label] = run_log.format_value(stream, value)
     dataset = run["dataset_path"].removeprefix(hub.HUB_PREFIX).partition("@")[0]
     is_hub = dataset != run["dataset_path"]
     return "\n".join([

@@ -44,7 +44,7 @@ class Process:
     all_reduces: int = 0  # begun so far
     is_orphan: threading.Event = field(default_factory=threading.Event)  # set when torchrun is gone
     is_over: threading.Event = field(default_factory=threading.Event)  # set at the end
-    began: float = field(default_factory=time.monotonic)
+    start_time: float = field(default_factory=time.monotonic)
 
     def print(self, text: str):
         """Prints on rank 0, at once; lines wider than the terminal are folded."""

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,6 @@ def note_not_finite() -> Iterator[None]:
         print(f"sample | none: {error}", flush=True)
 
 
-def format_finite(figure: float, form: str) -> str:
-    return format(figure, form) if math.isfinite(figure) else f"is not finite ({figure})"
-
-
 def format_seconds(seconds: float) -> str:
     if not seconds < 1e9:  # 30 years
         return "years"
@@ -89,16 +85,10 @@ def format_step(step: int, max_steps: int) -> str:
     return f"step {step:>{len(str(max_steps))}}/{max_steps}"
 
 
-def describe_validation(step: int, max_steps: int, loss: float, entropy: float) -> str:
-    fields = [format_step(step, max_steps), f"validation loss {format_finite(loss, '.4f')}"]
-    if loss < 700:  # beyond, exp() overflows
-        fields.append(f"perplexity {math.exp(loss):,.1f}")
-    return console.emphasize(console.fit([*fields, f"unigram entropy {entropy:.2f}"]))
-
-
-def describe_hellaswag(step: int, max_steps: int, acc_norm: float, items: int) -> str:
-    figure = f"HellaSwag acc_norm {format_finite(acc_norm, '.2%')}"
-    return console.emphasize(console.fit([format_step(step, max_steps), figure, f"{items:,} items"]))
+def describe_evaluation(step: int, max_steps: int, stream: str, figure: float, remarks: Sequence[str]) -> str:
+    """An evaluation's line, which stands out."""
+    fields = [format_step(step, max_steps), run_log.describe_figure(stream, figure), *remarks]
+    return console.emphasize(console.fit(fields))
 
 
 def print_sample(text: str):
@@ -155,8 +145,9 @@ def summarize(log: Path, max_steps: int, total_batch_tokens: int) -> str:
     text = f"{max_steps:,} steps of {total_batch_tokens:,} tokens, {format_seconds(seconds)} of training"
     if "val" in streams:
         text += "; best validation loss {:.4f} at step {}".format(*min(streams["val"]))
-    if "hella" in streams:
-        text += "; HellaSwag acc_norm {:.2%} at step {}".format(*streams["hella"][-1])
+    for name, figures in streams.items():
+        if name != "val" and run_log.find_stream(name).is_evaluation:
+            text += f"; {run_log.describe_figure(name, figures[-1][0])} at step {figures[-1][1]}"
     return text
 
 

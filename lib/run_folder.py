@@ -26,8 +26,6 @@ from lib.folders import STATE, check_ownership, list_steps
 from lib.processes import Process
 from model import GPTConfig
 
-EVALUATIONS = ("val", "hella")  # streams that a step writes before its checkpoint; the others come after it
-
 
 def build_path(log_root: Path, name: str, origin: str = "--run-name") -> Path:
     """log_root/name. Raises ValueError, naming its origin, for a name that could lead out of log_root, or has
@@ -135,10 +133,14 @@ def open_log(path: Path, resumed_step: int | None) -> Any:
     if resumed_step is None:
         return open(path, "w", encoding="utf-8")
     if path.exists():
+        facts = list(run_log.read(path))
+        # The resumed step's evaluations stay: they were written before the checkpoint, `train` after it.
+        trained = (i for i, fact in enumerate(facts) if fact[:2] == (resumed_step, "train"))
+        end = next(trained, len(facts))
         kept = [
             f"{line}\n"
-            for step, stream, _, line in run_log.read(path)
-            if step < resumed_step or (step == resumed_step and stream in EVALUATIONS)
+            for i, (step, _, _, line) in enumerate(facts)
+            if step < resumed_step or (step == resumed_step and i < end)
         ]
         files.write_atomically(path, lambda f: f.write("".join(kept).encode("utf-8")))
     return open(path, "a", encoding="utf-8")

@@ -42,6 +42,7 @@ STATE_FIELDS = {
     **{"config": dict, "world_size": int, "data": Any, "dtype": str | None, "scaler": dict | None},
     **{"evaluated": bool | None, "val_loss": float | None, "best_val_loss": float | None},
     **{"bad_steps": int | None, "recent_losses": list[float] | None, "tracker_id": str | None},
+    "figures": dict | None,
 }
 
 
@@ -53,6 +54,7 @@ class Progress:
     evaluated: bool = False  # this step's evaluations are done
     val_loss: float | None = None  # of this step
     hellaswag: float | None = None
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)  # all of this step's evaluations
     best_val_loss: float | None = None
     bad_steps: int = 0  # in a row, whose loss or gradient was not finite
     recent_losses: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
@@ -75,11 +77,11 @@ class Progress:
         return files.replace_not_finite({**vars(self), "recent_losses": list(self.recent_losses)})
 
     def begin_step(self, step: int):
-        self.step, self.val_loss, self.hellaswag = step, None, None
+        self.step, self.val_loss, self.hellaswag, self.figures = step, None, None, {}
 
     def note_evaluation(self, figures: dict[str, float]):
         """Keeps the figures that checkpoints show. figures: by the log's streams."""
-        self.val_loss, self.hellaswag = figures.get("val"), figures.get("hella")
+        self.figures, self.val_loss, self.hellaswag = figures, figures.get("val"), figures.get("hella")
         losses = [x for x in (self.val_loss, self.best_val_loss) if x is not None and math.isfinite(x)]
         self.best_val_loss = min(losses, default=None)
 
@@ -89,6 +91,21 @@ class Progress:
         self.bad_steps = self.bad_steps + 1 if is_bad else 0
         if verdict.is_loss_finite:
             self.recent_losses.append(loss)
+
+
+def find_jobs(cfg: Any) -> set[str]:
+    """The periodic jobs that are on: `val` if val_every is not 0, and so on."""
+    names = [field.name for field in dataclasses.fields(cfg) if field.name.endswith("_every")]
+    return {name.removesuffix("_every") for name in names if getattr(cfg, name)} - {"keep", "print"}
+
+
+def find_due(step: int, cfg: Any) -> set[str]:
+    """The periodic jobs of a step: those whose interval divides it; at the end, all that are on."""
+    is_last = step == cfg.max_steps
+    due = {job for job in find_jobs(cfg) if is_last or step % getattr(cfg, f"{job}_every") == 0}
+    if cfg.checkpoint_minutes and is_last:
+        due.add("checkpoint")
+    return due - {"checkpoint"} if step == 0 else due
 
 
 def describe(
@@ -217,12 +234,14 @@ def check_settings(cfg: Any, world_size: int, device_type: str = "cpu"):
         check_package(cfg.tracker)
     if cfg.eval_only and is_new and not cfg.init_from:
         raise ValueError("--eval-only needs a model: give --resume or --init-from")
-    if cfg.eval_only and not (cfg.val_every or cfg.hellaswag_every or cfg.sample_every):
+    if cfg.eval_only and not find_jobs(cfg) - {"checkpoint"}:
         raise ValueError("--eval-only needs --val-every, --hellaswag-every or --sample-every above 0")
     if cfg.activation_checkpointing and cfg.dropout and device_type == "mps":
         raise ValueError(
             f"--dropout is {cfg.dropout}; on mps --activation-checkpointing cannot repeat it: leave one out"
         )
+    if cfg.dry_run and device_type == "cuda" and cfg.num_gpus > torch.cuda.device_count():
+        raise ValueError(f"--num-gpus is {cfg.num_gpus}; this machine has {torch.cuda.device_count()}")
     if not cfg.eval_only:
         check_batch(cfg, world_size)
 
@@ -277,13 +296,31 @@ def read_settings(cfg: Any, found: Found) -> Any:
     """The settings that a checkpoint was saved with, as an object like cfg. Raises ValueError for settings of
     a later version."""
     schema.check_fields(found.state, STATE_FIELDS, found.folder / STATE)
-    kind, saved = type(cfg), found.state["config"]
-    if unknown := saved.keys() - {field.name for field in dataclasses.fields(kind)}:
-        raise ValueError(f"{found.folder} has settings that are not known here: {', '.join(sorted(unknown))}")
+    saved = found.state["config"]
     if cfg.resume.startswith(hub.PREFIXES["model"]):  # may be somebody else's run: its targets are not ours
         saved = saved | {"hub_repo": "", "tracker": "none"}
-    schema.check_fields(saved, typing.get_type_hints(kind), f"{found.folder / STATE}, config", optional=True)
-    return kind(**saved)
+    return build_config(cfg, saved, found.folder / STATE)
+
+
+def read_like(cfg: Any) -> Any:
+    """The settings of the run that --like names, without those that belong to one start or, as hub_repo, to
+    one run. Raises FileNotFoundError or ValueError if it has none."""
+    if cfg.resume:
+        raise ValueError("--like begins a new run and --resume goes on with one: leave one of them out")
+    path = folders.find_run(Path(cfg.like)) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--like {cfg.like!r} is no run: {path} is missing; give log/<run>")
+    saved = schema.read_json(path, {})
+    left_out = {f.name for f in dataclasses.fields(cfg) if f.metadata["resume"] == "start"} | {"hub_repo"}
+    return build_config(cfg, {name: saved[name] for name in saved.keys() - left_out}, path)
+
+
+def build_config(cfg: Any, saved: dict[str, Any], where: Path) -> Any:
+    """Saved settings as an object like cfg. Raises ValueError for settings of a later version."""
+    if unknown := saved.keys() - {field.name for field in dataclasses.fields(cfg)}:
+        raise ValueError(f"{where} has settings that are not known here: {', '.join(sorted(unknown))}")
+    schema.check_fields(saved, typing.get_type_hints(type(cfg)), where, optional=True)
+    return type(cfg)(**saved)
 
 
 def set_location(cfg: Any, found: Found | None) -> Any:

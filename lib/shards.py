@@ -328,7 +328,7 @@ class ShardReader:
         self._window_order = functools.lru_cache(maxsize=4)(self._draw_window_order)
 
     def batches(
-        self, steps: range, micro_steps: int, *batch_args: int, pin_memory: bool = False
+        self, steps: Iterable[int], micro_steps: int, *batch_args: int, pin_memory: bool = False
     ) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
         """Yields `batch(step, micro_step, *batch_args)` for all steps, in order; a thread makes four ahead.
         pin_memory: in page-locked memory, so that a GPU copies while it computes."""

@@ -47,7 +47,7 @@ class Watch:
         """This process's votes. One process's vote is enough."""
         now, minutes, hours = time.monotonic(), self.checkpoint_minutes, self.max_hours
         is_old = minutes > 0 and now - self.saved_at > 60 * minutes and self.process.rank == 0
-        is_late = hours > 0 and now - self.process.began > 3600 * hours
+        is_late = hours > 0 and now - self.process.start_time > 3600 * hours
         caught = [self.signals.caught == number for number in STOP_SIGNALS]
         return [is_old, is_late, self.process.is_orphan.is_set(), *caught]
 

@@ -22,18 +22,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+from lib import run_log
+
 Name = Literal["none", "tensorboard", "wandb", "trackio"]
 
-CURVES = {  # by the stream of log.txt
-    "train": "train/loss",
-    "val": "val/loss",
-    "hella": "hellaswag/acc_norm",
-    "lr": "train/lr",
-    "norm": "train/norm",
-    "toks": "train/tokens_per_second",
-    "skip": "train/skipped",
-    "spike": "train/spike",
-}
 PROJECT = "gpt2"
 FINISH_SECONDS = 20  # a run that must stop has little time to wait for a network
 
@@ -171,7 +163,7 @@ class Tracker(contextlib.AbstractContextManager):
         """Sends the values of a step, by the streams of log.txt."""
         try:
             if self.tool:
-                named = {CURVES.get(stream, stream): value for stream, value in values.items()}
+                named = {run_log.find_stream(stream).curve: value for stream, value in values.items()}
                 self.tool.write(step, step * self.tokens_per_step, named)
         except Exception as error:
             self.give_up(error)

@@ -16,6 +16,7 @@ from helpers import VOCAB_SIZE, forkserver, random_model, save_checkpoint
 import hellaswag
 from lib import files, tokenizer
 from lib.checkpoint import load_model
+from lib.processes import Process
 from model import GPT
 
 
@@ -264,7 +265,8 @@ def rank_of_two(rank: int, folder: str, data: str, out: str):
     scored = []
     score = hellaswag.score
     hellaswag.score = lambda model, rows, *rest: scored.append(len(rows)) or score(model, rows, *rest)
-    result = hellaswag.evaluate(load_model(folder, "cpu")[0], hellaswag.load_items(data), show=False)
+    process, (model, _) = Process(rank, 2, torch.device("cpu")), load_model(folder, "cpu")
+    result = hellaswag.evaluate(model, hellaswag.load_items(data), process, show=False)
     (Path(out) / f"{rank}.json").write_text(json.dumps([result, scored]), encoding="utf-8")
     dist.destroy_process_group()
 

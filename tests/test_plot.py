@@ -137,7 +137,13 @@ def test_the_command_draws_two_runs_into_one_picture(script, tmp_path):
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", LOG.replace("9.25", "8.5"))]
     out = tmp_path / "compare.svg"
     done = script("plot.py", *runs, "--out", out)
-    assert (done.returncode, done.stdout) == (0, f"{out}\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        ["run", "last", "step", "validation", "loss", "HellaSwag", "acc_norm"],
+        ["b", "2", "8.5000", "26.25%"],  # the lower loss comes first
+        ["a", "2", "9.2500", "26.25%"],
+        [str(out)],
+    ]
     found = words(out)
     for expected in (
         "best validation loss, HellaSwag", "a: 9.250, 26.25%", "b: 8.500, 26.25%", "loss (nats per token)",
@@ -287,6 +293,50 @@ def test_the_newest_run_is_drawn_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr(plot.files, "LOGS", tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match=r"train_gpt2\.py demo"):
         plot.main(Config())
+
+
+# -----------------------------------------------------------------------------
+# several seeds, other streams
+
+
+def test_seeds_are_one_curve_with_a_band_and_changed_code_is_another(tmp_path):
+    """The last validation losses of `new` are 7, 8 and 9: their standard deviation is 1."""
+    runs = []
+    for name, first in (("old", 8), ("new", 7)):  # the same settings: the code was changed
+        for seed in (1, 2, 3):
+            loss = first + seed - 1
+            log = f"0 train 10\n0 val 10\n1 train {loss}\n1 mine {loss}\n2 val {loss}\n"
+            log += f"2 train {loss}\n" if seed < 3 else ""  # a run that is behind
+            settings = {"seed": seed, "run_name": f"{name}-{seed}", "learning_rate": 1e-3}
+            runs.append(make_run(tmp_path / f"{name}-s{seed}", log, **settings))
+    other = make_run(tmp_path / "new-s4", "0 train 9\n2 val 5\n", seed=4, learning_rate=2e-3)
+    figure = figure_of(*runs, other, band=True)
+    names = ["old (3 seeds): 9.000", "new (3 seeds): 8.000", "new-s4: 5.000"]
+    assert legend(figure) == names and "lowest to highest" in figure.legends[0].get_title().get_text()
+    loss, mine = figure.axes
+    assert curves(loss)[2:4] == [([0, 1], [10, 8]), ([0, 2], [10, 8])]  # train and val of `new`
+    low, high = (f(loss.collections[2].get_paths()[0].vertices[:, 1]) for f in (min, max))
+    assert (low, high) == (7, 10)  # at step 1: 7 to 9
+    assert mine.get_title(loc="left") == "Mine" and curves(mine) == [([1], [9]), ([1], [8])]
+    table = plot.format_table(plot.group_runs([Run(run) for run in [*runs, other]], Config(band=True)))
+    assert [line.split() for line in table.splitlines()[1:]] == [
+        ["new-s4", "2", "5.0000", "nan"],
+        ["new", "(3", "seeds)", "2", "8.0000", "±", "1.0000", "8", "±", "1"],
+        ["old", "(3", "seeds)", "2", "9.0000", "±", "1.0000", "9", "±", "1"],
+    ]
+    assert len(legend(figure_of(*runs))) == 6  # without --band
+
+
+def test_more_streams_have_panels_of_their_own(tmp_path):
+    log = LOG + "".join(f"{i} norm {i % 2}\n" for i in range(200))
+    run = make_run(tmp_path / "run", log + "2 train 9\n")
+    assert len(figure_of(run).axes) == 2
+    axes = figure_of(run, streams=("norm", "lr"), smooth=3).axes
+    assert [a.get_title(loc="left") for a in axes[2:]] == ["Learning rate", "Gradient norm before clipping"]
+    assert curves(axes[2]) == [([0], [0.0001])]
+    assert curves(axes[3])[0][1][100] == pytest.approx(1 / 3)  # many values: their mean
+    with pytest.raises(ValueError, match="--streams norms is in no log; the runs have train, val, hella, lr"):
+        figure_of(run, streams=("norms",))
 
 
 # -----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from faults import before, score_items, set_variables, step_now
 from helpers import ITEM
 from test_security import SECRETS
 
-from lib import trackers
+from lib import run_log
 from model import GPT
 from train_gpt2 import Config
 
@@ -100,7 +100,7 @@ def wandb_curves(records: list[Any]) -> Curves:
     curves: Curves = {}
     for record in records:
         row = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-        for name in row.keys() & {*trackers.CURVES.values(), "tokens"}:
+        for name in row.keys() & {*(stream.curve for stream in run_log.STREAMS.values()), "tokens"}:
             curves.setdefault(name, []).append((row["_step"], row[name]))
     return curves
 
@@ -124,7 +124,7 @@ def of_log(run: Path, first_step: int = 0) -> Curves:
     for line in (run / "log.txt").read_text(encoding="utf-8").splitlines():
         step, stream, value = line.split()
         if int(step) >= first_step:
-            curves.setdefault(trackers.CURVES[stream], []).append((int(step), float(value)))
+            curves.setdefault(run_log.STREAMS[stream].curve, []).append((int(step), float(value)))
     return curves
 
 
