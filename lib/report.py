@@ -104,10 +104,8 @@ class Console:
     ):
         self.cfg, self.flops = cfg, flops_per_token
         self.peak = peak_flops(device, dtype) * world_size
-        self.evaluate_every = min(
-            (n for n in (cfg.val_every, cfg.hellaswag_every, cfg.sample_every) if n),
-            default=cfg.max_steps + 1,
-        )
+        intervals = (cfg.val_every, cfg.hellaswag_every, cfg.sample_every)
+        self.evaluate_every = min(filter(None, intervals), default=cfg.max_steps + 1)
         self.seconds = self.pauses = 0.0  # in steps, and between them
         self.steps = self.evaluations = 0
         self.last = time.perf_counter()
