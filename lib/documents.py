@@ -12,9 +12,9 @@ same tokens in every format. A batch has a few MB of text: memory stays bounded.
 import codecs
 import contextlib
 import gzip
+import hashlib
 import io
 import json
-import random
 import re
 import shlex
 import shutil
@@ -321,24 +321,33 @@ def read_pydocs() -> Iterator[str]:
     """Yields the prose in docstrings of Python and of requirements.txt's packages, one document per file.
 
     Code, tables, examples and lists are left out. GPT-2's tokenizer spends a token on each blank of an
-    indentation, so a small model would learn mostly blanks. A fixed seed shuffles the files: the validation
-    split, the first tenth, then samples all packages.
+    indentation, so a small model would learn mostly blanks. The order is that of the files' `hash_name`: the
+    validation split, the first tenth, samples all packages, and hardly changes with a package's version.
     """
     stdlib = Path(sysconfig.get_path("stdlib"))
-    files = [(str(p.relative_to(stdlib)), p) for p in stdlib.rglob("*.py") if "site-packages" not in p.parts]
+    files = [(p.relative_to(stdlib).as_posix(), p) for p in stdlib.rglob("*.py")]
+    files = [(name, path) for name, path in files if "site-packages" not in path.parts]
     for package in list_pinned_packages():
         distribution = metadata.distribution(package)
         files += [(str(p), Path(str(distribution.locate_file(p)))) for p in distribution.files or []]
-    files = [(name, path) for name, path in sorted(files) if name.endswith(".py") and "test" not in name]
-    random.Random(0).shuffle(files)
+    found: dict[str, list[str]] = {}
     seen: set[str] = set()
-    for _, path in files:
-        source = path.read_text(encoding="utf-8", errors="ignore")
-        docstrings = re.findall(r'"""(.*?)"""', source, flags=re.DOTALL)
-        prose = [text for doc in docstrings for text in extract_prose(doc) if text not in seen]
-        seen.update(prose)
-        if prose:
-            yield "\n\n".join(dict.fromkeys(prose))
+    # A paragraph stays in its first file by name. By hash, all the repeated ones would be for validation.
+    for name, path in sorted(files):
+        if name.endswith(".py") and "test" not in name:
+            source = path.read_text(encoding="utf-8", errors="ignore")
+            docstrings = re.findall(r'"""(.*?)"""', source, flags=re.DOTALL)
+            found[name] = [text for doc in docstrings for text in extract_prose(doc) if text not in seen]
+            seen.update(found[name])
+    yield from (
+        "\n\n".join(dict.fromkeys(found[name])) for name in sorted(found, key=hash_name) if found[name]
+    )
+
+
+def hash_name(name: str) -> str:
+    """Returns a hash of a file's name or relative path. Files in the order of their hashes are in a random
+    order that is the same on every machine."""
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def extract_prose(docstring: str) -> Iterator[str]:
