@@ -81,7 +81,7 @@ class Config:
     # machine
     device: str = free("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: cli.Dtype = knob("auto", "precision of matrix products")
-    compile: bool = free(True, "torch.compile; if that fails, training goes on without it")
+    compile: cli.AutoSwitch = free(None, "torch.compile, by default on GPUs; training goes on if it fails")
     activation_checkpointing: bool = free(False, "recompute blocks in the backward pass, to save memory")
     fsdp: bool = free(False, "shard weights, gradients and optimizer state over the processes")
     reduce_dtype: Literal["float32", "bfloat16"] = knob("float32", "precision of the gradients' all-reduce")
@@ -126,7 +126,7 @@ PRESETS = {
     "demo": Config(
         dataset_path="data/pydocs", n_layer=4, n_head=4, n_embd=256, seq_len=256, batch_size=8,
         total_batch_tokens=4096, learning_rate=3e-3, max_steps=220, warmup_steps=10, optimizer="muon",
-        compile=False, val_every=50, hellaswag_every=0, sample_every=100,
+        val_every=50, hellaswag_every=0, sample_every=100,
         sample_prompt="This function returns", checkpoint_every=100,
     ),
     "finetune": Config(

@@ -44,6 +44,7 @@ C = TypeVar("C")
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 PathName = Annotated[str, "a path: ~ is expanded"]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # a flag without its --no-
+AutoSwitch = Annotated[bool | None, "on by --name, off by --no-name"]  # None: the script decides
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # What users of nanoGPT, llm.c, torchrun and transformers type, and what to write. Of several flags, a message
@@ -126,6 +127,10 @@ def parse(
         for i, word in enumerate(argv if facts["alone"] else ()):
             if word == flag(field.name) and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
                 argv.insert(i + 1, facts["alone"])
+        if hints[field.name] == AutoSwitch:
+            on, off = flag(field.name), flag(f"no_{field.name}")
+            values = {on: [on, "True"], off: [on, "False"]}
+            argv = [part for word in argv for part in values.get(word.replace("_", "-"), [word])]
         names = tyro.conf.arg(help=facts["help"], aliases=[facts["alias"]] if facts["alias"] else None)
         value = getattr(default, field.name) if default else field.default
         fields.append((field.name, Annotated[hints[field.name], names], dataclasses.field(default=value)))

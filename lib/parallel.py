@@ -34,7 +34,7 @@ def wrap(
     """The module to train: the model, compiled if asked, inside DDP if there are several processes and it is
     not sharded. The batch is used for trial passes, which leave no trace. cfg: train_gpt2.py's settings."""
     module: torch.nn.Module = model
-    if cfg.compile:
+    if cfg.compile or (cfg.compile is None and process.device.type != "cpu"):  # on CPUs it gains nothing
         process.print("note   compiling, which may take a minute; --no-compile does without")
         torch._dynamo.config.optimize_ddp = False  # one graph; ours gains nothing when DDP's buckets cut it
         if is_sharded(model):

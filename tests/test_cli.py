@@ -195,3 +195,8 @@ def test_a_clone_made_by_git_for_windows_has_the_same_bytes(tmp_path):
     assert files.hash_file(tmp_path / "theirs" / names[0]) == tokenizer.RANKS_SHA256
     for name in names:
         assert (tmp_path / "theirs" / name).read_bytes() == (ROOT / name).read_bytes(), name
+
+
+def test_a_switch_may_be_left_to_the_script():
+    words = {"": None, "--compile": True, "--no-compile": False, "--no_compile": False}
+    assert {w: train_gpt2.read_flags([w] if w else []).compile for w in words} == words
