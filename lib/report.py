@@ -153,13 +153,12 @@ def suggest_resume(run: Path) -> str:
     return format_command(ROOT / "train_gpt2.py", "--resume", run)
 
 
-def suggest_next(run: Path, last_checkpoint: Path, prompt: str) -> str:
+def suggest_next(last_checkpoint: Path, prompt: str) -> str:
     """Commands to go on with, as one would type them here."""
-    generate, hellaswag, plot = (ROOT / f"{name}.py" for name in ("generate", "hellaswag", "plot"))
-    model = ("--model", last_checkpoint)
+    generate = (ROOT / "generate.py", "--model", last_checkpoint)
     return (
         f"What next:\n"
-        f"  {format_command(generate, *model, '--prompt', prompt)}\n"
-        f"  {format_command(hellaswag, *model, '--limit', '1000')}   # fetches 12 MB, once\n"
-        f"  {format_command(plot, run, '--out', 'loss.png')}"
+        f"  {format_command(*generate, '--prompt', prompt)}\n"
+        f"  {format_command(*generate, '--interactive')}\n"
+        f"  {format_command('jupyter', 'lab', ROOT / 'play.ipynb')}   # after pip install jupyterlab"
     )

@@ -203,7 +203,7 @@ class Run(contextlib.ExitStack):
             failure = run_folder.draw_curves(self.folder, self.folder / "loss.png")
             print(f"plot.py failed: {failure}" if failure else f"The curves are in {here}/loss.png.")
         if self.last_checkpoint:
-            print(report.suggest_next(self.folder, self.last_checkpoint, cfg["sample_prompt"]))
+            print(report.suggest_next(self.last_checkpoint, cfg["sample_prompt"]))
 
     def start_tracker(self, tracker_id: str):
         """Sends the log's lines to --tracker's tool, too."""

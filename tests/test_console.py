@@ -191,13 +191,12 @@ def test_what_to_do_next_is_to_be_pasted_in_any_folder(tmp_path, monkeypatch):
     run = tmp_path / "my runs" / "a"
     for here, there in ((ROOT, False), (tmp_path, True)):
         monkeypatch.chdir(here)
-        _, generate, hellaswag, plot = report.suggest_next(
-            run, run / "step_000001", 'It\'s "so"'
-        ).splitlines()
+        _, generate, talk, look = report.suggest_next(run / "step_000001", 'It\'s "so"').splitlines()
         words = shlex.split(generate)
         assert Path(words[1]).samefile(ROOT / "generate.py") and Path(words[1]).is_absolute() == there
         assert Path(words[3]).absolute() == run / "step_000001" and words[4:] == ["--prompt", 'It\'s "so"']
-        assert shlex.split(hellaswag, comments=True)[-1] == "1000" and shlex.split(plot)[-1] == "loss.png"
+        assert shlex.split(talk)[-1] == "--interactive"
+        assert Path(shlex.split(look, comments=True)[-1]).samefile(ROOT / "play.ipynb")
 
 
 def test_a_refusal_is_the_last_thing_under_torchrun(tmp_path):
