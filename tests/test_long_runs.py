@@ -141,7 +141,10 @@ def test_a_run_on_the_hub_is_not_fetched_where_nothing_is_to_be_written(config):
 
 
 def test_evaluating_alone_minds_no_arithmetic_of_training(config):
-    runs.check_settings(dataclasses.replace(config, eval_only=True, init_from="gpt2", val_every=1), 3)
+    shape = dict(n_layer=None, n_head=None, n_embd=None)
+    runs.check_settings(
+        dataclasses.replace(config, **shape, eval_only=True, init_from="gpt2", val_every=1), 3
+    )
     with pytest.raises(ValueError, match="no multiple"):
         runs.check_settings(config, 3)
 
