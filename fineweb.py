@@ -110,9 +110,9 @@ class Config:
         fields = ("source", "config", "split", "text_field", "documents", "shard_tokens", "val_tokens")
         return {name: getattr(self, name) for name in fields}
 
-    def find_inputs(self, revision: str | None = None) -> tuple[list[Input], dict]:
+    def find_inputs(self, begun: dict | None = None) -> tuple[list[Input], dict]:
         facts = (self.config, self.split, self.text_field, self.documents)
-        return sources.find_inputs(sources.Source(self.source, self.downloads, *facts), revision)
+        return sources.find_inputs(sources.Source(self.source, self.downloads, *facts), begun)
 
 
 # -----------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def tokenize(cfg: Config, manifest: dict | None):
     if cfg.workers:
         os.environ["RAYON_NUM_THREADS"] = str(cfg.workers)  # read once, when gigatoken starts its threads
     rank, world_size = read_share()
-    inputs, about = cfg.find_inputs(manifest["revision"] if manifest else None)
+    inputs, about = cfg.find_inputs(manifest)
     if any(file.split == "val" for file in inputs) and cfg.val_tokens is not None:
         raise ValueError(f"--val-tokens is {cfg.val_tokens}; {cfg.source} has its own validation split")
     parts = group_into_parts(inputs)
@@ -319,7 +319,7 @@ def is_whole(cfg: Config, manifest: dict) -> bool:
         return have >= (cfg.max_shards or manifest["available"])
     with contextlib.suppress(FileNotFoundError):  # the text may be gone once it is in shards
         local = sources.is_local(cfg.source)
-        if local and sources.describe_inputs(cfg.find_inputs()[0]) != manifest["inputs"]:
+        if local and sources.describe_inputs(cfg.find_inputs(manifest)[0]) != manifest["inputs"]:
             raise ValueError(
                 f"{cfg.source} has changed since {cfg.folder} was written; remove the folder or give "
                 "another --name or --out-dir"

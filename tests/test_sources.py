@@ -12,6 +12,7 @@ from corpora import (
     decode_shards,
     prepare,
     read_documents,
+    sort_by_hash,
     to_jsonl,
     to_parquet,
     to_wikitext,
@@ -57,8 +58,22 @@ def folder(tmp_path) -> Path:
         ("[ab].*", ["one", "two", "three"]),
     ],
 )
-def test_folders_and_globs_are_read_in_sorted_order(folder, pattern, documents):
-    assert read_documents(folder / pattern) == documents
+def test_folders_and_globs_are_read(folder, pattern, documents):
+    assert sorted(read_documents(folder / pattern)) == sorted(documents)
+
+
+def test_files_are_read_in_the_order_of_their_hashed_paths_wherever_they_are(tmp_path, monkeypatch):
+    names = [f"{folder}/{number}.txt" for folder in "ab" for number in range(9)]
+    for name in names:
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text(name, encoding="utf-8")
+    expected = sort_by_hash(names)
+    assert expected != sorted(names)
+    assert read_documents(tmp_path / "texts") == expected
+    assert read_documents(tmp_path / "texts" / "**" / "*.txt") == expected
+    monkeypatch.chdir(tmp_path / "texts")
+    assert read_documents(".") == read_documents("*/*") == read_documents("../texts") == expected
+    assert read_documents(".", documents="article") == ["".join(sorted(names))]  # it may reach over files
 
 
 def test_what_is_taken_and_what_is_left_out_is_said(tmp_path, capsys):
