@@ -336,16 +336,17 @@ def check_disk(cfg: Config, parts: list[list[Input]]):
     ]
     downloads = [sum(f.size for f in part if f.download and not f.download.exists()) for part in parts]
     kept = sum(sorted(downloads)[-3:] if cfg.clear_cache else downloads)
-    check_room(cfg.folder, sum(sizes) + kept, "use --clear-cache, which keeps few downloads at a time")
+    advice = ", or use --clear-cache, which keeps few downloads at a time" if kept else ""
+    check_room(cfg.folder, sum(sizes) + kept, advice)
 
 
 def check_room(folder: Path, need: float, advice: str):
-    """Raises OSError, with the advice, if the folder's disk has less than `need` bytes free."""
+    """Raises OSError, which ends with the advice, if the folder's disk has less than `need` bytes free."""
     free = shutil.disk_usage(folder).free
     if need > free:
         raise OSError(
-            f"{folder} needs about {need / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: free some "
-            f"space, give another --out-dir, or {advice}"
+            f"{folder} needs about {need / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free: "
+            f"free some space or give another --out-dir{advice}"
         )
 
 
@@ -375,7 +376,8 @@ def pull(cfg: Config, manifest: dict | None) -> dict:
     about |= {"revision": source.commit, "available": len(train)}
     manifest = shard_writer.begin(cfg.folder, about) | {"complete": True, "shards": []}
     absent = [entry["file"] for entry in wanted if not (cfg.folder / entry["file"]).exists()]
-    check_room(cfg.folder, sum(source.files[name].size for name in absent), "give a smaller --max-shards")
+    need = sum(source.files[name].size for name in absent)
+    check_room(cfg.folder, need, ", or give a smaller --max-shards")
     for entry in tqdm(wanted, desc="fetching", unit=" shards", disable=None):
         file, path = source.files[entry["file"]], cfg.folder / entry["file"]
         if path.is_file() and not file.is_whole(path):

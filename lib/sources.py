@@ -51,6 +51,9 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 BY_HASH = "sha256 of relative paths"  # the manifest's "order"; without it, the order is by name
 OUR_SPLITS = {"train": "train", "validation": "val", "test": "test"}
 WIKITEXT_FILE = re.compile(r"wiki\.(train|valid|test)\.(?:raw|tokens)(?:\.|$)")
+PANDOC = " (convert them: pandoc -t plain -o FILE.txt FILE{})"
+CONVERTERS = {".pdf": " (convert them: pdftotext FILE.pdf FILE.txt)"}
+CONVERTERS |= {kind: PANDOC.format(kind) for kind in (".html", ".htm", ".docx", ".epub")}
 EDITORS_COPY = re.compile(r".*~|#.*#|~\$.*|.*\.(?:bak|swp|swo|orig|tmp)", re.IGNORECASE)
 
 
@@ -161,7 +164,7 @@ def find_local_files(source: str) -> list[Path]:
             left_out["empty"] += 1
         elif taken.setdefault(p.resolve(), p) is not p:
             left_out["linked twice"] += 1
-    others = ", ".join(f"{count:,} {what}" for what, count in left_out.most_common())
+    others = ", ".join(f"{n:,} {what}{CONVERTERS.get(what, '')}" for what, n in left_out.most_common())
     if not taken:
         raise ValueError(
             f"--source is {source!r}, which has no text for training (found: {others or 'nothing'}). It must "

@@ -583,7 +583,7 @@ def test_a_disk_that_is_too_small_is_refused_with_both_numbers_before_the_work(t
     monkeypatch.setattr("lib.documents.read_file", lambda *args: pytest.fail("has been read"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3_210_000_000))
-    with pytest.raises(OSError, match=r"out needs about 5\.9 GB and its disk has 3\.2 GB free.*--out-dir"):
+    with pytest.raises(OSError, match=r"out needs about 5,900 MB and its disk has 3,210 MB free.*--out-dir$"):
         prepare(tmp_path, tmp_path / "out")
     (tmp_path / "a.txt").unlink()
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(to_jsonl(DOCUMENTS)))

@@ -96,9 +96,10 @@ def test_what_is_taken_and_what_is_left_out_is_said(tmp_path, capsys):
     assert sorted(read_documents(folder)) == ["capitals", "linked file", "linked folder", "packed"]
     said = capsys.readouterr().out
     assert said.startswith(f"{folder}: 4 files, ")
-    for part in ("3 hidden", "2 copies of editors", "2 .pdf", "1 .html", "1 without a suffix", "2 empty"):
+    for part in ("3 hidden", "2 copies of editors", "1 without a suffix", "2 empty", "2 linked twice"):
         assert part in said
-    assert "2 linked twice" in said
+    assert "2 .pdf (convert them: pdftotext FILE.pdf FILE.txt), " in said
+    assert "1 .html (convert them: pandoc -t plain -o FILE.txt FILE.html)" in said
     assert read_documents(folder / ".hidden.txt") == ["no"]  # it was asked for
 
 
@@ -164,7 +165,7 @@ def test_a_source_that_is_not_there_is_refused_with_the_names_that_exist(tmp_pat
 
 def test_a_source_of_other_files_only_is_refused_with_the_endings_that_are_read(tmp_path):
     (tmp_path / "a.docx").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"found: 1 \.docx.*\.txt, \.md, \.raw, .*\.gz or \.zst"):
+    with pytest.raises(ValueError, match=r"found: 1 \.docx \(convert.*\.txt, \.md, \.raw, .*\.gz or \.zst"):
         read_documents(tmp_path)
 
 
