@@ -113,9 +113,9 @@ class Config:
         fields = ("source", "config", "split", "text_field", "documents", "shard_tokens", "val_tokens")
         return {name: getattr(self, name) for name in fields}
 
-    def find_inputs(self, revision: str | None = None) -> tuple[list[Input], dict]:
+    def find_inputs(self, begun: dict | None = None) -> tuple[list[Input], dict]:
         facts = (self.config, self.split, self.text_field, self.documents)
-        return sources.find_inputs(sources.Source(self.source, self.downloads, *facts), revision)
+        return sources.find_inputs(sources.Source(self.source, self.downloads, *facts), begun)
 
 
 # -----------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def tokenize(cfg: Config, manifest: dict | None):
     if cfg.workers:
         os.environ["RAYON_NUM_THREADS"] = str(cfg.workers)  # read once, when gigatoken starts its threads
     rank, world_size = read_share()
-    inputs, about = cfg.find_inputs(manifest["revision"] if manifest else None)
+    inputs, about = cfg.find_inputs(manifest)
     if any(file.split == "val" for file in inputs) and cfg.val_tokens is not None:
         raise ValueError(f"--val-tokens is {cfg.val_tokens}; {cfg.source} has its own validation split")
     parts = group_into_parts(inputs)
@@ -322,7 +322,7 @@ def is_whole(cfg: Config, manifest: dict) -> bool:
         return have >= (cfg.max_shards or manifest["available"])
     with contextlib.suppress(FileNotFoundError):  # the text may be gone once it is in shards
         local = sources.is_local(cfg.source)
-        if local and sources.describe_inputs(cfg.find_inputs()[0]) != manifest["inputs"]:
+        if local and sources.describe_inputs(cfg.find_inputs(manifest)[0]) != manifest["inputs"]:
             raise ValueError(
                 f"{cfg.source} has changed since {cfg.folder} was written; remove the folder or give "
                 "another --name or --out-dir"
@@ -339,16 +339,17 @@ def check_disk(cfg: Config, parts: list[list[Input]]):
     ]
     downloads = [sum(f.size for f in part if f.download and not f.download.exists()) for part in parts]
     kept = sum(sorted(downloads)[-3:] if cfg.clear_cache else downloads)
-    check_room(cfg.folder, sum(sizes) + kept, "use --clear-cache, which keeps few downloads at a time")
+    advice = ", or use --clear-cache, which keeps few downloads at a time" if kept else ""
+    check_room(cfg.folder, sum(sizes) + kept, advice)
 
 
 def check_room(folder: Path, need: float, advice: str):
-    """Raises OSError, with the advice, if the folder's disk has less than `need` bytes free."""
+    """Raises OSError, which ends with the advice, if the folder's disk has less than `need` bytes free."""
     free = shutil.disk_usage(folder).free
     if need > free:
         raise OSError(
-            f"{folder} needs about {need / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: free some "
-            f"space, give another --out-dir, or {advice}"
+            f"{folder} needs about {need / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free: "
+            f"free some space or give another --out-dir{advice}"
         )
 
 
@@ -378,7 +379,8 @@ def pull(cfg: Config, manifest: dict | None) -> dict:
     about |= {"revision": source.commit, "available": len(train)}
     manifest = shard_writer.begin(cfg.folder, about) | {"complete": True, "shards": []}
     absent = [entry["file"] for entry in wanted if not (cfg.folder / entry["file"]).exists()]
-    check_room(cfg.folder, sum(source.files[name].size for name in absent), "give a smaller --max-shards")
+    need = sum(source.files[name].size for name in absent)
+    check_room(cfg.folder, need, ", or give a smaller --max-shards")
     for entry in tqdm(wanted, desc="fetching", unit=" shards", disable=None):
         file, path = source.files[entry["file"]], cfg.folder / entry["file"]
         if path.is_file() and not file.is_whole(path):

@@ -339,9 +339,8 @@ def read_pydocs() -> Iterator[str]:
             docstrings = re.findall(r'"""(.*?)"""', source, flags=re.DOTALL)
             found[name] = [text for doc in docstrings for text in extract_prose(doc) if text not in seen]
             seen.update(found[name])
-    yield from (
-        "\n\n".join(dict.fromkeys(found[name])) for name in sorted(found, key=hash_name) if found[name]
-    )
+    for name in sorted(filter(found.get, found), key=hash_name):
+        yield "\n\n".join(dict.fromkeys(found[name]))
 
 
 def hash_name(name: str) -> str:

@@ -13,6 +13,7 @@ import fnmatch
 import glob
 import hashlib
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -48,8 +49,12 @@ TOKENIZED_SOURCES = {
 NAMES = (*HUB_SOURCES, *TOKENIZED_SOURCES, "tiny-shakespeare", "pydocs")
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+BY_HASH = "sha256 of relative paths"  # the manifest's "order"; without it, the order is by name
 OUR_SPLITS = {"train": "train", "validation": "val", "test": "test"}
 WIKITEXT_FILE = re.compile(r"wiki\.(train|valid|test)\.(?:raw|tokens)(?:\.|$)")
+PANDOC = " (convert them: pandoc -t plain -o FILE.txt FILE{})"
+CONVERTERS = {".pdf": " (convert them: pdftotext FILE.pdf FILE.txt)"}
+CONVERTERS |= {kind: PANDOC.format(kind) for kind in (".html", ".htm", ".docx", ".epub")}
 EDITORS_COPY = re.compile(r".*~|#.*#|~\$.*|.*\.(?:bak|swp|swo|orig|tmp)", re.IGNORECASE)
 
 
@@ -86,17 +91,19 @@ def is_local(source: str) -> bool:
     return not is_name and not source.startswith(("hf:", hub.HUB_PREFIX))
 
 
-def find_inputs(source: Source, revision: str | None = None) -> tuple[list[Input], dict]:
-    """Returns the source's files in a fixed order, and the manifest's entries about their origin. A source on
-    the Hub is read at `revision`; None is its newest. Raises ValueError or OSError for a source that does not
-    exist or cannot be read."""
+def find_inputs(source: Source, begun: dict | None = None) -> tuple[list[Input], dict]:
+    """Returns the source's files in a fixed order, and the manifest's entries about their origin. `begun` is
+    the manifest of a data set that exists: its revision is read, and its order is kept. Otherwise the Hub's
+    newest revision is read, and local files are in the order of their hashed names. Raises ValueError or
+    OSError for a source that does not exist or cannot be read."""
     if source.name == "pydocs":
         packages = [f"{name}-{metadata.version(name)}" for name in documents.list_pinned_packages()]
         version = " ".join([sys.version.split()[0], *packages])
         read = lambda _: documents.batch_documents(documents.read_pydocs())  # noqa: E731
-        return [Input("pydocs", 0, version, Path, read)], {"source": "pydocs", "revision": version}
+        about = {"source": "pydocs", "revision": version, "order": BY_HASH}
+        return [Input("pydocs", 0, version, Path, read)], about
     if source.name in HUB_SOURCES or source.name.startswith("hf:"):
-        return find_hub_inputs(source, revision)
+        return find_hub_inputs(source, begun["revision"] if begun else None)
     read = source.read
     if source.name == "tiny-shakespeare":
         path = source.downloads / "tiny-shakespeare.txt"
@@ -105,12 +112,17 @@ def find_inputs(source: Source, revision: str | None = None) -> tuple[list[Input
         return whole, {"source": SHAKESPEARE_URL, "revision": SHAKESPEARE_SHA256}
     paths = find_local_files(source.name)
     splits = find_wikitext_splits(paths)
-    inputs = []
+    inputs, about = [], {"source": source.name, "revision": f"{len(paths)} files"}
+    # An article may begin in one file and end in the next. An earlier version's manifest has no order.
+    if not splits and source.unit != "article" and (begun is None or "order" in begun):
+        root = os.path.commonpath(path.parent for path in paths)
+        paths.sort(key=lambda path: documents.hash_name(path.relative_to(root).as_posix()))
+        about["order"] = BY_HASH
     for path in paths:
         facts, locate = path.stat(), lambda path=path: path
         entry = Input(str(path), facts.st_size, str(facts.st_mtime_ns), locate, read, splits.get(path, ""))
         inputs.append(entry)
-    return inputs, {"source": source.name, "revision": f"{len(inputs)} files"}
+    return inputs, about
 
 
 def find_local_files(source: str) -> list[Path]:
@@ -155,7 +167,7 @@ def find_local_files(source: str) -> list[Path]:
             left_out["empty"] += 1
         elif taken.setdefault(p.resolve(), p) is not p:
             left_out["linked twice"] += 1
-    others = ", ".join(f"{count:,} {what}" for what, count in left_out.most_common())
+    others = ", ".join(f"{n:,} {what}{CONVERTERS.get(what, '')}" for what, n in left_out.most_common())
     if not taken:
         raise ValueError(
             f"--source is {source!r}, which has no text for training (found: {others or 'nothing'}). It must "

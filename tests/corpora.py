@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -75,6 +76,11 @@ def read_documents(source: Path | str, text_field: str = "text", documents: Any 
     cfg = fineweb.Config(source=str(source), text_field=text_field, documents=documents)
     inputs, _ = cfg.find_inputs()
     return join_batches(batch for file in inputs for batch in file.read(file.locate()))
+
+
+def sort_by_hash(names: Iterable[str]) -> list[str]:
+    """Sorts relative paths as fineweb.py reads them."""
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
 
 
 def prepare(source: Path, out_dir: Path, **options) -> Path:

@@ -12,6 +12,7 @@ from corpora import (
     decode_shards,
     prepare,
     read_documents,
+    sort_by_hash,
     to_jsonl,
     to_parquet,
     to_wikitext,
@@ -57,8 +58,22 @@ def folder(tmp_path) -> Path:
         ("[ab].*", ["one", "two", "three"]),
     ],
 )
-def test_folders_and_globs_are_read_in_sorted_order(folder, pattern, documents):
-    assert read_documents(folder / pattern) == documents
+def test_folders_and_globs_are_read(folder, pattern, documents):
+    assert sorted(read_documents(folder / pattern)) == sorted(documents)
+
+
+def test_files_are_read_in_the_order_of_their_hashed_paths_wherever_they_are(tmp_path, monkeypatch):
+    names = [f"{folder}/{number}.txt" for folder in "ab" for number in range(9)]
+    for name in names:
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text(name, encoding="utf-8")
+    expected = sort_by_hash(names)
+    assert expected != sorted(names)
+    assert read_documents(tmp_path / "texts") == expected
+    assert read_documents(tmp_path / "texts" / "**" / "*.txt") == expected
+    monkeypatch.chdir(tmp_path / "texts")
+    assert read_documents(".") == read_documents("*/*") == read_documents("../texts") == expected
+    assert read_documents(".", documents="article") == ["".join(sorted(names))]  # it may reach over files
 
 
 def test_what_is_taken_and_what_is_left_out_is_said(tmp_path, capsys):
@@ -81,9 +96,10 @@ def test_what_is_taken_and_what_is_left_out_is_said(tmp_path, capsys):
     assert sorted(read_documents(folder)) == ["capitals", "linked file", "linked folder", "packed"]
     said = capsys.readouterr().out
     assert said.startswith(f"{folder}: 4 files, ")
-    for part in ("3 hidden", "2 copies of editors", "2 .pdf", "1 .html", "1 without a suffix", "2 empty"):
+    for part in ("3 hidden", "2 copies of editors", "1 without a suffix", "2 empty", "2 linked twice"):
         assert part in said
-    assert "2 linked twice" in said
+    assert "2 .pdf (convert them: pdftotext FILE.pdf FILE.txt), " in said
+    assert "1 .html (convert them: pandoc -t plain -o FILE.txt FILE.html)" in said
     assert read_documents(folder / ".hidden.txt") == ["no"]  # it was asked for
 
 
@@ -156,7 +172,7 @@ def test_a_source_that_is_nearly_a_name_or_a_file_is_asked_back(tmp_path):
 
 def test_a_source_of_other_files_only_is_refused_with_the_endings_that_are_read(tmp_path):
     (tmp_path / "a.docx").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"found: 1 \.docx.*\.txt, \.md, \.raw, .*\.gz or \.zst"):
+    with pytest.raises(ValueError, match=r"found: 1 \.docx \(convert.*\.txt, \.md, \.raw, .*\.gz or \.zst"):
         read_documents(tmp_path)
 
 
