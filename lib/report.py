@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,19 @@ from lib.cli import format_command, format_path
 from lib.device import peak_flops
 from lib.files import ROOT
 from model import GPTConfig
+
+
+def wrap(text: str, width: int = 80) -> str:
+    """Breaks lines of a header to the width; further lines are indented by its 7 columns. Commands in
+    backticks and single words are not broken."""
+    lines = []
+    for line in text.split("\n"):
+        lines.append("")
+        for word in re.findall(r"^\w*\s+\S+|`[^`]*`\S*|\S+", line):
+            if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+                lines.append(" " * 6)
+            lines[-1] += (" " if lines[-1] else "") + word
+    return "\n".join(lines)
 
 
 def describe_model(model_config: GPTConfig) -> str:
@@ -35,7 +49,8 @@ def describe_setup(setup: Any, why: str) -> str:
     cfg, device, shape = setup.cfg, setup.process.device, setup.model.config
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     lines = [f"model  {describe_model(shape)}; {cfg.optimizer}"]
-    lines.append(f"device {device}{gpu}, {str(setup.dtype).removeprefix('torch.')} ({why})")
+    where = f"{device}{gpu}" if not cfg.plan_for else f"{cfg.plan_for} (planned, not used)"
+    lines.append(f"device {where}, {str(setup.dtype).removeprefix('torch.')} ({why})")
     if reader := setup.train_data:
         epochs = cfg.max_steps * (cfg.total_batch_tokens // cfg.seq_len) / reader.num_windows
         folder = format_path(reader.folder.folder)
@@ -46,7 +61,7 @@ def describe_setup(setup: Any, why: str) -> str:
             f"loss   {uniform:.2f} if all tokens were alike, {setup.entropy:.2f} (unigram entropy of the"
         )
         lines.append("       validation split) if a model knows only how frequent each token is")
-    return "\n".join(lines)
+    return wrap("\n".join(lines))
 
 
 def describe_run(
