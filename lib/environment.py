@@ -1,7 +1,7 @@
-"""The variables that torchrun, SLURM, Kubernetes and users set. A value that makes no sense is refused by its name.
+"""The variables that torchrun, SLURM, Kubernetes and users set. A wrong value is refused by its name.
 
     group = read_group()                     # of torchrun or SLURM, None for a single process
-    rank, world_size = read_share()          # of fineweb.py's work; also of a SLURM array, of a Kubernetes Job
+    rank, world_size = read_share()          # of fineweb.py's work; also of a SLURM array or a Job
     seconds = read_number("DOWNLOAD_PATIENCE", 600)
 
 An empty variable counts as missing.
@@ -84,8 +84,8 @@ def read_share() -> tuple[int, int]:
     if env.get("JOB_COMPLETION_INDEX") and not env.get("RANK"):
         if not env.get("WORLD_SIZE"):
             raise ValueError(
-                f"JOB_COMPLETION_INDEX is {env['JOB_COMPLETION_INDEX']}, but there is no WORLD_SIZE: set it to "
-                "the Job's completions (docs/scaling.md)"
+                f"JOB_COMPLETION_INDEX is {env['JOB_COMPLETION_INDEX']}, but there is no WORLD_SIZE: "
+                "set it to the Job's completions (docs/scaling.md)"
             )
         return read_rank("JOB_COMPLETION_INDEX", "WORLD_SIZE")
     if not env.get("RANK") and env.get("WORLD_SIZE", "") in ("", "1"):

@@ -1,4 +1,4 @@
-"""The variables of torchrun, SLURM, Kubernetes and users: what a process takes from them, and what is refused."""
+"""The variables of torchrun, SLURM, Kubernetes and users: what a process takes from them, what is refused."""
 
 import os
 import subprocess
