@@ -5,7 +5,7 @@
     python train_gpt2.py --num-gpus 8        # the same on 8 GPUs; or torchrun --standalone --nproc_per_node=8
     python train_gpt2.py finetune --dataset-path data/mine     # GPT-2's weights; or --init-from log/<run>
     python train_gpt2.py --resume            # the newest run goes on; or --resume log/<run>, hf://org/name
-    python train_gpt2.py --dry-run           # memory, hours, money; --eval-only evaluates; --version
+    python train_gpt2.py --dry-run           # memory, hours, cost (--plan-for 8xH100); --eval-only; --version
 
 On disk: log/<run>/log.txt, one line per fact: <step> <stream> <value>, with streams train val hella lr norm
 toks skip spike; config.json; step_000250/, a checkpoint that Hugging Face loads.
@@ -97,6 +97,7 @@ class Config:
     max_hours: float = free(0.0, "save and stop (exit code 4) after so many hours; 0 for never", at_least=0)
     eval_only: cli.Switch = start(False, "only evaluate --resume's or --init-from's model; write nothing")
     dry_run: cli.Switch = start(False, "only check, and print what the run would take; write nothing")
+    plan_for: str = start("", "--dry-run for GPUs that are not here: 8xH100, A100-40GB, 4090, ...")
     dollars_per_gpu_hour: float = start(0.0, "price for --dry-run's cost; 0 for none", at_least=0)
     # periodic jobs: every so many steps, and at the end
     val_every: int = free(250, "steps between validation losses; 0 for never", at_least=0)
@@ -465,7 +466,7 @@ def parse_args(argv: list[str]) -> tuple[Config, checkpoint.Found | None]:
 def main(cfg: Config, found: checkpoint.Found | None = None) -> Path:
     """Does what cfg says; returns the run's folder. found: cfg.resume's checkpoint, if verified already."""
     found = found or runs.find_checkpoint(cfg)
-    cfg = runs.set_location(cfg, found)
+    cfg = runs.set_location(plan.apply_plan_for(cfg), found)
     connection = processes.connect(cfg.device, cfg.timeout_seconds, spare_memory=cfg.fsdp)
     with connection as process, contextlib.ExitStack() as stack:
         if process.device.type == "cuda":
@@ -482,7 +483,7 @@ def run_script():
         print(versions())
         return
     cfg, found = parse_args(sys.argv[1:])
-    if cfg.num_gpus > 1 and "RANK" not in os.environ and not cfg.dry_run:
+    if cfg.num_gpus > 1 and "RANK" not in os.environ and not (cfg.dry_run or cfg.plan_for):
         runs.check_settings(cfg, cfg.num_gpus)
         processes.launch(__file__, cfg.num_gpus, sys.argv[1:])
     else:

@@ -3,7 +3,7 @@
     device = pick_device("auto")                     # cuda, else mps, else cpu, with its speed settings
     dtype, why = pick_dtype("auto", device)          # bfloat16 if the device has it
 
-PEAK_FLOPS lists the GPUs whose peak is known.
+GPUS lists the GPUs whose peak and memory are known.
 """
 
 import contextlib
@@ -15,16 +15,45 @@ import subprocess
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from lib.files import ROOT
 
-# Peak dense bf16 (T4, V100: fp16) FLOP/s, from NVIDIA's data sheets; longer names first.
-PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
-    "A10G": 70e12, "A10": 125e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
+
+class GPU(NamedTuple):
+    peak: float  # dense FLOP/s of bfloat16 products with float32 sums; of float16 if it has no bfloat16
+    memory: float  # bytes, as it is sold: the system reports up to 7% more
+    has_bfloat16: bool = True
+
+
+# From NVIDIA's data sheets, of which those since Ampere print the peak with sparsity, twice the dense one.
+# GeForce: the white papers of GA102, Ada and RTX Blackwell, appendix A. A10G: AWS, which alone has it.
+GPUS = {
+    "B200": GPU(2250e12, 180e9),
+    "H200 NVL": GPU(835e12, 141e9),
+    "H200": GPU(989e12, 141e9),
+    "H100 PCIe": GPU(756e12, 80e9),
+    "H100 NVL": GPU(835e12, 94e9),
+    "H100": GPU(989e12, 80e9),  # SXM
+    "A100 40GB": GPU(312e12, 40e9),
+    "A100": GPU(312e12, 80e9),
+    "RTX 6000 Ada": GPU(364e12, 48e9),
+    "L40S": GPU(362e12, 48e9),
+    "L40": GPU(181e12, 48e9),
+    "RTX A6000": GPU(154.8e12, 48e9),
+    "A40": GPU(149.7e12, 48e9),
+    "L4": GPU(121e12, 24e9),
+    "A10G": GPU(70e12, 24e9),
+    "A10": GPU(125e12, 24e9),
+    "RTX 5090": GPU(209.5e12, 32e9),
+    "RTX 4090": GPU(165.2e12, 24e9),
+    "RTX 3090": GPU(71e12, 24e9),
+    "V100 32GB": GPU(125e12, 32e9, has_bfloat16=False),
+    "V100": GPU(125e12, 16e9, has_bfloat16=False),  # SXM2
+    "T4": GPU(65e12, 16e9, has_bfloat16=False),
+}
 
 
 def pick_device(name: str, spare_memory: bool = False) -> torch.device:
@@ -124,11 +153,11 @@ def cast_linears(model: torch.nn.Module, dtype: torch.dtype):
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The device's peak in PEAK_FLOPS, in FLOP/s; 0 if it is unknown, or for float32."""
+    """The device's peak in GPUS, in FLOP/s; 0 if it is unknown, or for float32."""
     if device.type != "cuda" or dtype == torch.float32:
         return 0.0
     name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), 0.0)
+    return next((gpu.peak for part, gpu in GPUS.items() if re.search(rf"\b{part}\b", name)), 0.0)
 
 
 def versions() -> str:

@@ -1,7 +1,7 @@
-"""The variables that torchrun, SLURM and users set. A value that makes no sense is refused by its name.
+"""The variables that torchrun, SLURM, Kubernetes and users set. A wrong value is refused by its name.
 
     group = read_group()                     # of torchrun or SLURM, None for a single process
-    rank, world_size = read_share()          # of fineweb.py's work; also of a SLURM array
+    rank, world_size = read_share()          # of fineweb.py's work; also of a SLURM array or a Job
     seconds = read_number("DOWNLOAD_PATIENCE", 600)
 
 An empty variable counts as missing.
@@ -70,7 +70,8 @@ def is_local_main() -> bool:
 
 
 def read_share() -> tuple[int, int]:
-    """This process's rank and their number, of a SLURM array, of torchrun or set by hand; (0, 1) without."""
+    """This process's rank and their number, of a SLURM array, of an indexed Job of Kubernetes, of torchrun or
+    set by hand; (0, 1) without. Kubernetes says a Job's index, but not the number of its completions."""
     env = os.environ
     if env.get("SLURM_ARRAY_TASK_ID") and not env.get("RANK"):
         first = read_number("SLURM_ARRAY_TASK_MIN", 0)
@@ -80,6 +81,13 @@ def read_share() -> tuple[int, int]:
         if not 0 <= rank < count:
             raise ValueError(f"the SLURM array has {count} tasks; this is number {rank}: give it 0 to n - 1")
         return rank, count
+    if env.get("JOB_COMPLETION_INDEX") and not env.get("RANK"):
+        if not env.get("WORLD_SIZE"):
+            raise ValueError(
+                f"JOB_COMPLETION_INDEX is {env['JOB_COMPLETION_INDEX']}, but there is no WORLD_SIZE: "
+                "set it to the Job's completions (docs/scaling.md)"
+            )
+        return read_rank("JOB_COMPLETION_INDEX", "WORLD_SIZE")
     if not env.get("RANK") and env.get("WORLD_SIZE", "") in ("", "1"):
         return 0, 1
     return read_rank("RANK", "WORLD_SIZE")

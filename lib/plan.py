@@ -1,14 +1,19 @@
 """The cost of a run before it starts: memory by part, the largest batch that fits, hours, money.
 
-    python train_gpt2.py --dry-run                   # memory, hours and cost of the run that flags describe
+    python train_gpt2.py --dry-run                   # memory and time, on this machine, of the run
+    python train_gpt2.py --plan-for 8xH100           # the same on GPUs that are not here
     python train_gpt2.py --batch-size auto           # trains with the largest batch that fits this device
 
 Memory is counted tensor by tensor from model.py. Tests compare it with the measured peak of real steps.
 """
 
 import contextlib
+import dataclasses
+import difflib
 import math
 import os
+import re
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,12 +23,15 @@ from typing import Any
 import torch
 
 from lib import report
-from lib.device import PEAK_FLOPS, autocast
+from lib.device import GPUS, autocast, peak_flops
 from lib.environment import read_number
 from lib.processes import Process
 from model import GPT, GPTConfig
 
 MFU = 0.4  # model FLOPs utilisation that a plan assumes
+PRODUCT_SHARE = 0.6  # of the measured speed of large products, where no peak is known (docs/results.md#speed)
+PARTS = {"loss": "logits and loss", "gathered": "gathered weights", "optimizer": "optimizer state"}
+PLAN_ROOM = 0.9  # share of a GPU's memory that --plan-for fills
 HEADROOM = {"tried": 0.1, "computed": 0.2}  # share of free memory that --batch-size auto leaves free
 
 
@@ -47,7 +55,7 @@ class Workload:
         world_size = max(process.world_size, cfg.num_gpus) if cfg.dry_run else process.world_size
         return cls(
             model.config, cfg.seq_len, cfg.total_batch_tokens, cfg.optimizer, world_size, dtype,
-            process.device.type, cfg.fsdp, cfg.activation_checkpointing,
+            "cuda" if cfg.plan_for else process.device.type, cfg.fsdp, cfg.activation_checkpointing,
         )  # fmt: skip
 
     def finds_gradients(self, batch_size: int) -> bool:
@@ -306,29 +314,131 @@ def choose_batch_size(cfg: Any, model: GPT, dtype: torch.dtype, process: Process
     return chosen, f"auto, {why}"
 
 
+def find_gpu(text: str) -> tuple[int, str]:
+    """The number (0: not given) and the name in GPUS that --plan-for means: 8xH100, a100-40gb, 4090. Raises
+    ValueError with the nearest names for others."""
+
+    def simplify(name: str) -> str:
+        return re.sub(r"nvidia|geforce|tesla|rtx|sxm\d?|gb|[^a-z0-9]", "", name.lower())
+
+    known = {f"{simplify(name)}{gpu.memory / 1e9:.0f}": name for name, gpu in GPUS.items()}
+    known |= {simplify(name): name for name in GPUS}
+    count, name = re.fullmatch(r"(?:\s*(\d+)\s*[xX×])?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    if simplify(name) in known and count != "0":
+        return int(count or 0), known[simplify(name)]
+    near = dict.fromkeys(known[one] for one in difflib.get_close_matches(simplify(name), known))
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"--plan-for is {text!r}; {hint}Known are {', '.join(GPUS)}, or so many of one: 8xH100")
+
+
+def apply_plan_for(cfg: Any) -> Any:
+    """cfg with what --plan-for implies: a dry run, without this machine's GPUs, of so many processes. Raises
+    ValueError for GPUs that are not listed. cfg: train_gpt2.py's settings."""
+    if not cfg.plan_for:
+        return cfg
+    count, name = find_gpu(cfg.plan_for)
+    if count and cfg.num_gpus not in (1, count):
+        raise ValueError(f"--plan-for is {cfg.plan_for}, but --num-gpus is {cfg.num_gpus}: leave it out")
+    dtype = cfg.dtype
+    if dtype == "auto" and not cfg.resume:
+        dtype = "bfloat16" if GPUS[name].has_bfloat16 else "float16"
+    return dataclasses.replace(cfg, dry_run=True, device="cpu", dtype=dtype, num_gpus=count or cfg.num_gpus)
+
+
+def fit_gpu(cfg: Any, work: Workload, name: str) -> tuple[int, str]:
+    """The batch size of a plan for a GPU, and what fits into its memory. cfg: train_gpt2.py's settings."""
+    room = PLAN_ROOM * GPUS[name].memory
+
+    def find_largest(**changes) -> int:
+        other = dataclasses.replace(work, **changes)
+        return other.largest_batch(lambda n: sum(other.step_bytes(n).values()) <= room)
+
+    largest = find_largest()
+    batch_size = (largest or 1) if cfg.batch_size == "auto" else cfg.batch_size
+    within = f"within {PLAN_ROOM:.0%} of the {GPUS[name].memory / 1e9:g} GB of {name}"
+    if largest:
+        note = "" if sum(work.step_bytes(batch_size).values()) <= room else "this does not fit; "
+        return batch_size, f"{note}the largest batch {within} is --batch-size {largest}"
+    note = f"not even one sequence fits {within}; "
+    for flags, changes in (
+        ("--activation-checkpointing", dict(recompute=True)),
+        ("--fsdp", dict(fsdp=True)),
+        ("--fsdp --activation-checkpointing", dict(fsdp=True, recompute=True)),
+    ):
+        if fitting := find_largest(**changes):
+            return batch_size, f"{note}--batch-size {fitting} does with {flags}"
+    return batch_size, f"{note}take a smaller --model-size or --seq-len, or more GPUs and --fsdp"
+
+
+def measure_products(device: torch.device, dtype: torch.dtype) -> float:
+    """The speed in FLOP/s of large matrix products, those of 4,096 tokens in an MLP of GPT-2 124M. Takes
+    about half a second."""
+    scale = 1 if device.type == "cpu" else 4
+    x, weight = (torch.randn(n * scale, 768 * scale, dtype=dtype, device=device) for n in (4096, 3072))
+    count, begin = -1, time.perf_counter()
+    while count < 1 or time.perf_counter() - begin < 0.5:
+        torch.mm(x, weight.t())
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        count += 1
+        if not count:  # the first one warms up
+            begin = time.perf_counter()
+    return count * 2 * weight.numel() * len(x) / (time.perf_counter() - begin)
+
+
+def describe_time(cfg: Any, work: Workload, process: Process, flops: float) -> list[str]:
+    """The time that so many operations take on --plan-for's GPUs or on this machine, and given a price the
+    cost. cfg: train_gpt2.py's settings."""
+    gpus, name = work.world_size, find_gpu(cfg.plan_for)[1] if cfg.plan_for else ""
+    peak = peak_flops(process.device, work.dtype)
+    if name:
+        peak = GPUS[name].peak * (work.dtype != torch.float32)
+    elif process.device.type == "cuda":
+        name = torch.cuda.get_device_name(process.device)
+    if peak:
+        seconds = flops / (MFU * peak * gpus)
+        where = f"on {gpus} x {name} at {MFU:.0%} of {peak / 1e12:g} TFLOP/s, without evaluation"
+    elif cfg.plan_for:
+        return ["time   unknown for float32: the listed peaks are of 16 bits"]
+    else:
+        speed = process.all_reduce(measure_products(process.device, work.dtype))[0]
+        if process.device.type != "cpu":  # whose processes share the cores
+            speed *= gpus / process.world_size
+        seconds = flops / (PRODUCT_SHARE * speed)
+        where = (
+            f"on this machine, without evaluation: an estimate, {PRODUCT_SHARE:.0%} of the "
+            f"{speed / 1e12:.2g} TFLOP/s that a matrix product reaches now. For GPUs: --plan-for 8xH100"
+        )
+    lines = [f"time   {report.format_seconds(seconds)} {where}"]
+    if price := cfg.dollars_per_gpu_hour:
+        dollars = seconds / 3600 * gpus * price
+        lines.append(f"cost   {dollars:,.2f} dollars at {price:,.2f} per GPU and hour")
+    return lines
+
+
 def describe(cfg: Any, model: GPT, dtype: torch.dtype, process: Process, steps: int, epoch: int) -> str:
-    """The plan of a run of so many steps: batch, memory by part beside the free memory, FLOPs, and per
-    kind of GPU the hours and, given a price, the cost. cfg: train_gpt2.py's settings; epoch: its
-    tokens, 0 if they are not known."""
-    work = Workload.from_settings(cfg, model, dtype, process)
-    batch_size, why = choose_batch_size(cfg, model, dtype, process)
-    parts, saving, gpus = work.step_bytes(batch_size), work.saving_bytes(), work.world_size
-    need, (free, source) = sum(parts.values()), free_memory(process.device, gpus)
-    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    """The plan of a run of so many steps: batch, memory by part beside what the device has, FLOPs, time and,
+    given a price, the cost. cfg: train_gpt2.py's settings; epoch: its tokens, 0 if they are not known."""
+    work, why = Workload.from_settings(cfg, model, dtype, process), ""
+    saving = work.saving_bytes()
+    if cfg.plan_for:
+        batch_size, note = fit_gpu(cfg, work, find_gpu(cfg.plan_for)[1])
+        parts = work.step_bytes(batch_size)
+    else:
+        batch_size, why = choose_batch_size(cfg, model, dtype, process)
+        parts, (free, source) = work.step_bytes(batch_size), free_memory(process.device, work.world_size)
+        fits = sum(parts.values()) + saving * (work.device_type == "cpu") <= free
+        note = f"{free / 1e9:.2f} GB are {source}"
+        note += "" if fits else "; this does not fit: take a smaller --batch-size, or auto"
     tokens, flops = steps * cfg.total_batch_tokens, work.model_config.flops_per_token(cfg.seq_len)
     lines = [
-        report.describe_batch(cfg.total_batch_tokens, batch_size, cfg.seq_len, gpus, why),
+        report.describe_batch(cfg.total_batch_tokens, batch_size, cfg.seq_len, work.world_size, why),
         f"steps  {steps:,}, {tokens:,} tokens" + (f", {tokens / epoch:.2f} epochs" if epoch else ""),
-        f"memory {need / 1e9:.2f} GB per process at a step's peak, about: {listed}",
-        f"       {free / 1e9:.2f} GB are {source}; while a checkpoint is written, its copies take "
-        f"{saving / 1e9:.2f} GB of main memory",
+        f"memory {sum(parts.values()) / 1e9:.2f} GB per process at a step's peak, about:",
+        *(f"       {size / 1e9:7.2f} {PARTS.get(name, name)}" for name, size in parts.items()),
+        f"       {note}",
+        f"       while a checkpoint is written, its copies take {saving / 1e9:.2f} GB of main memory",
         f"flops  {flops / 1e9:.2f} GFLOP per token (forward and backward), {tokens * flops:.2e} in all",
-        f"hours  without evaluation, on {gpus} of these GPUs at {MFU:.0%} of the peak:",
+        *describe_time(cfg, work, process, tokens * flops),
     ]
-    if need + saving * (process.device.type == "cpu") > free:
-        lines.insert(4, "note   this does not fit: take a smaller --batch-size, or auto")
-    for name, peak in PEAK_FLOPS.items():
-        hours, price = tokens * flops / (MFU * peak * gpus) / 3600, cfg.dollars_per_gpu_hour
-        dollars = f" {hours * gpus * price:12,.2f} dollars" if price else ""
-        lines.append(f"  {name:10} {hours:10,.2f}{dollars}")
     return "\n".join(lines)

@@ -36,7 +36,8 @@ def describe_setup(setup: Any, why: str) -> str:
     cfg, device, shape = setup.cfg, setup.process.device, setup.model.config
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     lines = [f"model  {describe_model(shape)}; {cfg.optimizer}"]
-    lines.append(f"device {device}{gpu}, {str(setup.dtype).removeprefix('torch.')} ({why})")
+    where = f"{device}{gpu}" if not cfg.plan_for else f"{cfg.plan_for} (planned, not used)"
+    lines.append(f"device {where}, {str(setup.dtype).removeprefix('torch.')} ({why})")
     if reader := setup.train_data:
         epochs = cfg.max_steps * (cfg.total_batch_tokens // cfg.seq_len) / reader.num_windows
         folder = format_path(reader.folder.folder)

@@ -1,4 +1,4 @@
-"""The variables of torchrun, SLURM and users: what a process takes from them, and what is refused."""
+"""The variables of torchrun, SLURM, Kubernetes and users: what a process takes from them, what is refused."""
 
 import os
 import subprocess
@@ -13,10 +13,11 @@ from lib.environment import Group, read_group, read_number, read_share
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
 ARRAY = {f"SLURM_ARRAY_TASK_{name}": value for name, value in {"ID": "3", "MIN": "0", "COUNT": "9"}.items()}
+JOB = {"JOB_COMPLETION_INDEX": "3", "WORLD_SIZE": "8"}
 
 
 def setenv(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]):
-    for name in (*TORCHRUN, *ARRAY, "LOCAL_WORLD_SIZE", "SLURM_ARRAY_TASK_STEP"):
+    for name in (*TORCHRUN, *ARRAY, *JOB, "LOCAL_WORLD_SIZE", "SLURM_ARRAY_TASK_STEP"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -38,6 +39,9 @@ def setenv(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]):
         (read_share, ARRAY, (3, 9)),
         (read_share, ARRAY | {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "2"}, (1, 9)),
         (read_share, ARRAY | {"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),  # torchrun inside an array
+        (read_share, JOB, (3, 8)),
+        (read_share, JOB | {"JOB_COMPLETION_INDEX": "0", "WORLD_SIZE": "1"}, (0, 1)),
+        (read_share, JOB | {"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),  # torchrun inside a Job
     ],
 )
 def test_a_process_knows_its_group_and_its_share(monkeypatch, read, variables, expected):
@@ -77,6 +81,8 @@ def test_a_process_knows_its_group_and_its_share(monkeypatch, read, variables, e
         (read_share, {"RANK": "3"}, "the variable WORLD_SIZE is ''"),
         (read_share, {"WORLD_SIZE": "3"}, "the variable RANK is ''"),
         (read_share, {"RANK": "3", "WORLD_SIZE": "3"}, "RANK is 3; WORLD_SIZE is 3"),
+        (read_share, JOB | {"WORLD_SIZE": ""}, "INDEX is 3, but there is no WORLD_SIZE: set it to the Job's"),
+        (read_share, JOB | {"WORLD_SIZE": "3"}, "JOB_COMPLETION_INDEX is 3; WORLD_SIZE is 3: it must be"),
         (read_share, ARRAY | {"SLURM_ARRAY_TASK_COUNT": ""}, "the variable SLURM_ARRAY_TASK_COUNT is ''"),
         (
             read_share,

@@ -8,8 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lib import plan
+from lib import device, plan
 from model import GPT, GPTConfig
+from train_gpt2 import Config
 
 
 class PeakMemory(TorchDispatchMode):
@@ -72,6 +73,49 @@ def test_the_memory_of_the_plan_is_the_peak_of_a_step(batch_size, changes):
     work = plan.Workload(config, 128, total, dtype=dtype, device_type=device_type, recompute=recompute)
     parts = work.step_bytes(batch_size)
     assert sum(parts.values()) - parts.get("rest", 0) == pytest.approx(memory.peak, rel=0.07)
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "name"),
+    [
+        ("8xH100", 8, "H100"), ("h100", 0, "H100"), ("64 x nvidia h100 80GB", 64, "H100"),
+        ("4090", 0, "RTX 4090"),
+        ("a100-40gb", 0, "A100 40GB"), ("2×A100-SXM4-80GB", 2, "A100"), ("a6000", 0, "RTX A6000"),
+        ("V100-16GB", 0, "V100"), ("h100_pcie", 0, "H100 PCIe"),
+    ],
+)  # fmt: skip
+def test_a_gpu_is_found_however_its_name_is_written(text, count, name):
+    assert plan.find_gpu(text) == (count, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("H10", "did you mean"), ("0xH100", "so many of one"), ("tpu-v5", "is .tpu-v5.; Known are B200, H200")],
+)
+def test_a_gpu_that_is_not_listed_is_refused_with_near_names(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        plan.find_gpu(text)
+
+
+def test_what_plan_for_implies_and_what_contradicts_it():
+    cfg = plan.apply_plan_for(Config(plan_for="8xV100"))
+    assert (cfg.dry_run, cfg.num_gpus, cfg.device, cfg.dtype) == (True, 8, "cpu", "float16")
+    assert plan.apply_plan_for(cfg) == cfg and plan.apply_plan_for(Config()) == Config()
+    assert plan.apply_plan_for(Config(plan_for="A10", num_gpus=4, dtype="float32")).num_gpus == 4
+    with pytest.raises(ValueError, match="8xV100, but --num-gpus is 4"):
+        plan.apply_plan_for(Config(plan_for="8xV100", num_gpus=4))
+
+
+def test_a_device_has_the_peak_of_its_own_line(monkeypatch):
+    names = {
+        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-40GB": 312e12,
+        "NVIDIA L40": 181e12, "NVIDIA A10G": 70e12, "NVIDIA GeForce RTX 4090": 165.2e12, "Tesla T4": 65e12,
+        "NVIDIA H200 NVL": 835e12, "NVIDIA RTX 6000 Ada Generation": 364e12, "NVIDIA GB200": 0.0,
+    }  # fmt: skip
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert device.peak_flops(torch.device("cuda"), torch.bfloat16) == peak, name
+    assert device.peak_flops(torch.device("cuda"), torch.float32) == 0.0
 
 
 @pytest.fixture
