@@ -333,11 +333,17 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, dropout: float = 0.0) -> "GPT":
-        """A model with somebody's weights: a Hugging Face directory, a size ("gpt2", "124M", ...), a Hub id,
-        or a .pt file of nanoGPT or build-nanogpt. See lib/pretrained.py."""
+        """A model with somebody's weights: a run, a checkpoint, another Hugging Face directory, a size
+        ("gpt2", "124M", ...), a Hub id, or a .pt file of nanoGPT or build-nanogpt. See lib/pretrained.py."""
         from lib.pretrained import locate, read_model
 
         return read_model(locate(name), dropout)
+
+    def save_pretrained(self, folder: str | Path):
+        """Writes a Hugging Face directory, which `from_pretrained` and transformers read."""
+        from lib.pretrained import write_model
+
+        write_model(self, Path(folder))
 
 
 def find_product_dtype(x: torch.Tensor) -> torch.dtype:

@@ -32,7 +32,7 @@ import numpy as np
 import tyro
 
 from lib import cli, files, run_log, schema
-from lib.folders import check_ownership, find_run, newest_run
+from lib.folders import check_ownership, find_run, find_settings, newest_run
 
 Runs = Annotated[tuple[str, ...], tyro.conf.Positional]
 
@@ -102,11 +102,11 @@ class Config:
 
 
 class Run:
-    """A run's folder, its log by stream, and its settings ({} without config.json)."""
+    """A run's folder, its log by stream, and its settings ({} without their file)."""
 
     def __init__(self, folder: Path):
         self.folder, self.log = folder, read_log(folder)
-        path = folder / "config.json"
+        path = find_settings(folder)
         self.settings = schema.read_json(path, SETTINGS, optional=True) if path.exists() else {}
 
     def curve(self, stream: str, unit: str, window: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +121,7 @@ class Run:
             return steps
         batch_tokens = self.settings.get("total_batch_tokens")
         if not batch_tokens:
-            raise ValueError(f"--x {unit} needs total_batch_tokens in {self.folder / 'config.json'}")
+            raise ValueError(f"--x {unit} needs total_batch_tokens in {find_settings(self.folder)}")
         if unit == "tokens":
             return steps * batch_tokens
         if "toks" not in self.log:

@@ -8,7 +8,7 @@
     python train_gpt2.py --dry-run           # memory, hours, cost (--plan-for 8xH100); --eval-only; --version
 
 On disk: log/<run>/log.txt, one line per fact: <step> <stream> <value>, with streams train val hella lr norm
-toks skip spike; config.json; step_000250/, a checkpoint that Hugging Face loads.
+toks skip spike; settings.json; step_000250/, a checkpoint that Hugging Face loads.
 
 The preset `gpt2` is build-nanogpt's 124M recipe: 19,073 steps of 524,288 tokens, 10 billion in all. Its
 author reached a validation loss near 3.07 nats per token and 30.4% on HellaSwag. `gpt2-fast`, with Muon, a

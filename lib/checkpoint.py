@@ -27,8 +27,9 @@ from safetensors.torch import load_file, save_file
 
 from lib import cli, files, pretrained, schema, tokenizer
 from lib.device import pick_device
+from lib.environment import is_local_main
 from lib.folders import OPTIMIZER, STATE, STEP_NAME, identify, list_steps, newest_run, suggest_folder
-from model import END_OF_TEXT, GPT, HUB_NAMES, SIZE_NAMES, SIZES, GPTConfig, config_to_hf, to_hf
+from model import END_OF_TEXT, GPT, HUB_NAMES, SIZE_NAMES, SIZES, GPTConfig
 
 
 @dataclass(frozen=True)
@@ -112,19 +113,8 @@ def save(
         )
     try:
         temporary.mkdir()
-        save_file(to_hf(weights, model_config), temporary / "model.safetensors", metadata={"format": "pt"})
+        pretrained.write_directory(temporary, model_config, weights, tokenizer_files)
         save_file(optimizer, temporary / OPTIMIZER)
-        hf_config = config_to_hf(model_config)
-        special = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id")}
-        texts = {
-            "config.json": json.dumps(hf_config, indent=2),
-            "generation_config.json": json.dumps(
-                special | {"pad_token_id": special["eos_token_id"]}, indent=2
-            ),
-            **tokenizer_files,
-        }
-        for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8", newline="\n")
         mode = (temporary / "config.json").stat().st_mode  # the umask's; safetensors has its own
         for name in ("model.safetensors", OPTIMIZER):
             (temporary / name).chmod(mode)
@@ -196,10 +186,20 @@ def verify_state(folder: Path) -> dict[str, Any]:
     return body
 
 
+def note_other_network(folder: Path, state: dict[str, Any]):
+    """Says on standard error if a checkpoint was trained with another model.py. Earlier versions did not keep
+    its hash."""
+    now = files.hash_code(files.ROOT / "model.py")
+    if state.get("model_py", now) != now and is_local_main():
+        text = "was trained with another model.py; if its network differs, results are wrong"
+        print(f"note   {folder} {text}", file=sys.stderr)
+
+
 def load(folder: Path, dropout: float = 0.0, state: dict[str, Any] | None = None) -> Checkpoint:
     """Reads a checkpoint. Verifies it first, unless `state` is what `verify` has just returned. Raises
     ValueError if it is damaged."""
     state = state or verify(folder)
+    note_other_network(folder, state)
     try:
         optimizer = load_file(folder / OPTIMIZER)
     except SafetensorError as error:  # although its hash is right
@@ -309,8 +309,9 @@ def load_model(
         for reason in passed_over:
             print(f"passed over a checkpoint: {reason}", file=sys.stderr)
         path = found.folder
+        note_other_network(path, found.state)
     elif kind == "checkpoint":
-        verify(path)
+        note_other_network(path, verify(path))
     source = str(path) if path.exists() else name
     where = pretrained.locate(source)
     model = pretrained.read_model(where, dropout)

@@ -8,6 +8,7 @@
 On disk: the named files; while they are written, also <name>.<pid>.tmp beside them.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -37,6 +38,22 @@ def hash_file(path: Path, digest: Any = None) -> str:
 def hash_json(value: Any) -> str:
     """Returns the SHA-256 of a JSON value; the order of its keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def hash_code(path: Path) -> str:
+    """Returns the SHA-256 of a Python file's syntax tree, without comments, docstrings and layout."""
+
+    def describe(node: Any) -> Any:
+        if isinstance(node, list):
+            is_doc = [isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant) for x in node]
+            return [describe(x) for x, doc in zip(node, is_doc) if not doc]
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        # Later versions of Python have more fields, which are empty here.
+        fields = {name: describe(value) for name, value in ast.iter_fields(node) if value not in (None, [])}
+        return [type(node).__name__, fields]
+
+    return hash_json(describe(ast.parse(path.read_bytes())))
 
 
 def flush(path: Path):

@@ -15,21 +15,33 @@ from lib import cli, files
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 STEP_NAME = re.compile(r"step_(\d{6,})")
-SETTING = "total_batch_tokens"  # one of many that every run's config.json has
+SETTINGS = ("settings.json", "config.json")  # of a run; the second in earlier versions
+SETTING = "total_batch_tokens"  # one of many that every run has
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-# What a run writes into its folder beside its config.json.
+# What a run writes into its folder beside its settings.
 WRITTEN = re.compile(
     rf"{STEP_NAME.pattern}|log\.txt|loss\.png|abandoned|tensorboard|wandb|\.(tmp_step|old_step|log\.txt).*"
 )
 
 
-def has_settings(folder: Path) -> bool | None:
-    """Whether a folder's config.json holds a run's settings; None without one, or if it is half-written."""
+def holds_settings(path: Path) -> bool | None:
+    """Whether a JSON file holds a run's settings; None if it is missing or half-written."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return isinstance(content, dict) and SETTING in content
+
+
+def has_settings(folder: Path) -> bool | None:
+    """Whether a folder holds a run's settings; None without a whole file of either name."""
+    held = [holds_settings(folder / name) for name in SETTINGS]
+    return next((answer for answer in (True, False) if answer in held), None)
+
+
+def find_settings(run: Path) -> Path:
+    """The file of a run's settings, which need not exist."""
+    return next((path for name in SETTINGS if (path := run / name).is_file()), run / SETTINGS[0])
 
 
 def list_steps(run: Path) -> list[Path]:
@@ -90,7 +102,7 @@ def check_ownership(run: Path):
     folder passes, and one that holds only checkpoints and logs."""
     if not run.is_dir() or (is_run := has_settings(run)):
         return
-    ours = {"config.json"} if is_run is None else set()  # a run that was killed left it half-written
+    ours = SETTINGS[1:] if is_run is None else ()  # a run of earlier days was killed while it wrote this
     shown = [p.name for p in sorted(run.iterdir()) if p.name[0] != "."]  # Finder leaves .DS_Store everywhere
     strange = [name for name in shown if not WRITTEN.fullmatch(name) and name not in ours]
     if strange:

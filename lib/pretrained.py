@@ -7,6 +7,7 @@ A directory is read as transformers reads it, or refused. No code of a file or a
 in safetensors, and torch.load reads the others with weights_only=True.
 """
 
+import json
 import warnings
 import zipfile
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from lib import schema
-from model import GPT, HUB_NAMES, SIZE_NAMES, TRANSPOSED, GPTConfig
+from lib import folders, schema, tokenizer
+from model import GPT, HUB_NAMES, SIZE_NAMES, TRANSPOSED, GPTConfig, config_to_hf, to_hf
 
 # Components of names that torch.compile, DDP, FSDP and activation checkpointing add; and GPT-2's own prefix,
 # which OpenAI's files on the Hub do not have.
@@ -32,13 +33,15 @@ SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd")
 
 
 def locate(name: str | Path) -> Path:
-    """A directory or file of this name, or else the folder of a downloaded size or Hub id. Raises ValueError
-    for a name that is none of these, FileNotFoundError if the Hub cannot be reached."""
+    """A directory or file of this name, for a run its newest checkpoint, or else the folder of a downloaded
+    size or Hub id. Raises ValueError for a name that is none of these, FileNotFoundError if the Hub cannot be
+    reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if Path(name).exists():
-        return Path(name)
+    if (path := Path(name)).exists():
+        steps = folders.list_steps(path) if folders.identify(path) == "run" else []
+        return steps[-1] if steps else path
     hub_ids = {size: hub for hub, size in HUB_NAMES.items()}
     name = hub_ids.get(SIZE_NAMES.get(str(name).lower(), ""), str(name))
     repo = f"openai-community/{name}" if name in HUB_NAMES else name
@@ -97,6 +100,27 @@ def read_directory(folder: Path, dropout: float) -> tuple[dict[str, torch.Tensor
     if hf.get("tie_word_embeddings") is False and len(matrices) != 2:
         raise ValueError(f"{folder}: tie_word_embeddings is false; wte and lm_head are not both there")
     return from_hf(weights, config, folder), config
+
+
+def write_directory(
+    folder: Path, config: GPTConfig, weights: dict[str, torch.Tensor], tokenizer_files: dict[str, str]
+):
+    """Fills a Hugging Face directory. weights: our state dict; tokenizer_files: text by file name."""
+    save_file(to_hf(weights, config), folder / "model.safetensors", metadata={"format": "pt"})
+    hf = config_to_hf(config)
+    special = {key: hf[key] for key in ("bos_token_id", "eos_token_id")}
+    contents = {"config.json": hf, "generation_config.json": special | {"pad_token_id": hf["eos_token_id"]}}
+    texts = {name: json.dumps(content, indent=2) for name, content in contents.items()}
+    for name, text in (texts | tokenizer_files).items():
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_model(model: GPT, folder: Path):
+    """Writes a model as a Hugging Face directory. With GPT-2's vocabulary, it has GPT-2's tokenizer."""
+    has_text = model.config.vocab_size >= tokenizer.VOCAB_SIZE
+    texts = tokenizer.build_hf_files(model.config.block_size, model.tokenizer_files) if has_text else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_directory(folder, model.config, model.state_dict(), texts)
 
 
 def from_hf(

@@ -1,6 +1,6 @@
 """A run's folder: its name, its lock, its log and its checkpoints.
 
-log/<run>/config.json          # the settings
+log/<run>/settings.json        # the settings; config.json in runs of earlier versions
 log/<run>/log.txt              # one line per fact: `<step> <stream> <value>`
 log/<run>/step_000100/         # checkpoints, see checkpoint.py
 log/<run>/abandoned/           # checkpoints newer than the step from which the run was resumed
@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lib import files, run_log
-from lib.folders import STATE, check_ownership, list_steps
+from lib.folders import SETTINGS, STATE, check_ownership, holds_settings, list_steps
 from lib.processes import Process
 from model import GPTConfig
 
@@ -144,6 +144,14 @@ def open_log(path: Path, resumed_step: int | None) -> Any:
         ]
         files.write_atomically(path, lambda f: f.write("".join(kept).encode("utf-8")))
     return open(path, "a", encoding="utf-8")
+
+
+def write_settings(run: Path, settings: dict[str, Any]):
+    """Writes settings.json. Removes an earlier version's config.json: Hugging Face has another file of that
+    name."""
+    files.write_json(run / SETTINGS[0], settings)
+    if holds_settings(run / SETTINGS[1]):
+        (run / SETTINGS[1]).unlink()
 
 
 def draw_curves(run: Path, out: Path) -> str:

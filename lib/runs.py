@@ -119,6 +119,7 @@ def describe(
         "world_size": world_size,
         "data": reader.folder.fingerprint(),
         "dtype": str(dtype).removeprefix("torch."),
+        "model_py": files.hash_code(files.ROOT / "model.py"),
         "versions": {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")},
     }
 
@@ -151,7 +152,7 @@ class Run(contextlib.ExitStack):
         """Writes the settings and opens the log, cut back to the resumed step."""
         self.folder.mkdir(exist_ok=True)
         run_folder.remove_leftovers(self.folder)
-        files.write_json(self.folder / "config.json", self.settings)
+        run_folder.write_settings(self.folder, self.settings)
         self.log_file = self.enter_context(run_folder.open_log(self.folder / "log.txt", self.resumed_step))
         if self.resumed_step is not None:
             for moved in run_folder.move_newer(self.folder, self.resumed_step):

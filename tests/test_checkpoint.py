@@ -501,7 +501,7 @@ def test_a_run_goes_on_whatever_its_folder_is_called(name, config, tmp_path, mon
     monkeypatch.chdir(run / "step_000002")
     for words in (["--resume", "."], ["--resume", "..", f"--run-name={name}"]):
         assert train_gpt2.main(*train_gpt2.parse_args([*words, "--max-steps", "3"])) == run
-    assert json.loads((run / "config.json").read_text(encoding="utf-8"))["run_name"] == name
+    assert json.loads((run / "settings.json").read_text(encoding="utf-8"))["run_name"] == name
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")

@@ -166,7 +166,7 @@ def test_what_a_killed_process_left_is_cleaned_and_nothing_whole_is_lost(tmp_pat
     (tmp_path / "step_000003").rename(tmp_path / ".old_step_000003")  # killed before its successor's rename
     (tmp_path / "step_000001").rename(tmp_path / ".tmp_step_000001")  # killed while it was pruned
     (tmp_path / ".tmp_step_000004").mkdir()
-    for name in ("config.json", "log.txt", "loss.png"):  # killed while it wrote one of these
+    for name in ("settings.json", "log.txt", "loss.png"):  # killed while it wrote one of these
         (tmp_path / f".{name}.123.tmp").touch()
     run_folder.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000003"]

@@ -466,4 +466,4 @@ def test_a_checkpoint_that_is_here_already_is_used_if_it_is_the_same_and_replace
         assert bytes_in(here) == without(files, "log.txt")
         checkpoint.verify(here)
         left = sorted(path.name for path in (tmp_path / "whole").iterdir())
-        assert left == ["config.json", "log.txt", "step_000004", "step_000008", "step_000012"]
+        assert left == ["log.txt", "settings.json", "step_000004", "step_000008", "step_000012"]

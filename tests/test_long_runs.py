@@ -201,7 +201,7 @@ def test_the_largest_batch_is_found_that_all_processes_have_memory_for(launch, c
     assert "20% are left alone" in printed
     run = Path(cfg.log_dir) / "run"
     assert state_of(run)["config"]["batch_size"] == 6
-    assert json.loads((run / "config.json").read_text(encoding="utf-8"))["batch_size"] == 6
+    assert json.loads((run / "settings.json").read_text(encoding="utf-8"))["batch_size"] == 6
     same = whole(world_size, total_batch_tokens=cfg.total_batch_tokens, dropout=0.0)
     again = dataclasses.replace(cfg, dropout=0.0, run_name="again")
     launch(again, "--batch-size=auto", world_size=world_size, patches=patches).finish()

@@ -22,7 +22,7 @@ def make_run(folder: Path, log: str = LOG, **settings: Any) -> Path:
     folder.mkdir(parents=True)
     (folder / "log.txt").write_text(log, encoding="utf-8")
     if settings:
-        (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
 
 
@@ -95,8 +95,8 @@ def test_a_run_that_began_late_counts_its_hours_from_there(tmp_path):
 @pytest.mark.parametrize(
     ("unit", "settings", "log", "reason"),
     [
-        ("tokens", {}, LOG, "total_batch_tokens in .*config.json"),
-        ("hours", {}, LOG, "total_batch_tokens in .*config.json"),
+        ("tokens", {}, LOG, "total_batch_tokens in .*settings.json"),
+        ("hours", {}, LOG, "total_batch_tokens in .*settings.json"),
         ("hours", {"total_batch_tokens": 8}, LOG, "toks in .*log.txt"),
     ],
 )
@@ -393,13 +393,13 @@ def test_a_malformed_line_is_refused_with_file_and_number(tmp_path, line):
         (["{tmp}/empty"], "empty/log.txt"),
         (["{tmp}/run", "--smooth", "0"], "--smooth is 0; it must be at least 1"),
         (["{tmp}/cut"], "cut/config.json"),
-        (["{tmp}/odd"], "odd/config.json: the field total_batch_tokens is"),
+        (["{tmp}/odd"], "odd/settings.json: the field total_batch_tokens is"),
     ],
 )
 def test_what_cannot_be_drawn_exits_2_with_the_reason(script, tmp_path, args, reason):
     make_run(tmp_path / "run")
     make_run(tmp_path / "empty", "")
-    (make_run(tmp_path / "cut") / "config.json").write_text('{"model', encoding="utf-8")
+    (make_run(tmp_path / "cut") / "config.json").write_text('{"model', encoding="utf-8")  # as of earlier days
     make_run(tmp_path / "odd", total_batch_tokens="many")
     done = script("plot.py", *(arg.format(tmp=tmp_path) for arg in args))
     assert (done.returncode, done.stdout) == (2, "")

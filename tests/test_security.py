@@ -433,7 +433,7 @@ def test_links_in_place_of_what_saving_makes_are_not_followed(name, run, outside
 
 @pytest.mark.fault(25)
 @pytest.mark.parametrize("there", [True, False], ids=["to a file", "to nothing yet"])
-@pytest.mark.parametrize("name", ["config.json", "log.txt", "loss.png"])
+@pytest.mark.parametrize("name", ["settings.json", "log.txt", "loss.png"])
 def test_links_in_place_of_a_runs_other_files_are_not_followed(name, there, run, outside):
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(outside / ("precious.txt" if there else "new.txt"))

@@ -317,11 +317,11 @@ def test_a_picture_that_cannot_be_drawn_is_said(config, capsys):
 def test_the_run_folder_holds_what_the_contract_says(config):
     cfg = dataclasses.replace(config, val_every=5, checkpoint_every=5, max_steps=5)
     run = train_gpt2.main(cfg)
-    assert {p.name for p in run.iterdir()} == {"log.txt", "config.json", "loss.png", "step_000005"}
-    assert json.loads((run / "config.json").read_text())["learning_rate"] == cfg.learning_rate
+    assert {p.name for p in run.iterdir()} == {"log.txt", "settings.json", "loss.png", "step_000005"}
+    assert json.loads((run / "settings.json").read_text())["learning_rate"] == cfg.learning_rate
     state = checkpoint.verify(run / "step_000005")
     assert state["step"] == 5 and state["data"] == shards.Folder(Path(cfg.dataset_path)).fingerprint()
-    assert {"config", "dtype", "scaler", "best_val_loss", "versions"} <= set(state)
+    assert {"config", "dtype", "scaler", "best_val_loss", "model_py", "versions"} <= set(state)
     assert [len(values(run, s)) for s in ("train", "lr", "norm", "toks", "val")] == [5, 5, 5, 5, 2]
 
 
