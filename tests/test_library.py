@@ -1,4 +1,4 @@
-"""The project as a library: the code blocks of docs/clients.md, model.py alone, and a changed model.py."""
+"""The project as a library: the code blocks of README.md and docs/clients.md, and a changed model.py."""
 
 import re
 import shutil
@@ -12,12 +12,13 @@ from helpers import ROOT, VOCAB_SIZE, random_model, resealed, save_checkpoint
 from lib import checkpoint, files, tokenizer
 from model import GPT
 
-PAGE = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 
-
-def block(heading: str) -> str:
-    """The first Python block below a heading of docs/clients.md."""
-    return re.findall(r"```python\n(.*?)```", PAGE.partition(f"\n## {heading}\n")[2], flags=re.DOTALL)[0]
+def block(page: str, heading: str = "") -> str:
+    """The first Python block of a page, or the first below a heading."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(
+        r"```python\n(.*?)```", text.partition(heading)[2] if heading else text, flags=re.DOTALL
+    )[0]
 
 
 def test_the_library_block_loads_generates_trains_and_saves(tmp_path, monkeypatch, capsys):
@@ -26,7 +27,7 @@ def test_the_library_block_loads_generates_trains_and_saves(tmp_path, monkeypatc
     step = save_checkpoint(tmp_path / "log" / "my-run", model, step=2)
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
-    exec(block("As a library"), scope)
+    exec(block("README.md"), scope)
     ids, loss = scope["ids"], scope["loss"]
     assert capsys.readouterr().out == tokenizer.decode(model.generate(ids, 20, temperature=0)[0]) + "\n"
     assert loss.item() == pytest.approx(model(ids[:, :-1], ids[:, 1:]).item())
@@ -41,7 +42,7 @@ def test_the_library_block_loads_generates_trains_and_saves(tmp_path, monkeypatc
 def test_model_py_works_alone(tmp_path):
     shutil.copy(ROOT / "model.py", tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", block("model.py alone") + "print(loss.item(), tokens.shape)"],
+        [sys.executable, "-c", block("docs/clients.md", "## model.py alone") + "print(loss.item(), tokens.shape)"],
         cwd=tmp_path, capture_output=True, text=True, check=True, encoding="utf-8",
     )  # fmt: skip
     assert re.fullmatch(r"10\.\d+ torch\.Size\(\[1, 13\]\)\n", done.stdout)
