@@ -41,8 +41,9 @@ def test_the_library_block_loads_generates_trains_and_saves(tmp_path, monkeypatc
 
 def test_model_py_works_alone(tmp_path):
     shutil.copy(ROOT / "model.py", tmp_path)
+    code = block("docs/clients.md", "## model.py alone") + "print(loss.item(), tokens.shape)"
     done = subprocess.run(
-        [sys.executable, "-c", block("docs/clients.md", "## model.py alone") + "print(loss.item(), tokens.shape)"],
+        [sys.executable, "-c", code],
         cwd=tmp_path, capture_output=True, text=True, check=True, encoding="utf-8",
     )  # fmt: skip
     assert re.fullmatch(r"10\.\d+ torch\.Size\(\[1, 13\]\)\n", done.stdout)
