@@ -67,6 +67,7 @@ LOSSES = ("train", "val", "hella")  # they have their places
 
 # Runs with a band may differ in these settings.
 SEED_SETTINGS = {"seed", "run_name", "log_dir", "like"}
+SEED_SUFFIX = re.compile(r"([-_.](seed|s))?[-_.\d]*$")  # of their names
 
 # The settings that are read here.
 SETTINGS = {
@@ -181,7 +182,7 @@ def group_runs(runs: list[Run], cfg: Config) -> list[Group]:
     the code may have changed between `before-1` and `after-1`."""
     groups: dict[Any, Group] = {}
     for run in runs:
-        stem = re.sub(r"[-_.]*(seed|s)?[-_.\d]*$", "", run.folder.resolve().name)
+        stem = SEED_SUFFIX.sub("", run.folder.resolve().name)
         settings = {name: value for name, value in run.settings.items() if name not in SEED_SETTINGS}
         key = (stem, json.dumps(settings, sort_keys=True)) if cfg.band and settings else id(run)
         groups.setdefault(key, []).append(run)
@@ -193,7 +194,7 @@ def name_groups(groups: list[Group]) -> list[str]:
     for kind in (lambda run: run.folder.resolve().name, lambda run: str(run.folder)):
         starts = [os.path.commonprefix([kind(run) for run in group]) for group in groups]  # noqa: RUF071
         names = [
-            f"{start.rstrip('-_.')} ({len(group)} seeds)" if len(group) > 1 else start
+            f"{SEED_SUFFIX.sub('', start)} ({len(group)} seeds)" if len(group) > 1 else start
             for start, group in zip(starts, groups)
         ]
         if len(set(names)) == len(names):
@@ -212,12 +213,14 @@ def average(group: Group, stream: str, unit: str, window: int = 1) -> tuple[np.n
     return x, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
 
 
-def format_mean(values: list[float], stream: str) -> str:
-    """A value in its stream's form; of several, the mean ± the standard deviation (of a sample, n - 1)."""
-    mean = run_log.format_value(stream, float(np.mean(values)))
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {run_log.format_value(stream, float(np.std(values, ddof=1)))}"
+def format_mean(group: Group, stream: str) -> str:
+    """A stream's last value; of several runs, the mean ± the standard deviation (of a sample, n - 1)."""
+    form = run_log.find_stream(stream).form
+    values = [run.last(stream)[1] for run in group if stream in run.log]
+    if not values:
+        return "-"
+    spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{spread}"
 
 
 def format_table(groups: list[Group]) -> str:
@@ -226,10 +229,9 @@ def format_table(groups: list[Group]) -> str:
     streams = streams if "val" in streams else ["train", *streams]
     rows = []
     for group, name in zip(groups, name_groups(groups)):
-        last = {stream: np.array([run.last(stream) for run in group]) for stream in streams}
-        steps, losses = last[streams[0]].T
+        steps, losses = np.array([run.last(streams[0]) for run in group]).T
         until = " to ".join(f"{step:.0f}" for step in dict.fromkeys([steps.min(), steps.max()]))
-        cells = [format_mean(list(values[:, 1]), stream) for stream, values in last.items()]
+        cells = [format_mean(group, stream) for stream in streams]
         rows.append((np.nan_to_num(losses.mean(), nan=np.inf), [name, until, *cells]))
     head = ["run", "last step", *(run_log.find_stream(stream).label for stream in streams)]
     table = [head, *(row for _, row in sorted(rows))]

@@ -272,15 +272,14 @@ def prepare(cfg: Config, process: Process, found: checkpoint.Found | None) -> Se
     runs.check_settings(cfg, world_size, device.type)
     if process.rank == 0 and not cfg.eval_only:
         check_targets(cfg, is_new=found is None)
-    data = train_data = None
+    data = None
     try:
         data = open_data(cfg.dataset_path, 1e9 * cfg.cache_gb, process, may_make=writes)
     except FileNotFoundError as error:
         if not cfg.dry_run:
             raise
         process.print(f"note   the data are not there: {error}")
-    if data:
-        train_data = shards.ShardReader(data, "train", cfg.seq_len, cfg.seed)
+    train_data = shards.ShardReader(data, "train", cfg.seq_len, cfg.seed) if data else None
     loaded = checkpoint.load(found.folder, cfg.dropout, found.state) if found else None
     state, tensors = (loaded.state, loaded.optimizer) if loaded else ({}, {})
     changes = runs.compare_settings(cfg, found, data, process, world_size)
@@ -455,9 +454,7 @@ def parse_args(argv: list[str]) -> tuple[Config, checkpoint.Found | None]:
     settings, one with --like from another run's."""
     cfg = read_flags(argv)
     if cfg.like:
-        if argv[0] in PRESETS:
-            raise ValueError(f"--like replaces the preset's settings: leave out {argv[0]}")
-        cfg = read_flags(argv, runs.read_like(cfg))
+        cfg = read_flags(argv, runs.read_like(cfg, preset=argv[0] if argv[0] in PRESETS else ""))
     if found := runs.find_checkpoint(cfg):
         cfg = runs.set_location(read_flags(argv, runs.read_settings(cfg, found)), found)
     return cfg, found

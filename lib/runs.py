@@ -303,9 +303,11 @@ def read_settings(cfg: Any, found: Found) -> Any:
     return build_config(cfg, saved, found.folder / STATE)
 
 
-def read_like(cfg: Any) -> Any:
+def read_like(cfg: Any, preset: str) -> Any:
     """The settings of the run that --like names, without those that belong to one start or, as hub_repo, to
-    one run. Raises FileNotFoundError or ValueError if it has none."""
+    one run. Raises FileNotFoundError if it has none, ValueError for a preset or --resume beside it."""
+    if preset:
+        raise ValueError(f"--like replaces the preset's settings: leave out {preset}")
     if cfg.resume:
         raise ValueError("--like begins a new run and --resume goes on with one: leave one of them out")
     path = folders.find_run(Path(cfg.like)) / "config.json"

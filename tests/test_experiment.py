@@ -15,14 +15,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from corpora import decode_shards
-from helpers import ROOT, flags, lines_of, links, values
+from helpers import ROOT, lines_of, links, values
 
 import plot
 import train_gpt2
 from lib import checkpoint, cli
+from train_gpt2 import Config
 
 PAGE = (ROOT / "docs" / "experiment.md").read_text(encoding="utf-8")
-DIFFS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!## ).*\n)*?```diff\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+SECTIONS = [section.partition("\n") for section in PAGE.split("\n## ")[1:]]
+DIFFS = {
+    title: text.split("```diff\n")[1].split("```")[0] for title, _, text in SECTIONS if "```diff" in text
+}
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 
 
@@ -39,9 +43,7 @@ def run_changed(launch, tmp_path):
     """`run_changed(heading, cfg, ...)` applies the diff below a heading and runs a script of the copy."""
     copy = tmp_path / "copy"
 
-    def run(
-        heading: str, cfg: train_gpt2.Config | None, *words: object, script: str = "train_gpt2.py"
-    ) -> str:
+    def run(heading: str, cfg: Config | None, *words: object, script: str = "train_gpt2.py") -> str:
         if not copy.exists():
             shutil.copytree(ROOT / "lib", copy / "lib", ignore=shutil.ignore_patterns("__pycache__"))
             for path in ROOT.glob("*.py"):
@@ -67,7 +69,7 @@ def test_an_optimizer(config, whole, run_changed, tmp_path):
     run = tmp_path / "run"
     run_changed("An optimizer", config, "--optimizer", "lion", "--learning-rate", "1e-3")
     losses = lines_of(run)
-    assert losses != lines_of(whole()) and values(run)[-1] < values(run)[0] - 0.1
+    assert losses != lines_of(whole()) and values(run)[-1] < values(run)[0] - 0.02
     assert "momentum" in "".join(checkpoint.load(run / "step_000012").optimizer)
     links(run, tmp_path / "again", 4)
     shutil.copy(run / "config.json", tmp_path / "again")
@@ -148,12 +150,9 @@ def test_the_loops_of_the_page_parse():
 
 def test_a_run_like_another_has_its_settings_and_trains_as_it_did(whole, tmp_path, launch):
     first = whole()
-    words = ("--like", first, "--log-dir", tmp_path)
-    cfg, _ = train_gpt2.parse_args([*map(str, words), "--learning-rate", "1e-4"])
-    theirs = dataclasses.replace(
-        cfg, learning_rate=3e-3, log_dir=str(first.parent), run_name="whole", like=""
-    )
-    assert flags(theirs) == flags(train_gpt2.parse_args(["--resume", str(first)])[0])[:0] or cfg.n_layer == 1
+    words = ["--like", str(first), "--log-dir", str(tmp_path)]
+    cfg, _ = train_gpt2.parse_args([*words, "--learning-rate", "1e-4"])
+    assert (cfg.learning_rate, cfg.n_embd, cfg.run_name, cfg.resume) == (1e-4, 4, "", "")
     launch(None, *words, "--run-name", "again").finish()
     assert lines_of(tmp_path / "again") == lines_of(first)
     for wrong, reason in (
