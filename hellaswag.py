@@ -19,17 +19,17 @@ against its SHA-256.
 
 import lib.startup  # noqa: F401
 
+import functools
 import itertools
 import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -156,23 +156,27 @@ def pick_batch_size(model: GPT) -> int:
 
 
 @torch.inference_mode()
-def score(model: GPT, rows: list[Row], batch_size: int, progress: tqdm | None = None) -> list[float]:
+def score(
+    model: GPT, rows: list[Row], batch_size: int, report: Callable[[torch.Tensor], None] | None = None
+) -> list[float]:
     """The log-probability of each row's ending after its context, in nats, from float32 logits.
 
     The network runs under the caller's autocast. A row longer than the model's context loses its beginning.
+    Calls `report` with the scores so far, (rows,), nan for the rows still to come.
     """
     longest, cut = model.config.block_size + 1, []
     for context, ending in rows:
         ids = (context + ending)[-longest:]
         start = max(1, len(ids) - len(ending))  # nothing precedes the very first token: it is not scored
         cut.append((tuple(ids[:start]), ids[start:]))
-    scores = torch.zeros(len(rows), dtype=torch.float64)
+    scores = torch.full((len(rows),), math.nan, dtype=torch.float64)
     endings = read_endings(model, cut, batch_size)
     while batches := list(itertools.islice(endings, 8)):  # small batches together, for large logit products
         x, targets, which = (torch.cat(parts) for parts in zip(*batches))
+        scores[which] = 0
         scores.index_add_(0, which, -model.token_losses(x, targets))
-        if progress is not None:
-            progress.update(len(which.unique()))
+        if report:
+            report(scores)
     return scores.tolist()
 
 
@@ -224,6 +228,31 @@ def batch_by_length(lengths: dict[int, int], batch_size: int, least: int) -> Ite
         yield batch
 
 
+def judge(scores: torch.Tensor, items: list[Any]) -> torch.Tensor:
+    """Which items, ((rows, lengths), label) each, are right by acc and by acc_norm, given the rows' scores
+    (4 * items,): (items, 2), float32. Both are nan if a score of the item is not finite."""
+    four = scores.view(len(items), 4)
+    lengths = torch.tensor([lengths for (_, lengths), _ in items]).view(len(items), 4)
+    labels = torch.tensor([label for _, label in items])[:, None]
+    right = torch.stack([four.argmax(1), (four / lengths).argmax(1)], dim=1) == labels
+    return torch.where(four.isfinite().all(1, keepdim=True), right.float(), math.nan)
+
+
+def standard_error(share: float, n: int) -> float:
+    """The standard error of a share of n items, with n - 1 as in lm_eval."""
+    return math.sqrt(share * (1 - share) / max(1, n - 1))
+
+
+def show_accuracy(bar: tqdm, items: list, scores: torch.Tensor):
+    """Moves the bar to the rows that have scores, and writes their items' acc_norm beside it."""
+    right = judge(scores, items)[:, 1]
+    if n := int(right.isfinite().sum()):
+        share = right.nansum().item() / n
+        error = standard_error(share, n)
+        bar.set_postfix_str(f"acc_norm {100 * share:.2f} ± {100 * error:.2f}", refresh=False)
+    bar.update(int(scores.isfinite().sum()) - bar.n)
+
+
 def evaluate(
     model: GPT,
     items: list[dict],
@@ -246,16 +275,11 @@ def evaluate(
         rows = [row for (item_rows, _), _ in mine for row in item_rows]
         hide = None if show and process.rank == 0 else True  # None: show the bar on a terminal only
         with tqdm(total=len(rows), desc=f"HellaSwag, {protocol}", unit="row", disable=hide) as progress:
-            scores = score(model, rows, batch_size, progress)
-        right = torch.zeros(2)  # exact for millions of items
-        for n, ((_, lengths), label) in enumerate(mine):
-            four = np.array(scores[4 * n : 4 * n + 4])
-            # A score that is not finite makes both counts nan, on all processes.
-            wins = [four.argmax() == label, (four / lengths).argmax() == label]
-            right += torch.tensor(wins) if np.isfinite(four).all() else math.nan
+            report = functools.partial(show_accuracy, progress, mine)
+            scores = score(model, rows, batch_size, None if progress.disable else report)
+        right = judge(torch.tensor(scores, dtype=torch.float64), mine).sum(0)
         accuracies = [count / len(items) for count in process.all_reduce(*right.tolist())]
-        # With n - 1, as in lm_eval.
-        errors = [math.sqrt(share * (1 - share) / max(1, len(items) - 1)) for share in accuracies]
+        errors = [standard_error(share, len(items)) for share in accuracies]
         result[protocol] = dict(
             zip(("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"), accuracies + errors)
         )

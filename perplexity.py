@@ -163,7 +163,8 @@ def sum_losses(model: GPT, windows: list[Window], batch_size: int = 8) -> tuple[
     device = model.wte.weight.device
     windows = sorted(windows, key=lambda window: len(window.tokens))  # for little padding
     total, count = 0.0, 0
-    for first in tqdm(range(0, len(windows), batch_size), desc="perplexity", unit="batch", disable=None):
+    bar = tqdm(range(0, len(windows), batch_size), desc="perplexity", unit="batch", disable=None)
+    for first in bar:
         batch = windows[first : first + batch_size]
         padded = np.zeros((len(batch), len(batch[-1].tokens)), dtype=np.int64)
         is_scored = np.zeros(padded.shape, dtype=bool)
@@ -174,6 +175,7 @@ def sum_losses(model: GPT, windows: list[Window], batch_size: int = 8) -> tuple[
         losses = model.token_losses(model.hidden(tokens[:, :-1])[mask], tokens[:, 1:][mask])
         total += losses.sum().item()
         count += losses.numel()
+        bar.set_postfix_str(f"{exponentiate(total / max(1, count)):.2f} so far", refresh=False)
     return total, count
 
 

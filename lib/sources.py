@@ -114,7 +114,7 @@ def find_inputs(source: Source, begun: dict | None = None) -> tuple[list[Input],
     splits = find_wikitext_splits(paths)
     inputs, about = [], {"source": source.name, "revision": f"{len(paths)} files"}
     # An article may begin in one file and end in the next. An earlier version's manifest has no order.
-    if not splits and source.unit != "article" and (begun is None or "order" in begun):
+    if len(paths) > 1 and not splits and source.unit != "article" and (begun is None or "order" in begun):
         root = os.path.commonpath(path.parent for path in paths)
         paths.sort(key=lambda path: documents.hash_name(path.relative_to(root).as_posix()))
         about["order"] = BY_HASH

@@ -1,5 +1,7 @@
 """hellaswag.py: its rows and scores against hand-written ids, a plain loop and lm_eval; its data."""
 
+import gzip
+import io
 import json
 import math
 import random
@@ -12,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import VOCAB_SIZE, forkserver, random_model, save_checkpoint
+from tqdm import tqdm
 
 import hellaswag
 from lib import files, tokenizer
@@ -324,6 +327,23 @@ def test_the_harness_protocol_gives_lm_evals_own_figures(model, folder, tmp_path
         assert 0 < figure < 1
 
 
+def test_the_bar_shows_acc_norm_with_its_standard_error(model):
+    mine = [(hellaswag.render(item, "completion"), item["label"]) for item in ITEMS]
+    rows = [row for (item_rows, _), _ in mine for row in item_rows]
+    with tqdm(total=len(rows), file=io.StringIO()) as bar:
+        moved = []
+
+        def report(scores: torch.Tensor):
+            hellaswag.show_accuracy(bar, mine, scores)
+            moved.append((bar.n, bar.postfix))
+
+        hellaswag.score(model, rows, 1, report)
+    figures = hellaswag.evaluate(model, ITEMS, show=False)["completion"]
+    shown = f"acc_norm {100 * figures['acc_norm']:.2f} ± {100 * figures['acc_norm_stderr']:.2f}"
+    assert moved[-1] == (len(rows), shown)
+    assert moved == sorted(moved, key=lambda item: item[0]) and 0 < moved[0][0] < moved[1][0] < len(rows)
+
+
 def test_scores_that_are_not_finite_are_no_accuracies(folder, tmp_path, capsys):
     model, _ = load_model(str(folder), "cpu")
     with torch.no_grad():
@@ -363,6 +383,13 @@ def test_the_command_prints_and_writes_both_protocols(script, folder, tmp_path):
 def test_items_are_read_and_limited(tmp_path):
     data = write_items(tmp_path / "items.jsonl", ITEMS)
     assert hellaswag.load_items(data) == ITEMS
+    packed = tmp_path / "items.jsonl.gz"
+    packed.write_bytes(gzip.compress(data.read_bytes()))
+    assert hellaswag.load_items(packed) == ITEMS
+    packed.rename(tmp_path / "packed.jsonl")  # another name
+    with pytest.raises(ValueError, match="byte 0x8b is not utf-8") as caught:
+        hellaswag.load_items(tmp_path / "packed.jsonl")
+    assert len(str(caught.value)) < 400
     for encoding in ("utf-8-sig", "utf-16"):
         text = data.read_text(encoding="utf-8").replace("\n", "\r\n")
         (tmp_path / "windows.jsonl").write_bytes(text.encode(encoding))

@@ -1,6 +1,7 @@
 """perplexity.py against Hugging Face's strided recipe, lm_eval, and figures computed by hand; refusals."""
 
 import dataclasses
+import io
 import json
 import math
 import random
@@ -12,6 +13,7 @@ import pytest
 import torch
 from corpora import compress, prepare, to_jsonl, to_parquet
 from helpers import VOCAB_SIZE, random_model, save_checkpoint
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import perplexity
@@ -105,6 +107,19 @@ def test_the_guides_own_figure_differs_by_its_weights_alone(folder, stride, leng
     total, count = perplexity.sum_losses(model, windows)
     is_same = stride == CONTEXT or len(windows) == 1
     assert theirs == pytest.approx(math.exp(total / count), rel=1e-5 if is_same else 0.02)
+
+
+def test_the_bar_shows_the_perplexity_so_far(folder, monkeypatch):
+    bars = []
+
+    def make_bar(steps, **options) -> tqdm:
+        bars.append(tqdm(steps, **{**options, "disable": False, "file": io.StringIO()}))
+        return bars[-1]
+
+    monkeypatch.setattr(perplexity, "tqdm", make_bar)
+    windows = perplexity.make_rolling_windows(np.array(tokenizer.encode(TEXT)), CONTEXT)
+    total, count = perplexity.sum_losses(perplexity.load_model(str(folder), "cpu")[0], windows, 2)
+    assert bars[0].postfix == f"{math.exp(total / count):.2f} so far" and bars[0].n > 1
 
 
 # lm_eval
