@@ -14,6 +14,7 @@ file, and renamed. Loading it runs no code.
 
 import dataclasses
 import errno
+import inspect
 import json
 import shutil
 import sys
@@ -186,10 +187,14 @@ def verify_state(folder: Path) -> dict[str, Any]:
     return body
 
 
+def hash_model_py() -> str:
+    return files.hash_code(Path(inspect.getfile(GPT)))
+
+
 def note_other_network(folder: Path, state: dict[str, Any]):
     """Says on standard error if a checkpoint was trained with another model.py. Earlier versions did not keep
     its hash."""
-    now = files.hash_code(files.ROOT / "model.py")
+    now = hash_model_py()
     if state.get("model_py", now) != now and is_local_main():
         text = "was trained with another model.py; if its network differs, results are wrong"
         print(f"note   {folder} {text}", file=sys.stderr)

@@ -119,7 +119,7 @@ def describe(
         "world_size": world_size,
         "data": reader.folder.fingerprint(),
         "dtype": str(dtype).removeprefix("torch."),
-        "model_py": files.hash_code(files.ROOT / "model.py"),
+        "model_py": checkpoint.hash_model_py(),
         "versions": {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")},
     }
 

@@ -24,6 +24,8 @@ def test_a_run_begun_by_6bad787_goes_on_with_its_very_losses(begun, launch):
     before = {stream: values(begun, stream) for stream in ("train", "val", "lr", "norm")}
     printed = launch(None, "--resume", str(begun), "--dataset-path", str(begun.parent / "toy")).finish()
     assert "resumed at step 6" in printed and len(lines_of(begun)) == 12
+    assert "another model.py" not in printed  # its checkpoint has no hash of one
+    assert (begun / "settings.json").is_file() and not (begun / "config.json").exists()
     for stream, expected in before.items():
         assert values(begun, stream) == pytest.approx(expected, rel=1e-5)
 
