@@ -1,7 +1,8 @@
-"""play.ipynb runs from top to bottom, offline, on a small run; what is committed of it is one whole pass."""
+"""play.ipynb runs from top to bottom, offline, with a checkpoint and without; its outputs are of one pass."""
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -44,6 +45,21 @@ def test_the_notebook_runs_on_a_checkpoint(tmp_path):
     first, last = re.findall(r"loss (\S+) at first, (\S+) at the end", printed)[0]
     assert abs(float(first) - 10.82) < 0.3 and float(last) < 0.05  # the batch is learnt by heart
     assert "and it recites it fine." in printed.partition("at the end")[2]
+
+
+@pytest.mark.slow
+def test_without_a_checkpoint_the_notebook_trains_one(tmp_path):
+    left_out = shutil.ignore_patterns(".*", "log", "data", "tests", "docs")
+    root = Path(shutil.copytree(ROOT, tmp_path / "fresh", ignore=left_out))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(root)}}).execute()
+    printed = "".join(output.get("text", "") for output in outputs_of(notebook))
+    (run,) = (root / "log").iterdir()
+    assert run.name.startswith("notebook_") and f"{run.name}/step_000080 on" in printed
+    assert "holds no checkpoint" in printed and "trains a very small model" in printed
+    assert pictures_in(notebook) == 8
+    losses = [float(loss) for loss in re.findall(r"validation loss (\S+) \(unigram", printed)]
+    assert losses[0] > 10.5 and losses[-1] < 7
 
 
 def test_the_committed_outputs_are_of_one_pass_and_small():
