@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import io
 import json
+import random
 import re
 import shlex
 import shutil
@@ -321,26 +322,25 @@ def read_pydocs() -> Iterator[str]:
     """Yields the prose in docstrings of Python and of requirements.txt's packages, one document per file.
 
     Code, tables, examples and lists are left out. GPT-2's tokenizer spends a token on each blank of an
-    indentation, so a small model would learn mostly blanks. The order is that of the files' `hash_name`: the
-    validation split, the first tenth, samples all packages, and hardly changes with a package's version.
+    indentation, so a small model would learn mostly blanks. A fixed seed shuffles the files: the validation
+    split, the first tenth, then samples all packages. A repeated paragraph stays in its first file. So all
+    repeated ones are for validation, which is easier than training (5.2 and 5.5 nats for a bigram model).
     """
     stdlib = Path(sysconfig.get_path("stdlib"))
-    files = [(p.relative_to(stdlib).as_posix(), p) for p in stdlib.rglob("*.py")]
-    files = [(name, path) for name, path in files if "site-packages" not in path.parts]
+    files = [(str(p.relative_to(stdlib)), p) for p in stdlib.rglob("*.py") if "site-packages" not in p.parts]
     for package in list_pinned_packages():
         distribution = metadata.distribution(package)
         files += [(str(p), Path(str(distribution.locate_file(p)))) for p in distribution.files or []]
-    found: dict[str, list[str]] = {}
+    files = [(name, path) for name, path in sorted(files) if name.endswith(".py") and "test" not in name]
+    random.Random(0).shuffle(files)
     seen: set[str] = set()
-    # A paragraph stays in its first file by name. By hash, all the repeated ones would be for validation.
-    for name, path in sorted(files):
-        if name.endswith(".py") and "test" not in name:
-            source = path.read_text(encoding="utf-8", errors="ignore")
-            docstrings = re.findall(r'"""(.*?)"""', source, flags=re.DOTALL)
-            found[name] = [text for doc in docstrings for text in extract_prose(doc) if text not in seen]
-            seen.update(found[name])
-    for name in sorted(filter(found.get, found), key=hash_name):
-        yield "\n\n".join(dict.fromkeys(found[name]))
+    for _, path in files:
+        source = path.read_text(encoding="utf-8", errors="ignore")
+        docstrings = re.findall(r'"""(.*?)"""', source, flags=re.DOTALL)
+        prose = [text for doc in docstrings for text in extract_prose(doc) if text not in seen]
+        seen.update(prose)
+        if prose:
+            yield "\n\n".join(dict.fromkeys(prose))
 
 
 def hash_name(name: str) -> str:
@@ -356,13 +356,12 @@ def extract_prose(docstring: str) -> Iterator[str]:
         lines = paragraph.strip("\n").split("\n")
         indents = {len(line) - len(line.lstrip()) for line in lines[1:]}
         text = " ".join(line.strip() for line in lines).strip()
-        letters = sum(c.isalpha() or c == " " for c in text)
         if (
             len(indents) <= 1
             and len(text) >= 60
             and text[0].isupper()
             and text.endswith((".", "?", "!"))
-            and letters >= 0.9 * len(text)
             and not re.search(r">>>|::|\\|  |=|[{}|<>_`]{2}|\.\. ", text)
+            and sum(c.isalpha() or c == " " for c in text) >= 0.9 * len(text)  # last, because it is slow
         ):
             yield text
