@@ -462,7 +462,7 @@ def read_flags(argv: list[str], base: Config | None = None) -> Config:
 def parse_args(argv: list[str]) -> tuple[Config, checkpoint.Found | None]:
     """The configuration of a command line, and the checkpoint it resumes. A resumed run starts from the saved
     settings."""
-    cfg = read_flags(argv)
+    cfg = plan.apply_plan_for(read_flags(argv))
     if found := runs.find_checkpoint(cfg):
         cfg = runs.set_location(read_flags(argv, runs.read_settings(cfg, found)), found)
     return cfg, found
