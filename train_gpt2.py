@@ -455,6 +455,7 @@ def parse_args(argv: list[str]) -> tuple[Config, checkpoint.Found | None]:
     cfg = read_flags(argv)
     if cfg.like:
         cfg = read_flags(argv, runs.read_like(cfg, preset=argv[0] if argv[0] in PRESETS else ""))
+    cfg = plan.apply_plan_for(cfg)
     if found := runs.find_checkpoint(cfg):
         cfg = runs.set_location(read_flags(argv, runs.read_settings(cfg, found)), found)
     return cfg, found

@@ -370,11 +370,10 @@ def fit_gpu(cfg: Any, work: Workload, name: str) -> tuple[int, str]:
     return batch_size, f"{note}take a smaller --model-size or --seq-len, or more GPUs and --fsdp"
 
 
-def measure_products(device: torch.device, dtype: torch.dtype) -> float:
-    """The speed in FLOP/s of large matrix products, those of 4,096 tokens in an MLP of GPT-2 124M. Takes
-    about half a second."""
-    scale = 1 if device.type == "cpu" else 4
-    x, weight = (torch.randn(n * scale, 768 * scale, dtype=dtype, device=device) for n in (4096, 3072))
+def measure_products(device: torch.device, dtype: torch.dtype, width: int) -> float:
+    """The speed in FLOP/s of an MLP's first matrix product, for many tokens. Takes about half a second."""
+    tokens = 4096 if device.type == "cpu" else 65536
+    x, weight = (torch.randn(n, width, dtype=dtype, device=device) for n in (tokens, 4 * width))
     count, begin = -1, time.perf_counter()
     while count < 1 or time.perf_counter() - begin < 0.5:
         torch.mm(x, weight.t())
@@ -401,13 +400,13 @@ def describe_time(cfg: Any, work: Workload, process: Process, flops: float) -> l
     elif cfg.plan_for:
         return ["time   unknown for float32: the listed peaks are of 16 bits"]
     else:
-        speed = process.all_reduce(measure_products(process.device, work.dtype))[0]
+        speed = process.all_reduce(measure_products(process.device, work.dtype, work.model_config.n_embd))[0]
         if process.device.type != "cpu":  # whose processes share the cores
             speed *= gpus / process.world_size
         seconds = flops / (PRODUCT_SHARE * speed)
         where = (
             f"on this machine, without evaluation: an estimate, {PRODUCT_SHARE:.0%} of the "
-            f"{speed / 1e12:.2g} TFLOP/s that a matrix product reaches now. For GPUs: --plan-for 8xH100"
+            f"{speed / 1e12:.2g} TFLOP/s that its matrix products reach now. For GPUs: --plan-for 8xH100"
         )
     lines = [f"time   {report.format_seconds(seconds)} {where}"]
     if price := cfg.dollars_per_gpu_hour:

@@ -293,6 +293,8 @@ def test_a_plan_for_gpus_that_are_not_here_needs_only_their_name(launch, real, t
     assert "not even one sequence fits within 90% of the 24 GB of RTX 4090; --batch-size 4 does wi" in printed
     wrong = launch(cfg, "--plan-for", "8xH101")
     assert wrong.wait() == [2] and "'8xH101'; did you mean H100 or" in wrong.printed()
+    with pytest.raises(ValueError, match="which --dry-run and --eval-only must not do"):
+        train_gpt2.parse_args(["--resume", "hf://org/name", "--plan-for", "H100"])
 
 
 def test_a_dry_run_of_a_run_that_goes_on_counts_what_is_left(launch, config, whole):
