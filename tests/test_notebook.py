@@ -48,9 +48,10 @@ def test_the_notebook_runs_on_a_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_checkpoint_the_notebook_trains_one(tmp_path):
+def test_without_a_checkpoint_the_notebook_trains_one(tmp_path, monkeypatch):
     left_out = shutil.ignore_patterns(".*", "log", "data", "tests", "docs")
     root = Path(shutil.copytree(ROOT, tmp_path / "fresh", ignore=left_out))
+    monkeypatch.setenv("PYTHONPATH", str(root))  # conftest.py set it to ROOT
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(root)}}).execute()
     printed = "".join(output.get("text", "") for output in outputs_of(notebook))
