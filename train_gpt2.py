@@ -125,10 +125,10 @@ PRESETS = {
     # scaling by 0.2 * sqrt(768), that is the 0.02 of Muon's author (github.com/KellerJordan/Muon).
     "gpt2-fast": Config(optimizer="muon", learning_rate=3.6e-3, max_steps=7_629, warmup_steps=286),
     "demo": Config(
-        dataset_path="data/pydocs", n_layer=4, n_head=4, n_embd=256, seq_len=256, batch_size=8,
-        total_batch_tokens=4096, learning_rate=3e-3, max_steps=220, warmup_steps=10, optimizer="muon",
-        val_every=50, hellaswag_every=0, sample_every=100,
-        sample_prompt="This function returns", checkpoint_every=100,
+        dataset_path="data/pydocs", n_layer=6, n_head=4, n_embd=128, seq_len=256, batch_size=4,
+        total_batch_tokens=1024, optimizer="muon", learning_rate=6e-3, min_lr_ratio=0.0, max_steps=640,
+        warmup_steps=20, val_every=160, hellaswag_every=0, sample_every=320,
+        sample_prompt="This function returns", checkpoint_every=320, keep_last=1,
     ),
     "finetune": Config(
         init_from="gpt2", dataset_path="data/mine", batch_size=4, total_batch_tokens=32_768,
