@@ -247,7 +247,8 @@ def tokenize(cfg: Config, manifest: dict | None):
         manifest = shard_writer.begin(cfg.folder, plan)
     mine = [n for n in shard_writer.find_missing_parts(cfg.folder, manifest) if n % world_size == rank]
     check_disk(cfg, [parts[n] for n in mine])
-    if rank == 0 and "order" not in about and not inputs[0].split and cfg.val_tokens != 0:
+    is_random = cfg.source == "pydocs" or "order" in about
+    if rank == 0 and not is_random and not inputs[0].split and cfg.val_tokens != 0:
         print("note: validation gets the first documents; its loss differs if they are unlike the rest")
     progress = Progress(sum(file.size for n in mine for file in parts[n]))
     # A thread downloads the next file while this one is read.

@@ -100,8 +100,7 @@ def find_inputs(source: Source, begun: dict | None = None) -> tuple[list[Input],
         packages = [f"{name}-{metadata.version(name)}" for name in documents.list_pinned_packages()]
         version = " ".join([sys.version.split()[0], *packages])
         read = lambda _: documents.batch_documents(documents.read_pydocs())  # noqa: E731
-        about = {"source": "pydocs", "revision": version, "order": BY_HASH}
-        return [Input("pydocs", 0, version, Path, read)], about
+        return [Input("pydocs", 0, version, Path, read)], {"source": "pydocs", "revision": version}
     if source.name in HUB_SOURCES or source.name.startswith("hf:"):
         return find_hub_inputs(source, begun["revision"] if begun else None)
     read = source.read

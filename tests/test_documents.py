@@ -21,7 +21,6 @@ from corpora import (
     prepare,
     read_documents,
     read_stream,
-    sort_by_hash,
     to_jsonl,
     to_parquet,
     to_wikitext,
@@ -431,19 +430,6 @@ def test_pydocs_is_prose_without_duplicates_and_the_same_each_time():
 
 
 PROSE = "This function returns the number of words in a text, which may well be zero."
-
-
-def test_pydocs_are_in_the_order_of_hashes_and_repeats_stay_in_the_first_file_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("lib.documents.list_pinned_packages", lambda: [])
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    names = [f"{letter}.py" for letter in "abcdefgh"]
-    for name in names:
-        own = f"In {name[0]} there is a paragraph of its own, long enough to be taken for prose."
-        (tmp_path / name).write_text(f'"""{own}\n\n{PROSE}"""', encoding="utf-8")
-    documents = list(read_pydocs())
-    assert [f"{document[3]}.py" for document in documents] == sort_by_hash(names)
-    assert [document[3] for document in documents if PROSE in document] == ["a"]
-    assert sort_by_hash(names)[0] != "a.py"
 
 
 @pytest.mark.parametrize(

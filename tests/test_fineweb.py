@@ -168,15 +168,6 @@ def test_a_data_set_that_an_earlier_version_began_keeps_its_order(tmp_path, text
     fineweb.prepare(cfg)
     assert "already complete" in capsys.readouterr().out
 
-    cfg = fineweb.Config(source="pydocs", out_dir=str(tmp_path / "pydocs"), **OPTIONS)
-    manifest |= {"request": cfg.request, **cfg.find_inputs()[1]}
-    del manifest["order"]
-    (cfg.folder / "parts/000000").mkdir(parents=True)
-    (cfg.folder / "manifest.json").write_text(json.dumps(manifest))
-    (cfg.folder / "parts/000000/val_000000.npy").touch()
-    with assert_refused(cfg.folder, "was begun with another .*order"):
-        fineweb.prepare(cfg)
-
 
 def test_an_unfinished_run_is_not_continued_by_a_different_request(tmp_path, source, monkeypatch):
     source.write_bytes(to_jsonl(MANY))
