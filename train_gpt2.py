@@ -93,11 +93,11 @@ class Config:
     log_dir: cli.PathName = start("", "parent of the run folders; by default log/ beside this script")
     resume: cli.PathName = start("", "a run, checkpoint or hf://org/name; alone: the newest", alone="newest")
     override: cli.Switch = start(False, "resume although settings or data differ from the checkpoint's")
-    print_every: int = free(1, "steps between lines on the console", above=0)
+    print_every: int = free(1, "steps between lines on the console; 0 for none", at_least=0)
     max_hours: float = free(0.0, "save and stop (exit code 4) after so many hours; 0 for never", at_least=0)
     eval_only: cli.Switch = start(False, "only evaluate --resume's or --init-from's model; write nothing")
     dry_run: cli.Switch = start(False, "only check, and print what the run would take; write nothing")
-    plan_for: str = start("", "--dry-run for GPUs that are not here: 8xH100, A100-40GB, 4090, ...")
+    plan_for: str = start("", "a dry run for GPUs that are not here, such as 8xH100 or A100-40GB")
     dollars_per_gpu_hour: float = start(0.0, "price for --dry-run's cost; 0 for none", at_least=0)
     # periodic jobs: every so many steps, and at the end
     val_every: int = free(250, "steps between validation losses; 0 for never", at_least=0)

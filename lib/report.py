@@ -125,7 +125,7 @@ class Console:
         """The line of a step: what matters most comes first, because a narrow terminal cuts the end. Returns
         "" for steps that --print-every leaves out."""
         cfg, toks, left = self.cfg, self.cfg.total_batch_tokens / seconds, self.seconds_left(step, seconds)
-        if step % cfg.print_every and step < cfg.max_steps - 1:
+        if not cfg.print_every or (step % cfg.print_every and step < cfg.max_steps - 1):
             return ""
         fields = [f"{format_step(step, cfg.max_steps)} | loss {loss:7.4f}", f"{format_seconds(left):>6} left"]
         fields += [f"{toks:7,.0f} tok/s", f"lr {lr:.2e}", f"norm {norm:6.3f}", f"{1000 * seconds:6.0f} ms"]

@@ -198,7 +198,8 @@ class Run(contextlib.ExitStack):
         if exit_code:
             return
         here, cfg = cli.format_path(self.folder), self.settings
-        print("\n" + report.summarize(self.folder / "log.txt", cfg["max_steps"], cfg["total_batch_tokens"]))
+        summary = report.summarize(self.folder / "log.txt", cfg["max_steps"], cfg["total_batch_tokens"])
+        print("\n" + console.fold(summary))
         print(f"Done. The log is in {here}/log.txt.")
         if cfg["val_every"]:
             failure = run_folder.draw_curves(self.folder, self.folder / "loss.png")
@@ -300,7 +301,7 @@ def read_settings(cfg: Any, found: Found) -> Any:
     saved = found.state["config"]
     if cfg.resume.startswith(hub.PREFIXES["model"]):  # may be somebody else's run: its targets are not ours
         saved = saved | {"hub_repo": "", "tracker": "none"}
-    return build_config(cfg, saved, found.folder / STATE)
+    return build_config(cfg, saved, f"{found.folder / STATE}, config")
 
 
 def read_like(cfg: Any, preset: str) -> Any:
@@ -310,7 +311,7 @@ def read_like(cfg: Any, preset: str) -> Any:
         raise ValueError(f"--like replaces the preset's settings: leave out {preset}")
     if cfg.resume:
         raise ValueError("--like begins a new run and --resume goes on with one: leave one of them out")
-    path = folders.find_run(Path(cfg.like)) / "config.json"
+    path = folders.find_settings(folders.find_run(Path(cfg.like)))
     if not path.is_file():
         raise FileNotFoundError(f"--like {cfg.like!r} is no run: {path} is missing; give log/<run>")
     saved = schema.read_json(path, {})
@@ -318,7 +319,7 @@ def read_like(cfg: Any, preset: str) -> Any:
     return build_config(cfg, {name: saved[name] for name in saved.keys() - left_out}, path)
 
 
-def build_config(cfg: Any, saved: dict[str, Any], where: Path) -> Any:
+def build_config(cfg: Any, saved: dict[str, Any], where: Path | str) -> Any:
     """Saved settings as an object like cfg. Raises ValueError for settings of a later version."""
     if unknown := saved.keys() - {field.name for field in dataclasses.fields(cfg)}:
         raise ValueError(f"{where} has settings that are not known here: {', '.join(sorted(unknown))}")

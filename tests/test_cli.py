@@ -26,7 +26,7 @@ from lib import cli, device, files, tokenizer
 PATHS = {
     bench: ["text", "json"], fineweb: ["source", "out_dir"], generate: ["model", "prompt_file", "json"],
     hellaswag: ["model", "data", "json"], perplexity: ["data", "model", "json"], plot: ["out"],
-    train_gpt2: ["dataset_path", "init_from", "log_dir", "resume"],
+    train_gpt2: ["dataset_path", "init_from", "like", "log_dir", "resume"],
 }  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def test_headings_are_bold_on_a_terminal_that_may_have_colours(env):
         ("--gpus=2", "write --num-gpus"),
         ("--epochs 3", "write --max-steps (--dry-run"),
         ("--dataset x", "write --dataset-path data/NAME"),
-        ("--compile=False", "--no-NAME off; no switch takes a value, as 'False'"),
+        ("--fsdp=False", "--no-NAME off; no switch takes a value, as 'False'"),
         ("--zzz", "no flag --zzz; --help lists the flags"),
     ],
 )

@@ -1,18 +1,25 @@
 """lib/console.py, cli.run and report: what happens when the screen, the reader or the terminal is gone."""
 
+import contextlib
+import dataclasses
+import fcntl
 import io
 import json
 import os
+import pty
+import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from functools import partial
 from pathlib import Path
 
 import faults
 import pytest
-from helpers import ROOT, flags, random_model, save_checkpoint
+from helpers import ROOT, flags, random_model, save_checkpoint, train
 
 from lib import checkpoint, cli, console, report
 from lib.stops import Signals
@@ -172,6 +179,48 @@ def test_ctrl_c_while_a_script_works_ends_it_with_130_and_a_line(tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# the terminal's width
+
+
+def on_terminal(columns: int, code: str) -> str:
+    """Standard output of a program whose terminal is so wide, as text."""
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")} | {"TERM": "xterm"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=side, env=env, cwd=ROOT) as process:
+        os.close(side)
+        printed = b""
+        with contextlib.suppress(OSError):  # the end, on Linux
+            while data := os.read(main, 1000):
+                printed += data
+    os.close(main)
+    assert process.returncode == 0
+    return printed.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_no_line_of_a_run_is_wider_than_the_terminal(config, columns):
+    words = [*flags(dataclasses.replace(config, sample_every=6, val_every=6)), "--max-steps", "12"]
+    code = f"import train_gpt2; train_gpt2.main(*train_gpt2.parse_args({words!r}))"
+    printed = re.sub(r"\x1b\[\d*m", "\0", on_terminal(columns, code))
+    lines = [line for line in printed.replace("\0", "").splitlines() if config.log_dir not in line]
+    assert not [line for line in lines if len(line) > columns]
+    (first, *_, last) = [line for line in lines if "| loss" in line]
+    assert re.match(r"step  0/12 \| loss 10\.\d{4} \| +\dm\d\ds left \| +[\d,]+ tok/s", first)
+    assert last.startswith("step 11/12 |") and ("| norm" in last) == (columns == 120)
+    assert re.search(
+        r"\0step  6/12 \| validation loss \S+ \| perplexity [\d,.]+ \| unigram [^\n]+\0\n", printed
+    )
+
+
+def test_a_pipe_gets_whole_lines_and_print_every_some(config, capsys):
+    train(config, print_every=5)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "| loss" in line]
+    assert [line.split("/")[0] for line in lines] == ["step  0", "step  5", "step 10", "step 11"]
+    assert all(re.search(r"left \| .* tok/s \| lr .* \| norm .* ms$", line) for line in lines)
+
+
+# -----------------------------------------------------------------------------
 # messages
 
 
@@ -202,8 +251,8 @@ def test_what_to_do_next_is_to_be_pasted_in_any_folder(tmp_path, monkeypatch):
 def test_a_refusal_is_the_last_thing_under_torchrun(tmp_path):
     torchrun = "{python} -m torch.distributed.run --standalone --nproc-per-node 1"
     for words, reason in (
-        ("--batch-size 3", "traceback : train_gpt2.py: --total-batch-tokens 4096 is no multiple of"),
-        ("--nonsense 3", "Unrecognized options: --nonsense"),
+        ("--batch-size 3", "traceback : train_gpt2.py: --total-batch-tokens 1024 is no multiple of"),
+        ("--nonsense 3", "there is no flag --nonsense"),
     ):
         done = sh(f"{torchrun} {{root}}/train_gpt2.py demo {words} --log-dir {tmp_path}")
         *_, rule = report = done.stderr.rstrip().splitlines()[-20:]

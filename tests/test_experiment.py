@@ -72,7 +72,7 @@ def test_an_optimizer(config, whole, run_changed, tmp_path):
     assert losses != lines_of(whole()) and values(run)[-1] < values(run)[0] - 0.02
     assert "momentum" in "".join(checkpoint.load(run / "step_000012").optimizer)
     links(run, tmp_path / "again", 4)
-    shutil.copy(run / "config.json", tmp_path / "again")
+    shutil.copy(run / "settings.json", tmp_path / "again")
     run_changed("An optimizer", None, "--resume", tmp_path / "again")
     assert lines_of(tmp_path / "again") == losses
 
@@ -81,7 +81,7 @@ def test_an_evaluation(config, whole, run_changed, tmp_path):
     """Its values come at their steps, once, though the run was resumed; training stays as it was."""
     run = tmp_path / "run"
     printed = run_changed("An evaluation", config, "--repeat-every", "2", "--max-steps", "4")
-    assert f"step      4 | repeat {values(run, 'repeat')[-1]:.4g}" in printed
+    assert f"step 4/4 | repeat {values(run, 'repeat')[-1]:.4g}" in printed
     assert "; repeat " in printed  # in the summary
     before = lines_of(run, "repeat")
     with open(run / "log.txt", "a", encoding="utf-8") as log:
@@ -96,7 +96,7 @@ def test_an_evaluation(config, whole, run_changed, tmp_path):
     panels = plot.draw([plot.Run(run)], plot.Config()).axes
     assert [axes.get_title(loc="left") for axes in panels][1:] == ["Repeat"]
     evaluated = run_changed("An evaluation", None, "--resume", run, "--eval-only")
-    assert "step      6 | repeat" in evaluated
+    assert "step 6/6 | repeat" in evaluated
 
 
 def test_a_data_source(run_changed, tmp_path):

@@ -229,7 +229,7 @@ def test_auto_is_a_batch_size_among_numbers(config):
     assert train_gpt2.read_flags(["--batch-size", "8"]).batch_size == 8
     for words in (["--batch-size", "auto"], ["demo", "--batch-size=auto"], ["gpt2", "--batch-size=auto"]):
         assert train_gpt2.read_flags(words).batch_size == "auto"
-    assert train_gpt2.read_flags(["demo"]).batch_size == 8
+    assert train_gpt2.read_flags(["demo"]).batch_size == 4
     with pytest.raises(SystemExit):
         train_gpt2.read_flags(["--batch-size", "large"])
     cfg = dataclasses.replace(config, batch_size="auto", total_batch_tokens=64)
@@ -272,7 +272,6 @@ def test_a_dry_run_prints_what_a_run_takes_and_leaves_nothing(launch, real, tmp_
     assert {"weights", "gradients", "optimizer"} <= set(sizes)
     assert sizes["optimizer"] == pytest.approx(8 * shape.num_params / 1e9, abs=0.006)
     assert sum(sizes.values()) == pytest.approx(number(printed, "memory "), abs=0.04)
-    assert all(len(line) <= 80 or str(tmp_path) in line for line in printed.splitlines())
 
 
 def test_a_plan_for_gpus_that_are_not_here_needs_only_their_name(launch, real, tmp_path):

@@ -96,7 +96,7 @@ def test_a_spike_is_logged_and_left_out_only_if_asked(train, tally):
         expected = (losses[SPIKE] - np.mean(losses[:SPIKE])) / np.std(losses[:SPIKE])
         assert int(step) == SPIKE and expected > 6
         assert float(surprise) == pytest.approx(expected, rel=1e-2)
-        assert f"step {SPIKE:>6} | a spike, {float(surprise):.1f} standard" in run.printed
+        assert f"step {SPIKE}/{LAST} | a spike, {float(surprise):.1f} standard" in run.printed
         assert ("the weights are left as they are" in run.printed) == skip
         assert len(run.weights) == LAST and run.unchanged == ([SPIKE] if skip else [])
         assert recent(run.folder, LAST) == pytest.approx(losses, rel=1e-5)

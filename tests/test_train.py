@@ -475,7 +475,7 @@ def test_bad_values_are_refused_before_the_first_step(config, tmp_path, change, 
 
 def test_the_command_line(config, launch):
     demo = train_gpt2.read_flags(["demo", "--max-steps", "7", "--learning_rate=1"])
-    assert (demo.max_steps, demo.learning_rate, demo.n_layer) == (7, 1.0, 4)
+    assert (demo.max_steps, demo.learning_rate, demo.n_layer) == (7, 1.0, 6)
     assert train_gpt2.read_flags([]) == Config()
     wrong = [
         launch(None, "demo", "--bogus", "3"),
