@@ -24,7 +24,8 @@ def write_sample(model: GPT, prompt: str, seed: int) -> str:
     generator = torch.Generator().manual_seed(seed)
     rows = model.eval().generate(ids, 60, temperature=0.8, top_k=50, generator=generator)
     text = tokenizer.decode_until_end(rows[0].tolist())
-    return textwrap.shorten(" ".join(text.split()), 230, placeholder=" ...")
+    text = text.encode("ascii", "replace").decode()  # matplotlib's font lacks some characters of the noise
+    return textwrap.shorten(text, 230, placeholder=" ...")
 
 
 def main(run: Path):
@@ -33,15 +34,15 @@ def main(run: Path):
     torch.manual_seed(cfg["seed"])
     prompt, step = cfg["sample_prompt"], trained.state["step"]
     samples = {
-        "before the first step": write_sample(GPT(trained.model.config), prompt, seed=0),
-        f"after {step} steps": write_sample(trained.model, prompt, seed=0),
+        "before the first step": write_sample(GPT(trained.model.config), prompt, seed=3),
+        f"after {step} steps": write_sample(trained.model, prompt, seed=3),
     }
     validation = shards.ShardReader(
-        shards.Folder(Path(cfg["dataset_path"])), "val", cfg["seq_len"], cfg["seed"]
+        shards.Folder(files.ROOT / cfg["dataset_path"]), "val", cfg["seq_len"], cfg["seed"]
     )
     entropy = validation.unigram_entropy(cfg["val_tokens"])
     for theme, name in (("light", "demo.png"), ("dark", "demo-dark.png")):
-        figure = plot.draw([plot.Run(run)], plot.Config(theme=theme, smooth=1))
+        figure = plot.draw([plot.Run(run)], plot.Config(theme=theme))
         axes, ink = figure.axes[0], plot.THEMES[theme][1]
         axes.axhline(entropy, color=plot.GREY, linestyle="--", linewidth=1.2)
         text = f"unigram entropy {entropy:.2f}: each token guessed by its frequency"
@@ -50,7 +51,8 @@ def main(run: Path):
         )
         lines = [f"{when}:\n{textwrap.fill(sample, 88)}" for when, sample in samples.items()]
         figure.supxlabel("\n\n".join(lines), x=0.02, ha="left", fontsize=9, color=ink, parse_math=False)
-        figure.savefig(files.ASSETS / name)
+        figure.set_size_inches(6.4, 5)
+        figure.savefig(files.ASSETS / name, dpi=150)
 
 
 if __name__ == "__main__":
