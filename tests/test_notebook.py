@@ -59,7 +59,7 @@ def test_without_a_checkpoint_the_notebook_trains_one(tmp_path, monkeypatch):
     assert run.name.startswith("notebook_") and f"{run.name}/step_000080 on" in printed
     assert "holds no checkpoint" in printed and "trains a very small model" in printed
     assert pictures_in(notebook) == 8
-    losses = [float(loss) for loss in re.findall(r"validation loss (\S+) \(unigram", printed)]
+    losses = [float(loss) for loss in re.findall(r"validation loss (\S+) \|", printed)]
     assert losses[0] > 10.5 and losses[-1] < 7
 
 
