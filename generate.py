@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 import tyro
 
-from lib import cli, documents, files, terminal, tokenizer
+from lib import cli, console, documents, files, terminal, tokenizer
 from lib.checkpoint import load_model
 from lib.decoding import speed_up
 from lib.device import autocast, cast_linears, pick_dtype
@@ -210,14 +210,14 @@ def stream_pieces(model: GPT, prompts: list[list[int]], cfg: Config) -> Iterator
 
 def render(pieces: list[Piece], cfg: Config) -> str:
     """The pieces' text, coloured if --show-probs asks for it and the terminal has colours."""
-    if cfg.show_probs and terminal.has_colours():
+    if cfg.show_probs and console.has_colours():
         return "".join(terminal.colour(piece.text, piece.probability) for piece in pieces if piece.text)
     return "".join(piece.text for piece in pieces)
 
 
 def print_probabilities(samples: list[list[Piece]]):
     """Prints on standard error the colours' legend or, without colours, a table of probabilities."""
-    if terminal.has_colours():
+    if console.has_colours():
         print("probability in the model:", terminal.format_legend(), file=sys.stderr)
         return
     for number, pieces in enumerate(samples, 1):

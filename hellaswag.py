@@ -228,13 +228,11 @@ def batch_by_length(lengths: dict[int, int], batch_size: int, least: int) -> Ite
         yield batch
 
 
-def judge(scores: torch.Tensor, items: list[Any]) -> torch.Tensor:
-    """Which items, ((rows, lengths), label) each, are right by acc and by acc_norm, given the rows' scores
-    (4 * items,): (items, 2), float32. Both are nan if a score of the item is not finite."""
-    four = scores.view(len(items), 4)
-    lengths = torch.tensor([lengths for (_, lengths), _ in items]).view(len(items), 4)
-    labels = torch.tensor([label for _, label in items])[:, None]
-    right = torch.stack([four.argmax(1), (four / lengths).argmax(1)], dim=1) == labels
+def judge(scores: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Which items are right by acc and by acc_norm, given the rows' scores (4 * items,), the endings' lengths
+    (items, 4) and the labels (items,): (items, 2), float32. Both are nan if a score is not finite."""
+    four = scores.view(lengths.shape)
+    right = torch.stack([four.argmax(1), (four / lengths).argmax(1)], dim=1) == labels[:, None]
     return torch.where(four.isfinite().all(1, keepdim=True), right.float(), math.nan)
 
 
@@ -243,9 +241,9 @@ def standard_error(share: float, n: int) -> float:
     return math.sqrt(share * (1 - share) / max(1, n - 1))
 
 
-def show_accuracy(bar: tqdm, items: list, scores: torch.Tensor):
+def show_accuracy(bar: tqdm, lengths: torch.Tensor, labels: torch.Tensor, scores: torch.Tensor):
     """Moves the bar to the rows that have scores, and writes their items' acc_norm beside it."""
-    right = judge(scores, items)[:, 1]
+    right = judge(scores, lengths, labels)[:, 1]
     if n := int(right.isfinite().sum()):
         share = right.nansum().item() / n
         error = standard_error(share, n)
@@ -270,14 +268,16 @@ def evaluate(
     batch_size = pick_batch_size(model) if batch_size == "auto" else batch_size
     result: dict = {"n": len(items)}
     for protocol in protocols:
-        share = items[process.rank :: process.world_size]
-        mine = [(render(item, protocol), int(item["label"])) for item in share]
-        rows = [row for (item_rows, _), _ in mine for row in item_rows]
+        mine = items[process.rank :: process.world_size]
+        rendered = [render(item, protocol) for item in mine]
+        rows = [row for item_rows, _ in rendered for row in item_rows]
+        lengths = torch.tensor([lengths for _, lengths in rendered]).view(len(mine), 4)
+        labels = torch.tensor([int(item["label"]) for item in mine])
         hide = None if show and process.rank == 0 else True  # None: show the bar on a terminal only
         with tqdm(total=len(rows), desc=f"HellaSwag, {protocol}", unit="row", disable=hide) as progress:
-            report = functools.partial(show_accuracy, progress, mine)
+            report = functools.partial(show_accuracy, progress, lengths, labels)
             scores = score(model, rows, batch_size, None if progress.disable else report)
-        right = judge(torch.tensor(scores, dtype=torch.float64), mine).sum(0)
+        right = judge(torch.tensor(scores, dtype=torch.float64), lengths, labels).sum(0)
         accuracies = [count / len(items) for count in process.all_reduce(*right.tolist())]
         errors = [standard_error(share, len(items)) for share in accuracies]
         result[protocol] = dict(

@@ -249,8 +249,8 @@ def evaluate(setup: Setup, model: GPT, step: int, due: set[str]) -> dict[str, fl
     with setup.autocast, allow_cudnn_attention(False):
         if "val" in due:
             loss = validation_loss(whole, setup.val_data, cfg.val_tokens, process)
-            perplexity = f"perplexity {math.exp(min(loss, 700)):,.1f}"
-            note("val", loss, perplexity, f"unigram entropy {setup.entropy:.2f}")
+            perplexity = math.exp(loss) if loss < 20 else math.inf
+            note("val", loss, f"perplexity {perplexity:,.1f}", f"unigram entropy {setup.entropy:.2f}")
         if "hellaswag" in due and (items := setup.hellaswag_items):
             scores = hellaswag.evaluate(whole, items, process, protocols=("completion",))
             note("hella", scores["completion"]["acc_norm"], f"{len(items):,} items")
@@ -334,7 +334,8 @@ def train(setup: Setup, stack: contextlib.ExitStack) -> Path:
     run.start_tracker(progress.tracker_id)
     watch = stops.Watch(process, cfg.max_hours, cfg.checkpoint_minutes, cfg.max_bad_steps)
     stack.callback(watch.signals.restore)
-    console = report.Console(cfg, model_config.flops_per_token(cfg.seq_len), device, setup.dtype, world_size)
+    flops, jobs = model_config.flops_per_token(cfg.seq_len), runs.find_jobs(cfg) - {"checkpoint"}
+    console = report.Console(cfg, flops, device, setup.dtype, world_size, jobs)
     first_step, pin = progress.step, device.type == "cuda"
     steps = [0 if cfg.overfit_one_batch else step for step in range(first_step, cfg.max_steps)]
     batches = train_data.batches(steps, micro_steps, batch_size, sequences, rank, world_size, pin_memory=pin)

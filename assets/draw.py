@@ -3,7 +3,7 @@
     python assets/draw.py log/<run>        # assets/demo.png, assets/demo-dark.png
 
 Above: the losses beside the unigram entropy of the validation split. Below: what the network wrote to the
-same prompt before the first step and after the last.
+same prompt before the first step and after the last, with one fixed seed.
 """
 
 import sys
@@ -41,9 +41,9 @@ def main(run: Path):
         shards.Folder(files.ROOT / cfg["dataset_path"]), "val", cfg["seq_len"], cfg["seed"]
     )
     entropy = validation.unigram_entropy(cfg["val_tokens"])
-    for theme, name in (("light", "demo.png"), ("dark", "demo-dark.png")):
-        figure = plot.draw([plot.Run(run)], plot.Config(theme=theme))
-        axes, ink = figure.axes[0], plot.THEMES[theme][1]
+    for look, name in ((plot.Config(), "demo.png"), (plot.Config(theme="dark"), "demo-dark.png")):
+        figure = plot.draw([plot.Run(run)], look)
+        axes, ink = figure.axes[0], plot.THEMES[look.theme][1]
         axes.axhline(entropy, color=plot.GREY, linestyle="--", linewidth=1.2)
         text = f"unigram entropy {entropy:.2f}: each token guessed by its frequency"
         axes.text(

@@ -37,7 +37,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from lib import console, terminal
+from lib import console
 from lib.environment import is_local_main
 
 C = TypeVar("C")
@@ -157,11 +157,13 @@ def parse(
 # wrong words
 
 
-def suggest(word: str, names: Iterable[str | Path]) -> str:
+def suggest(word: str, names: Iterable[str | Path] | dict[str, str]) -> str:
     """Returns "; did you mean ...?" with the nearest of the names, at most three; "" if none is near. Of a
-    path, the last part is compared."""
-    by_name = {(name.name if isinstance(name, Path) else name).lower(): name for name in names}
-    near = [by_name[name] for name in difflib.get_close_matches(word.lower(), by_name)]
+    path, the last part is compared. A dictionary has the words to show as its values."""
+    by_name: dict[str, Any] = {(n.name if isinstance(n, Path) else n).lower(): n for n in names}
+    if isinstance(names, dict):
+        by_name |= names
+    near = dict.fromkeys(by_name[name] for name in difflib.get_close_matches(word.lower(), by_name))
     shown = [format_path(name) if isinstance(name, Path) else name for name in near]
     return f"; did you mean {' or '.join(shown)}?" if shown else ""
 
@@ -201,15 +203,14 @@ def format_help(
     for name, heading in read_headings(config).items():
         groups.setdefault(heading, []).extend([name] if name not in most_used else [])
     column = max(len(left) for left, _ in flags.values()) + 4
-    bold = "\x1b[1m{}\x1b[0m" if terminal.has_colours() else "{}"
     words = [f"[{'|'.join(presets)}]"] if presets else []
     usage = " ".join(["usage: python", Path(sys.argv[0]).name, *words, "[--flag VALUE ...]"])
     parts = [usage, wrap(first, width)]
     for heading, names in groups.items():
         rows = [wrap(f"  {flags[name][0]:{column - 4}}  {flags[name][1]}", width, column) for name in names]
-        parts += ["\n".join([bold.format(heading), *rows])] if rows else []
+        parts += ["\n".join([console.emphasize(heading), *rows])] if rows else []
     parts += [wrap(note, width) for note in notes]
-    parts += [f"{bold.format('Examples')}\n{wrap(part, width)}" for part in commands]
+    parts += [f"{console.emphasize('Examples')}\n{wrap(part, width)}" for part in commands]
     return "\n\n".join(parts)
 
 

@@ -120,7 +120,11 @@ def fold(text: str, indent: str = " " * 7) -> str:
     return "\n".join(lines)
 
 
+def has_colours() -> bool:
+    """Whether standard output is a terminal with colours, and the user allows them (no-color.org)."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+
+
 def emphasize(text: str) -> str:
-    """Bold on a terminal, unless the user wants no colours (no-color.org)."""
-    is_plain = not sys.stdout.isatty() or os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR")
-    return text if is_plain else f"\x1b[1m{text}\x1b[0m"
+    """Bold, on a terminal with colours."""
+    return f"\x1b[1m{text}\x1b[0m" if has_colours() else text

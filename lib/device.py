@@ -30,6 +30,7 @@ class GPU(NamedTuple):
 
 # From NVIDIA's data sheets, of which those since Ampere print the peak with sparsity, twice the dense one.
 # GeForce: the white papers of GA102, Ada and RTX Blackwell, appendix A. A10G: AWS, which alone has it.
+# Not looked up again: H100 NVL, H200 NVL, RTX 6000 Ada.
 GPUS = {
     "B200": GPU(2250e12, 180e9),
     "H200 NVL": GPU(835e12, 141e9),

@@ -9,7 +9,6 @@ Memory is counted tensor by tensor from model.py. Tests compare it with the meas
 
 import contextlib
 import dataclasses
-import difflib
 import math
 import os
 import re
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lib import report
+from lib import cli, report
 from lib.device import GPUS, autocast, peak_flops
 from lib.environment import read_number
 from lib.processes import Process
@@ -326,9 +325,8 @@ def find_gpu(text: str) -> tuple[int, str]:
     count, name = re.fullmatch(r"(?:\s*(\d+)\s*[xX×])?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
     if simplify(name) in known and count != "0":
         return int(count or 0), known[simplify(name)]
-    near = dict.fromkeys(known[one] for one in difflib.get_close_matches(simplify(name), known))
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ValueError(f"--plan-for is {text!r}; {hint}Known are {', '.join(GPUS)}, or so many of one: 8xH100")
+    hint = cli.suggest(simplify(name), known) or ";"
+    raise ValueError(f"--plan-for is {text!r}{hint} Known are {', '.join(GPUS)}, or so many of one: 8xH100")
 
 
 def apply_plan_for(cfg: Any) -> Any:

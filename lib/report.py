@@ -36,8 +36,9 @@ def describe_setup(setup: Any, why: str) -> str:
     cfg, device, shape = setup.cfg, setup.process.device, setup.model.config
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     lines = [f"model  {describe_model(shape)}; {cfg.optimizer}"]
-    where = f"{device}{gpu}" if not cfg.plan_for else f"{cfg.plan_for} (planned, not used)"
-    lines.append(f"device {where}, {str(setup.dtype).removeprefix('torch.')} ({why})")
+    dtype = str(setup.dtype).removeprefix("torch.")
+    used, planned = f"{device}{gpu}, {dtype} ({why})", f"{cfg.plan_for} (planned, not used), {dtype}"
+    lines.append(f"device {planned if cfg.plan_for else used}")
     if reader := setup.train_data:
         epochs = cfg.max_steps * (cfg.total_batch_tokens // cfg.seq_len) / reader.num_windows
         folder = format_path(reader.folder.folder)
@@ -98,15 +99,24 @@ def print_sample(text: str):
 
 class Console:
     """Makes the line of each step. Knows the time to the end, evaluations included, and, if the device's peak
-    is known, MFU: model FLOP/s as a share of the peak (Chowdhery et al., 2022, arXiv:2204.02311, app. B)."""
+    is known, MFU: model FLOP/s as a share of the peak (Chowdhery et al., 2022, arXiv:2204.02311, app. B).
+
+    cfg: train_gpt2.py's settings; evaluations: the names of its periodic ones.
+    """
 
     def __init__(
-        self, cfg: Any, flops_per_token: float, device: torch.device, dtype: torch.dtype, world_size: int
+        self,
+        cfg: Any,
+        flops_per_token: float,
+        device: torch.device,
+        dtype: torch.dtype,
+        world_size: int,
+        evaluations: set[str],
     ):
         self.cfg, self.flops = cfg, flops_per_token
         self.peak = peak_flops(device, dtype) * world_size
-        intervals = (cfg.val_every, cfg.hellaswag_every, cfg.sample_every)
-        self.evaluate_every = min(filter(None, intervals), default=cfg.max_steps + 1)
+        intervals = [getattr(cfg, f"{name}_every") for name in evaluations]
+        self.evaluate_every = min(intervals, default=cfg.max_steps + 1)
         self.seconds = self.pauses = 0.0  # in steps, and between them
         self.steps = self.evaluations = 0
         self.last = time.perf_counter()

@@ -94,7 +94,8 @@ class Progress:
 
 
 def find_jobs(cfg: Any) -> set[str]:
-    """The periodic jobs that are on: `val` if val_every is not 0, and so on."""
+    """The periodic jobs that are on: `val` if val_every is not 0, and so on. --keep-every and --print-every
+    have no work of their own."""
     names = [field.name for field in dataclasses.fields(cfg) if field.name.endswith("_every")]
     return {name.removesuffix("_every") for name in names if getattr(cfg, name)} - {"keep", "print"}
 

@@ -2,7 +2,7 @@
 
     text = read_pipe() if is_piped() else None   # all of standard input
     for line in read_lines():                    # until Ctrl-D or the end of a pipe; Ctrl-C discards a line
-        print(colour("word", probability=0.3) if has_colours() else "word")
+        print(colour("word", probability=0.3))
 
 On disk: nothing.
 """
@@ -18,11 +18,6 @@ from typing import BinaryIO
 
 # Probabilities below the first number have the second as their colour, of a terminal's 256.
 SHADES = ((0.01, 196), (0.05, 208), (0.2, 220), (0.5, 112), (2.0, 34))
-
-
-def has_colours() -> bool:
-    """Whether standard output is a terminal with colours, and the user allows them (no-color.org)."""
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
 
 
 def colour(text: str, probability: float) -> str:

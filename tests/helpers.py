@@ -1,5 +1,6 @@
 """Shared by test files: small models, checkpoints and shards, runs in this process and in forked ones."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -8,6 +9,7 @@ import os
 import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -125,6 +127,28 @@ def flags(cfg: Config) -> list[str]:
         else:
             words += [f"--{name}", str(value)]
     return words
+
+
+def run_on_terminal(columns: int, *words: str, **env: str) -> str:
+    """What a program prints on a terminal that is so wide."""
+    import fcntl
+    import pty
+    import termios
+
+    screen, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+    with subprocess.Popen(
+        words, stdin=side, stdout=side, stderr=side, env=kept | {"TERM": "xterm"} | env, cwd=ROOT
+    ) as process:
+        os.close(side)
+        printed = b""
+        with contextlib.suppress(OSError):  # on Linux the end of the output
+            while data := os.read(screen, 4096):
+                printed += data
+    os.close(screen)
+    assert process.returncode == 0, printed.decode()
+    return printed.decode().replace("\r\n", "\n")
 
 
 def lines_of(run: Path, *streams: str) -> list[str]:

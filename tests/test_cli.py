@@ -1,10 +1,8 @@
 """cli.py and device.py: what command lines share, and choices that depend on the machine alone."""
 
-import contextlib
 import dataclasses
 import os
 import re
-import struct
 import subprocess
 import sys
 import typing
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, train
+from helpers import ROOT, run_on_terminal, train
 
 import bench
 import fineweb
@@ -92,23 +90,9 @@ def test_help_of_training_is_short_begins_with_what_is_most_used_and_knows_the_p
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminal")
 @pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}])
 def test_headings_are_bold_on_a_terminal_that_may_have_colours(env):
-    import fcntl
-    import pty
-    import termios
-
-    screen, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 72, 0, 0))
-    env = {n: v for n, v in os.environ.items() if n not in ("NO_COLOR", "COLUMNS")} | {"TERM": "xterm"} | env
-    words = [sys.executable, str(ROOT / "plot.py"), "--help"]
-    process = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, env=env)
-    os.close(slave)
-    data = b""
-    with contextlib.suppress(OSError):  # on Linux the end of the output
-        while more := os.read(screen, 4096):
-            data += more
-    os.close(screen)
-    assert process.wait() == 0 and (b"\x1b[1mFlags\x1b[0m" in data) == ("NO_COLOR" not in env)
-    lines = re.sub(r"\x1b\[\d*m", "", data.decode()).splitlines()
+    printed = run_on_terminal(72, sys.executable, str(ROOT / "plot.py"), "--help", **env)
+    assert ("\x1b[1mFlags\x1b[0m" in printed) == ("NO_COLOR" not in env)
+    lines = re.sub(r"\x1b\[\d*m", "", printed).splitlines()
     assert 60 < max(map(len, lines)) <= 72
 
 

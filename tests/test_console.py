@@ -1,25 +1,20 @@
 """lib/console.py, cli.run and report: what happens when the screen, the reader or the terminal is gone."""
 
-import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import os
-import pty
 import re
 import shlex
 import signal
-import struct
 import subprocess
 import sys
-import termios
 from functools import partial
 from pathlib import Path
 
 import faults
 import pytest
-from helpers import ROOT, flags, random_model, save_checkpoint, train
+from helpers import ROOT, flags, random_model, run_on_terminal, save_checkpoint, train
 
 from lib import checkpoint, cli, console, report
 from lib.stops import Signals
@@ -182,27 +177,12 @@ def test_ctrl_c_while_a_script_works_ends_it_with_130_and_a_line(tmp_path):
 # the terminal's width
 
 
-def on_terminal(columns: int, code: str) -> str:
-    """Standard output of a program whose terminal is so wide, as text."""
-    main, side = pty.openpty()
-    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")} | {"TERM": "xterm"}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=side, env=env, cwd=ROOT) as process:
-        os.close(side)
-        printed = b""
-        with contextlib.suppress(OSError):  # the end, on Linux
-            while data := os.read(main, 1000):
-                printed += data
-    os.close(main)
-    assert process.returncode == 0
-    return printed.decode().replace("\r\n", "\n")
-
-
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminal")
 @pytest.mark.parametrize("columns", [80, 120])
 def test_no_line_of_a_run_is_wider_than_the_terminal(config, columns):
     words = [*flags(dataclasses.replace(config, sample_every=6, val_every=6)), "--max-steps", "12"]
     code = f"import train_gpt2; train_gpt2.main(*train_gpt2.parse_args({words!r}))"
-    printed = re.sub(r"\x1b\[\d*m", "\0", on_terminal(columns, code))
+    printed = re.sub(r"\x1b\[\d*m", "\0", run_on_terminal(columns, sys.executable, "-c", code))
     lines = [line for line in printed.replace("\0", "").splitlines() if config.log_dir not in line]
     assert not [line for line in lines if len(line) > columns]
     (first, *_, last) = [line for line in lines if "| loss" in line]

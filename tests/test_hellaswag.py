@@ -328,13 +328,15 @@ def test_the_harness_protocol_gives_lm_evals_own_figures(model, folder, tmp_path
 
 
 def test_the_bar_shows_acc_norm_with_its_standard_error(model):
-    mine = [(hellaswag.render(item, "completion"), item["label"]) for item in ITEMS]
-    rows = [row for (item_rows, _), _ in mine for row in item_rows]
+    rendered = [hellaswag.render(item, "completion") for item in ITEMS]
+    rows = [row for item_rows, _ in rendered for row in item_rows]
+    lengths = torch.tensor([lengths for _, lengths in rendered])
+    labels = torch.tensor([item["label"] for item in ITEMS])
     with tqdm(total=len(rows), file=io.StringIO()) as bar:
         moved = []
 
         def report(scores: torch.Tensor):
-            hellaswag.show_accuracy(bar, mine, scores)
+            hellaswag.show_accuracy(bar, lengths, labels, scores)
             moved.append((bar.n, bar.postfix))
 
         hellaswag.score(model, rows, 1, report)
