@@ -160,7 +160,7 @@ def parse(
 def suggest(word: str, names: Iterable[str | Path] | dict[str, str]) -> str:
     """Returns "; did you mean ...?" with the nearest of the names, at most three; "" if none is near. Of a
     path, the last part is compared. A dictionary has the words to show as its values."""
-    by_name: dict[str, Any] = {(n.name if isinstance(n, Path) else n).lower(): n for n in names}
+    by_name: dict[Any, Any] = {(n.name if isinstance(n, Path) else n).lower(): n for n in names}
     if isinstance(names, dict):
         by_name |= names
     near = dict.fromkeys(by_name[name] for name in difflib.get_close_matches(word.lower(), by_name))
