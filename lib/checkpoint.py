@@ -103,7 +103,7 @@ def save(
     """
     final, temporary = run / f"step_{step:06d}", run / f".tmp_step_{step:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
-    run.mkdir(parents=True, exist_ok=True)
+    files.make_folder(run)
     need = sum(tensor.nbytes for tensor in (*weights.values(), *optimizer.values()))
     free = shutil.disk_usage(run).free
     if free < need:
@@ -126,13 +126,11 @@ def save(
         for path in temporary.iterdir():
             files.flush(path)
         files.flush(temporary)
-        if final.exists():
-            old = set_aside(final)
-            temporary.rename(final)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(final)
+        old = set_aside(final) if final.exists() else None
+        temporary.rename(final)
         files.flush(run)
+        if old:
+            shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None) or errno.EIO
         raise OSError(number, f"{final} ({need / 1e6:,.0f} MB) could not be written: {error}") from error

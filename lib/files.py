@@ -67,6 +67,14 @@ def flush(path: Path):
         os.close(handle)
 
 
+def make_folder(folder: Path):
+    """Makes a folder and its parents, if they are missing. Their names survive a power cut."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        flush(path.parent)
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]):
     """Lets `write` fill a temporary file, flushes it to disk and renames it to path. Raises OSError with the
     path."""
@@ -182,6 +190,6 @@ def download(url: str, path: Path, sha256: str, tries: int = 4) -> Path:
                 f"{path} is not the file of {url}: its SHA-256 is {found}, not {sha256}; remove it"
             )
     else:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_atomically(path, fill)
     return path

@@ -8,6 +8,7 @@ It imports no torch, because plot.py starts quickly.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -85,16 +86,31 @@ def suggest_folder(path: Path, log_root: Path = files.LOGS) -> str:
     return cli.suggest(path.name, runs)
 
 
-def newest_run(log_root: Path = files.LOGS, what: str = "checkpoint") -> Path:
-    """The run with the youngest checkpoint, or with the youngest "log". Raises FileNotFoundError if there is
-    none."""
+def list_times(log_root: Path) -> dict[Path, float]:
+    """The runs in a folder, and when each was started the last time."""
     inside = log_root.iterdir() if log_root.is_dir() else ()
     runs = [folder for folder in inside if identify(folder) == "run"]
-    youngest = {run: list_steps(run)[-1:] if what == "checkpoint" else [*run.glob("log.txt")] for run in runs}
-    ages = {run: paths[0].stat().st_mtime for run, paths in youngest.items() if paths}
-    if not ages:
+    # Without settings it was copied here, as from the Hub.
+    files_of = {run: (find_settings(run), *list_steps(run)[-1:], run / "log.txt") for run in runs}
+    return {run: next((p.stat().st_mtime for p in paths if p.exists()), 0.0) for run, paths in files_of.items()}
+
+
+def newest_run(log_root: Path = files.LOGS, what: str = "checkpoint") -> Path:
+    """The run that was started last, of those with a checkpoint, or with a "log". Raises FileNotFoundError if
+    there is none."""
+    times = list_times(log_root)
+    has = {"checkpoint": list_steps, "log": lambda run: (run / "log.txt").is_file()}[what]
+    times = {run: started for run, started in times.items() if has(run)}
+    if not times:
         raise FileNotFoundError(f"{log_root} holds no {what}; train a model: `python train_gpt2.py demo`")
-    return max(ages, key=lambda run: ages[run])
+    return max(times, key=lambda run: times[run])
+
+
+def mark_newest(run: Path):
+    """Makes a run the newest beside its like, although the clock may have been set back."""
+    path, others = find_settings(run), list_times(run.parent)
+    if path.stat().st_mtime < (youngest := max(others.values())):
+        os.utime(path, (youngest + 1, youngest + 1))
 
 
 def check_ownership(run: Path):

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lib import files, run_log
-from lib.folders import SETTINGS, STATE, check_ownership, holds_settings, list_steps
+from lib.folders import SETTINGS, STATE, check_ownership, holds_settings, list_steps, mark_newest
 from lib.processes import Process
 from model import GPTConfig
 
@@ -67,7 +67,7 @@ def choose_folder(cfg: Any, model_config: GPTConfig, process: Process) -> Path:
 def lock(run: Path) -> FileLock:
     """Takes the lock on a run's folder. Raises ValueError if another process has it, or no run made it."""
     check_ownership(run)
-    run.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(run.parent)
     taken = FileLock(run.with_name(f".{run.name}.lock"))
     try:
         taken.acquire(timeout=0)
@@ -124,16 +124,26 @@ def prune(run: Path, keep_last: int, keep_every: int, in_use: Path | None = None
         if folder not in (best, in_use) and not (keep_every and step % keep_every == 0):
             doomed = run / f".tmp_{folder.name}"  # a name that is never put back
             shutil.rmtree(doomed, ignore_errors=True)
-            shutil.rmtree(folder.rename(doomed))
+            folder.rename(doomed)
+            files.flush(run)  # before its files go: after a power cut no half of it has its name
+            shutil.rmtree(doomed)
 
 
 def open_log(path: Path, resumed_step: int | None) -> Any:
     """Opens a log to append to: empty for a new run, cut back to the resumed checkpoint for an old one.
-    Raises ValueError, with file and line, if it is damaged."""
+    Raises ValueError, with file and line, if it is damaged before that."""
     if resumed_step is None:
-        return open(path, "w", encoding="utf-8")
+        log = open(path, "w", encoding="utf-8")
+        files.flush(path.parent)
+        return log
     if path.exists():
-        facts = list(run_log.read(path))
+        facts = []
+        try:
+            for fact in run_log.read(path):
+                facts.append(fact)
+        except ValueError:  # a power cut leaves such an end, of lines after the checkpoint
+            if not facts or facts[-1][0] < resumed_step - 1:
+                raise
         # The resumed step's evaluations stay: they were written before the checkpoint, `train` after it.
         trained = (i for i, fact in enumerate(facts) if fact[:2] == (resumed_step, "train"))
         end = next(trained, len(facts))
@@ -152,6 +162,7 @@ def write_settings(run: Path, settings: dict[str, Any]):
     files.write_json(run / SETTINGS[0], settings)
     if holds_settings(run / SETTINGS[1]):
         (run / SETTINGS[1]).unlink()
+    mark_newest(run)
 
 
 def draw_curves(run: Path, out: Path) -> str:

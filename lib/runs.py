@@ -151,7 +151,7 @@ class Run(contextlib.ExitStack):
 
     def open(self):
         """Writes the settings and opens the log, cut back to the resumed step."""
-        self.folder.mkdir(exist_ok=True)
+        files.make_folder(self.folder)
         run_folder.remove_leftovers(self.folder)
         run_folder.write_settings(self.folder, self.settings)
         self.log_file = self.enter_context(run_folder.open_log(self.folder / "log.txt", self.resumed_step))
@@ -412,6 +412,7 @@ class Saver:
 
     def _save(self, in_use: Path | None, step: int, *content: Any) -> tuple[Path, str]:
         begin = time.perf_counter()
+        files.flush(self.run / "log.txt")  # the checkpoint's step needs the lines before it
         folder = checkpoint.save(self.run, step, *content)
         return folder, f"saved {folder.name} in {time.perf_counter() - begin:.1f} s{self._prune(in_use)}"
 

@@ -49,7 +49,7 @@ class PartWriter:
         self.folder, self.shard_tokens, self.split = locate_part(folder, part), shard_tokens, split
         self.pieces: list[np.ndarray] = []
         self.held = 0  # tokens in pieces
-        self.folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.folder)
         self.lock = FileLock(self.folder.with_suffix(".lock"))
         try:
             self.lock.acquire(timeout=0)
@@ -200,7 +200,7 @@ def begin(folder: Path, about: dict) -> dict:
     """Writes an incomplete manifest with `about` (name, source, parts, ...) unless one exists; returns the
     manifest. If several processes start at once, exactly one writes it. Raises ValueError if the folder
     holds shards of another origin."""
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     path = folder / MANIFEST
     if not path.is_file():
         if strangers := [p.name for p in folder.iterdir() if shards.SHARD_NAME.fullmatch(p.name)]:
@@ -214,6 +214,7 @@ def begin(folder: Path, about: dict) -> dict:
             pass
         except OSError:  # a file system without links
             os.replace(first, path)
+        files.flush(folder)
         first.unlink(missing_ok=True)
     return load_manifest(path)
 
@@ -266,7 +267,7 @@ def _merge(folder: Path) -> dict:
     manifest |= {"complete": True, "shards": entries}
     files.write_json(folder / MANIFEST, manifest)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
-    for left in folder.glob(f".{MANIFEST}.*"):  # of killed processes
+    for left in folder.glob(f".*{MANIFEST}.*"):  # of killed processes
         left.unlink(missing_ok=True)
     return manifest
 

@@ -385,11 +385,26 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         checkpoint.load_model(str(tmp_path), "cpu")
 
 
-def test_the_newest_run_is_the_one_with_the_youngest_checkpoint(tmp_path):
+def test_the_newest_run_is_the_one_that_was_started_last_of_those_with_a_checkpoint(tmp_path):
     for name, age in (("b", 300), ("a", 100), ("c", 200)):
         os.utime(save(tmp_path / name, 1), (10**9 - age, 10**9 - age))
     (tmp_path / "without").mkdir()
     assert checkpoint.newest_run(tmp_path) == tmp_path / "a"
+    run_folder.write_settings(tmp_path / "c", {"total_batch_tokens": 1})
+    run_folder.write_settings(tmp_path / "without", {"total_batch_tokens": 1})
+    assert checkpoint.newest_run(tmp_path) == tmp_path / "c"
+
+
+@pytest.mark.fault(35)
+def test_the_run_that_was_started_last_is_the_newest_although_the_clock_was_set_back(tmp_path):
+    hour = 3600
+    for name, clock in (("first", hour), ("second", 0), ("third", -hour), ("first", -2 * hour)):
+        save(tmp_path / name, 1)
+        run_folder.write_settings(tmp_path / name, {"total_batch_tokens": 1})
+        settings = tmp_path / name / "settings.json"
+        if clock > 0:  # it was ahead
+            os.utime(settings, (settings.stat().st_mtime + clock,) * 2)
+        assert checkpoint.newest_run(tmp_path) == tmp_path / name
     with pytest.raises(FileNotFoundError, match=r"train_gpt2\.py demo"):
         checkpoint.newest_run(tmp_path / "without")
 
