@@ -93,7 +93,8 @@ class GPTConfig:
 
 
 class KVCache:
-    """The keys and values that one attention layer has computed so far, at most `size` tokens."""
+    """The keys and values that one attention layer has computed so far, at most `size` tokens. Only generation
+    needs it; training does not."""
 
     def __init__(self, size: int):
         self.size, self.length = size, 0

@@ -19,7 +19,6 @@ import lib.startup  # noqa: F401
 import functools
 import itertools
 import json
-import os
 import re
 import shutil
 import sys
@@ -67,11 +66,11 @@ LOSSES = ("train", "val", "hella")  # they have their places
 
 # Runs with a band may differ in these settings.
 SEED_SETTINGS = {"seed", "run_name", "log_dir", "like"}
-SEED_SUFFIX = re.compile(r"([-_.](seed|s))?[-_.\d]*$")  # of their names
+SEED_SUFFIX = re.compile(r"[-_.](seed|s)?\d+$")  # of their names
 
 # The settings that are read here.
 SETTINGS = {
-    "total_batch_tokens": int,
+    **dict.fromkeys(("total_batch_tokens", "seed"), int),
     "init_from": str | None,
     "model_size": str | None,
     **dict.fromkeys(("n_layer", "n_head", "n_embd"), int | None),
@@ -179,23 +178,29 @@ Group = list[Run]  # drawn as one: runs that differ only in the seed, or a singl
 
 def group_runs(runs: list[Run], cfg: Config) -> list[Group]:
     """The runs, with --band those that differ only in the seed together. The same settings do not suffice:
-    the code may have changed between `before-1` and `after-1`."""
+    the code may have changed between `before-1` and `after-1`. Raises ValueError for two of the same seed."""
     groups: dict[Any, Group] = {}
     for run in runs:
         stem = SEED_SUFFIX.sub("", run.folder.resolve().name)
         settings = {name: value for name, value in run.settings.items() if name not in SEED_SETTINGS}
         key = (stem, json.dumps(settings, sort_keys=True)) if cfg.band and settings else id(run)
-        groups.setdefault(key, []).append(run)
+        group = groups.setdefault(key, [])
+        for other in group:
+            if other.settings["seed"] == run.settings["seed"]:
+                both = f"{other.folder.name} and {run.folder.name} have the same --seed"
+                raise ValueError(f"--band: {both}, {run.settings['seed']}; leave out one of them")
+        group.append(run)
     return list(groups.values())
 
 
 def name_groups(groups: list[Group]) -> list[str]:
-    """The folders' names, or what their names begin with; their paths if two have the same."""
+    """The folders' names, of several seeds without their numbers; their paths if two have the same."""
     for kind in (lambda run: run.folder.resolve().name, lambda run: str(run.folder)):
-        starts = [os.path.commonprefix([kind(run) for run in group]) for group in groups]  # noqa: RUF071
         names = [
-            f"{SEED_SUFFIX.sub('', start)} ({len(group)} seeds)" if len(group) > 1 else start
-            for start, group in zip(starts, groups)
+            f"{SEED_SUFFIX.sub('', kind(group[0]))} ({len(group)} seeds)"
+            if len(group) > 1
+            else kind(group[0])
+            for group in groups
         ]
         if len(set(names)) == len(names):
             break
@@ -229,7 +234,8 @@ def format_table(groups: list[Group]) -> str:
     streams = streams if "val" in streams else ["train", *streams]
     rows = []
     for group, name in zip(groups, name_groups(groups)):
-        steps, losses = np.array([run.last(streams[0]) for run in group]).T
+        steps = np.array([max(values[-1, 0] for values in run.log.values()) for run in group])
+        losses = np.array([run.last(streams[0])[1] for run in group])
         until = " to ".join(f"{step:.0f}" for step in dict.fromkeys([steps.min(), steps.max()]))
         cells = [format_mean(group, stream) for stream in streams]
         rows.append((np.nan_to_num(losses.mean(), nan=np.inf), [name, until, *cells]))

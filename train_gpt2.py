@@ -127,7 +127,7 @@ PRESETS = {
     "demo": Config(
         dataset_path="data/pydocs", n_layer=6, n_head=4, n_embd=128, seq_len=256, batch_size=4,
         total_batch_tokens=1024, optimizer="muon", learning_rate=6e-3, min_lr_ratio=0.0, max_steps=640,
-        warmup_steps=20, val_every=160, hellaswag_every=0, sample_every=320,
+        warmup_steps=20, val_every=160, hellaswag_every=0, sample_every=160, print_every=10,
         sample_prompt="This function returns", checkpoint_every=320, keep_last=1,
     ),
     "finetune": Config(
@@ -226,9 +226,9 @@ def validation_loss(model: GPT, reader: shards.ShardReader, val_tokens: int, pro
 
 
 def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
-    """Prints four continuations of the sample prompt, drawn with a generator of their own; at step 0, where
-    they are noise, a short one."""
-    count, length = (4, 48) if step else (1, 12)
+    """Prints four continuations of the sample prompt, drawn with a generator of their own; from
+    new weights, which write noise, a short one."""
+    count, length = (4, 48) if step or cfg.init_from else (1, 12)
     ids = tokenizer.encode(cfg.sample_prompt) or [tokenizer.END_OF_TEXT]
     generator = torch.Generator(device=device).manual_seed(cfg.seed + step)
     prompts = torch.tensor([ids] * count, device=device)
@@ -249,14 +249,16 @@ def evaluate(setup: Setup, model: GPT, step: int, due: set[str]) -> dict[str, fl
     with setup.autocast, allow_cudnn_attention(False):
         if "val" in due:
             loss = validation_loss(whole, setup.val_data, cfg.val_tokens, process)
-            perplexity = math.exp(loss) if loss < 20 else math.inf
-            note("val", loss, f"perplexity {perplexity:,.1f}", f"unigram entropy {setup.entropy:.2f}")
+            perplexity = [f"perplexity {math.exp(loss):,.1f}"] if loss < 20 else []
+            note("val", loss, *perplexity, f"unigram entropy {setup.entropy:.2f}")
         if "hellaswag" in due and (items := setup.hellaswag_items):
             scores = hellaswag.evaluate(whole, items, process, protocols=("completion",))
             note("hella", scores["completion"]["acc_norm"], f"{len(items):,} items")
         if "sample" in due and process.rank == 0:
-            with report.note_not_finite():
+            try:
                 print_samples(whole, cfg, step, process.device)
+            except ValueError as error:  # the logits are not finite; training goes on
+                print(f"sample | none: {error}", flush=True)
     return figures
 
 
@@ -455,7 +457,10 @@ def parse_args(argv: list[str]) -> tuple[Config, checkpoint.Found | None]:
     settings, one with --like from another run's."""
     cfg = read_flags(argv)
     if cfg.like:
-        cfg = read_flags(argv, runs.read_like(cfg, preset=argv[0] if argv[0] in PRESETS else ""))
+        like = runs.read_like(cfg, preset=argv[0] if argv[0] in PRESETS else "")
+        if cfg.init_from:
+            like = checkpoint.adopt_shape({"": like}, cfg.init_from)[""]
+        cfg = read_flags(argv, like)
     cfg = plan.apply_plan_for(cfg)
     if found := runs.find_checkpoint(cfg):
         cfg = runs.set_location(read_flags(argv, runs.read_settings(cfg, found)), found)
@@ -464,8 +469,9 @@ def parse_args(argv: list[str]) -> tuple[Config, checkpoint.Found | None]:
 
 def main(cfg: Config, found: checkpoint.Found | None = None) -> Path:
     """Does what cfg says; returns the run's folder. found: cfg.resume's checkpoint, if verified already."""
+    cfg = plan.apply_plan_for(cfg)
     found = found or runs.find_checkpoint(cfg)
-    cfg = runs.set_location(plan.apply_plan_for(cfg), found)
+    cfg = runs.set_location(cfg, found)
     connection = processes.connect(cfg.device, cfg.timeout_seconds, spare_memory=cfg.fsdp)
     with connection as process, contextlib.ExitStack() as stack:
         if process.device.type == "cuda":

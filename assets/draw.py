@@ -56,4 +56,4 @@ def main(run: Path):
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(Path(sys.argv[1])))
+    cli.run(lambda: main(Path(*sys.argv[1:])))

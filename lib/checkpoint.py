@@ -208,7 +208,6 @@ def load(folder: Path, dropout: float = 0.0, state: dict[str, Any] | None = None
     except SafetensorError as error:  # although its hash is right
         raise ValueError(f"{folder / OPTIMIZER} is not a safetensors file: {error}") from error
     model = pretrained.read_model(folder, dropout)
-    model.tokenizer_files = tokenizer.read_hf_files(folder)
     return Checkpoint(model, optimizer, state)
 
 
@@ -266,7 +265,7 @@ def read_context(name: str) -> int | None:
     """The context of a local model, None for any other name. Raises ValueError if it is no GPT-2."""
     path = Path(name)
     if identify(path) == "run":
-        path = [path / "no checkpoint", *list_steps(path)][-1]
+        path = steps[-1] if (steps := list_steps(path)) else path
     if path.is_file():
         return pretrained.read_torch_file(path, 0.0)[1].block_size
     if not (path / "config.json").is_file():
@@ -322,7 +321,6 @@ def load_model(
         raise ValueError(
             f"{source} has {model.config.vocab_size} tokens; GPT-2's tokenizer has {END_OF_TEXT + 1}"
         )
-    model.tokenizer_files = tokenizer.read_hf_files(where)
     tokenizer.check_hf_files(where, model.tokenizer_files)
     check_finite(model, source)
     return model.to(pick_device(device, spare_memory)).eval(), source

@@ -73,7 +73,7 @@ NAMES_HERE = {
     "report-to": "--tracker", "wandb": "--tracker wandb", "wandb-log": "--tracker wandb",
     "model": "--model-size | --init-from", "model-name-or-path": "--init-from | --model",
     "length": "--max-tokens", "max-new-tokens": "--max-tokens", "num-return-sequences": "--num-samples",
-    "output": "--json | --out",
+    "output": "--json | --out", "log-interval": "--print-every", "logging-steps": "--print-every",
 }  # fmt: skip
 
 
@@ -178,6 +178,8 @@ def explain_unknown(word: str, fields: Iterable[str], presets: Sequence[str]) ->
     if not word.startswith("-"):
         what = f"is no preset; there are {', '.join(presets)}" if presets else "belongs to no flag"
         return f"{word!r} {what}" + (suggest(word, presets) or "; --help lists the flags")
+    if typed in ("--preset", "--config") and presets:
+        return f"there is no flag {typed}; the preset is the first word: {Path(sys.argv[0]).name} {presets[0]}"
     there = NAMES_HERE.get(typed.strip("-").replace("_", "-").lower(), "").split(" | ")
     if here := [advice for advice in there if re.split("[ ,]", advice)[0] in flags]:
         return f"there is no flag {typed}; write {' or '.join(here)}"
@@ -262,7 +264,7 @@ def describe_flag(field: dataclasses.Field, hint: Any, default: Any) -> tuple[st
 def wrap(text: str, width: int, column: int = 0) -> str:
     """Fits a paragraph into a width. Prose is filled. In an indented line, two spaces begin a second column
     (at `column`, if given). It stays aligned, or gets its own lines if it begins in the right half."""
-    if max(map(len, text.splitlines())) <= width:
+    if max(map(len, text.splitlines()), default=0) <= width:
         return text
     lines = []
     for line in re.sub(r"\n( {8,}|(?=\S))", " ", text).splitlines():

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 SPELLED = {"±": "+-", "°": " deg", **{bar: str(n) for n, bar in enumerate("▁▂▃▄▅▆▇█", 1)}}
 
 
@@ -113,7 +114,7 @@ def fold(text: str, indent: str = " " * 7) -> str:
     """Breaks lines wider than the terminal between words. Indented lines, such as commands, stay whole."""
     width, lines = get_width(), []
     for line in text.split("\n"):
-        is_whole = len(line) <= width or line.startswith("  ")
+        is_whole = len(line.replace(BOLD, "").replace(PLAIN, "")) <= width or line.startswith("  ")
         lines += [line] if is_whole else textwrap.wrap(
             line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
         )  # fmt: skip
@@ -127,4 +128,4 @@ def has_colours() -> bool:
 
 def emphasize(text: str) -> str:
     """Bold, on a terminal with colours."""
-    return f"\x1b[1m{text}\x1b[0m" if has_colours() else text
+    return f"{BOLD}{text}{PLAIN}" if has_colours() else text

@@ -72,9 +72,7 @@ def pick_device(name: str, spare_memory: bool = False) -> torch.device:
             raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:  # torch raises either, by backend
         reason = re.split(r"\n|\. ", str(error))[0]  # torch lists all its backends after the first sentence
-        raise ValueError(
-            f"--device {name!r} cannot be used ({reason}); try cpu, cuda, cuda:1, mps or auto"
-        ) from error
+        raise ValueError(f"--device {name!r} cannot be used ({reason}); leave it out, or give cpu") from error
     torch.backends.cuda.enable_cudnn_sdp(False)  # only training turns it on
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Triton and NCCL use the current device
@@ -157,8 +155,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """The device's peak in GPUS, in FLOP/s; 0 if it is unknown, or for float32."""
     if device.type != "cuda" or dtype == torch.float32:
         return 0.0
-    name = torch.cuda.get_device_name(device)
-    return next((gpu.peak for part, gpu in GPUS.items() if re.search(rf"\b{part}\b", name)), 0.0)
+    name, others = torch.cuda.get_device_name(device), r"(?!.*\b(Laptop|Ti|D|SUPER|MIG)\b)"
+    return next((gpu.peak for part, gpu in GPUS.items() if re.search(rf"\b{part}\b{others}", name)), 0.0)
 
 
 def versions() -> str:

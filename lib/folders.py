@@ -81,25 +81,42 @@ def suggest_folder(path: Path, log_root: Path = files.LOGS) -> str:
     if identify(path.parent) == "run":
         steps = [step.name for step in list_steps(path.parent)[-10:]]
         return f"; {path.parent} has {', '.join(steps) or 'no checkpoint'}"
-    roots = [root for root in (log_root, path.parent) if root.is_dir()]
-    runs = [folder for root in roots for folder in root.iterdir() if identify(folder) == "run"]
-    return cli.suggest(path.name, runs)
+    return cli.suggest(path.name, [run for root in (log_root, path.parent) for run in list_runs(root)])
+
+
+def list_runs(log_root: Path) -> list[Path]:
+    """The runs in a folder. Folders that must not be read do not count: they are another user's."""
+
+    def is_run(folder: Path) -> bool:
+        try:
+            return identify(folder) == "run"
+        except PermissionError:
+            return False
+
+    try:
+        return [folder for folder in log_root.iterdir() if is_run(folder)] if log_root.is_dir() else []
+    except PermissionError:
+        return []
 
 
 def list_times(log_root: Path) -> dict[Path, float]:
     """The runs in a folder, and when each was started the last time."""
-    inside = log_root.iterdir() if log_root.is_dir() else ()
-    runs = [folder for folder in inside if identify(folder) == "run"]
+    runs = list_runs(log_root)
     # Without settings it was copied here, as from the Hub.
     files_of = {run: (find_settings(run), *list_steps(run)[-1:], run / "log.txt") for run in runs}
-    return {run: next((p.stat().st_mtime for p in paths if p.exists()), 0.0) for run, paths in files_of.items()}
+    return {
+        run: next((p.stat().st_mtime for p in paths if p.exists()), 0.0) for run, paths in files_of.items()
+    }
 
 
 def newest_run(log_root: Path = files.LOGS, what: str = "checkpoint") -> Path:
     """The run that was started last, of those with a checkpoint, or with a "log". Raises FileNotFoundError if
     there is none."""
     times = list_times(log_root)
-    has = {"checkpoint": list_steps, "log": lambda run: (run / "log.txt").is_file()}[what]
+    has = {
+        "checkpoint": list_steps,
+        "log": lambda run: (log := run / "log.txt").is_file() and log.stat().st_size,
+    }[what]
     times = {run: started for run, started in times.items() if has(run)}
     if not times:
         raise FileNotFoundError(f"{log_root} holds no {what}; train a model: `python train_gpt2.py demo`")

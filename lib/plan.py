@@ -325,8 +325,8 @@ def find_gpu(text: str) -> tuple[int, str]:
     count, name = re.fullmatch(r"(?:\s*(\d+)\s*[xX×])?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
     if simplify(name) in known and count != "0":
         return int(count or 0), known[simplify(name)]
-    hint = cli.suggest(simplify(name), known) or ";"
-    raise ValueError(f"--plan-for is {text!r}{hint} Known are {', '.join(GPUS)}, or so many of one: 8xH100")
+    hint = cli.suggest(simplify(name), known)
+    raise ValueError(f"--plan-for is {text!r}{hint}; give 8xH100, or one of {', '.join(GPUS)}")
 
 
 def apply_plan_for(cfg: Any) -> Any:
@@ -396,7 +396,7 @@ def describe_time(cfg: Any, work: Workload, process: Process, flops: float) -> l
         seconds = flops / (MFU * peak * gpus)
         where = f"on {gpus} x {name} at {MFU:.0%} of {peak / 1e12:g} TFLOP/s, without evaluation"
     elif cfg.plan_for:
-        return ["time   unknown for float32: the listed peaks are of 16 bits"]
+        return ["time   unknown for float32, and so is the cost: the listed peaks are of 16 bits"]
     else:
         speed = process.all_reduce(measure_products(process.device, work.dtype, work.model_config.n_embd))[0]
         if process.device.type != "cpu":  # whose processes share the cores

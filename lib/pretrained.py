@@ -67,6 +67,7 @@ def read_model(path: Path, dropout: float = 0.0) -> GPT:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:  # a tensor is missing, unknown or of another shape
         raise ValueError(f"{path}: the weights do not fit the configuration: {error}") from error
+    model.tokenizer_files = tokenizer.read_hf_files(path)
     return model
 
 

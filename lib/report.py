@@ -1,9 +1,8 @@
 """The lines that a training run prints: its header, its steps, its summary and what to do next."""
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +64,6 @@ def describe_run(
     lines.append(f"run    {format_path(folder)}{resumed}")
     lines.append(f"stop   by Ctrl-C, which saves first; --resume {format_path(folder)} goes on")
     return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def note_not_finite() -> Iterator[None]:
-    """Prints why no sample can be drawn, and lets training go on."""
-    try:
-        yield
-    except ValueError as error:
-        print(f"sample | none: {error}", flush=True)
 
 
 def format_seconds(seconds: float) -> str:

@@ -34,7 +34,7 @@ STREAMS = {
     "spike": Stream("standard deviations of a spike", ".1f", "train/spike"),
 }
 
-LINE = re.compile(r"(\d{1,15}) (\w+) (-?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|inf|nan))", re.ASCII)
+LINE = re.compile(r"(\d{1,15}) ([\w.-]+) (-?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|inf|nan))", re.ASCII)
 
 
 def find_stream(name: str) -> Stream:

@@ -1,4 +1,4 @@
-"""Ctrl-C while a script still imports torch: exit code 130 and a line, as later. Scripts import this first.
+"""Ctrl-C, or a package that is missing, while a script still imports: a line. Scripts import this first.
 
 It does nothing unless the running program is a script beside lib/, so a notebook keeps its own Ctrl-C.
 """
@@ -8,11 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+REQUIRED = ("torch", "numpy", "tyro", "tqdm", "tiktoken", "requests", "safetensors", "matplotlib")
 MAIN = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
 
 
 def end(kind: type[BaseException], error: BaseException, traceback: Any):
-    """Ends the process after Ctrl-C; prints the traceback of any other error."""
+    """Ends the process after Ctrl-C with 130, without a required package with 2; prints the traceback of any
+    other error."""
+    if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
+        how = "activate the environment (. .venv/bin/activate), or: pip install -r requirements.txt"
+        print(f"{MAIN.name}: this Python has no {error.name}: {how}", file=sys.stderr)
+        os._exit(2)
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
         return

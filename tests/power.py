@@ -20,7 +20,10 @@ from pathlib import Path
 from random import Random
 
 BLOCK = 4096
-KNOWN = "openat mkdir rmdir unlink unlinkat rename renameat renameat2 link linkat write fsync fdatasync ftruncate lseek"
+KNOWN = (
+    "openat mkdir rmdir unlink unlinkat rename renameat renameat2 link linkat "
+    "write fsync fdatasync ftruncate lseek"
+)
 # Calls that change a file in ways that are not followed here: a trace that has one is refused.
 OTHERS = (
     "open creat mknod symlink symlinkat mkdirat pwrite64 writev pwritev pwritev2 truncate fallocate sendfile "
@@ -99,9 +102,8 @@ class Recorder:
                 continue
             if "resumed>" in call[:60]:
                 call = unfinished.pop(thread) + call.partition("resumed>")[2]
-            if match := CALL.match(call.strip()):
-                if int(match[3]) >= 0:
-                    self.follow(match[1], match[2], int(match[3]))
+            if (match := CALL.match(call.strip())) and int(match[3]) >= 0:
+                self.follow(match[1], match[2], int(match[3]))
         return self.calls, self.folders
 
     def locate(self, path: str) -> tuple[int, str] | None:
@@ -127,7 +129,7 @@ class Recorder:
         """The paths of a call: "<folder>, name" pairs, or a name alone."""
         found = []
         for match in re.finditer(rf"(?:{PATH.pattern}, )?{STRING.pattern}", arguments):
-            found.append(os.path.join(match[1] or "/", unescape(match[2]).decode()))
+            found.append(str(Path(match[1] or "/", unescape(match[2]).decode())))
         return found
 
     def new(self, folder: int, name: str, is_folder: bool = False) -> int:
@@ -217,7 +219,11 @@ def cut(recorded: tuple[list[Call], set[int]], random: Random) -> Cut:
         if call.kind == "flush":
             flushed.add(call.file)
         is_name = call.kind in ("name", "unname", "rename")
-        owners = {call.folder, call.old_folder} if call.kind == "rename" else {call.folder if is_name else call.file}
+        owners = (
+            {call.folder, call.old_folder}
+            if call.kind == "rename"
+            else {call.folder if is_name else call.file}
+        )
         is_kept = bool(owners & flushed)
         if not is_kept:
             is_kept = number < lost_from if is_name and keeps_order else random.random() < chance
@@ -226,7 +232,9 @@ def cut(recorded: tuple[list[Call], set[int]], random: Random) -> Cut:
         if call.kind == "say":
             disk.said += call.data.decode(errors="replace")
         elif not is_kept:
-            if call.kind == "write" and random.random() < 0.5:  # the file's size is kept and its bytes are not
+            if (
+                call.kind == "write" and random.random() < 0.5
+            ):  # the file's size is kept and its bytes are not
                 store(disk, call, bytes(len(call.data)))
         elif call.kind in ("name", "rename"):
             if call.kind == "rename":

@@ -102,6 +102,7 @@ def test_headings_are_bold_on_a_terminal_that_may_have_colours(env):
         ("demoo", "'demoo' is no preset; there are gpt2, gpt2-fast, demo, finetune; did you mean demo?"),
         ("--seed 1 demo", "the preset demo must be the first word"),
         ("--lernin_rate 3", "no flag --lernin_rate; did you mean --learning-rate"),
+        ("--preset demo", "the preset is the first word"),
         ("--gpu 0", "write --device cuda:0"),
         ("--gpus=2", "write --num-gpus"),
         ("--epochs 3", "write --max-steps (--dry-run"),

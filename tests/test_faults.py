@@ -652,7 +652,7 @@ def test_a_model_that_overflows_is_said_by_each_evaluation_and_the_run_is_saved(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda run: append(run, "9 train\n"), r"log\.txt, line \d+: '9 train' is not"),
+        (lambda run: prepend(run, "9 train\n"), r"log\.txt, line \d+: '9 train' is not"),
         (
             lambda run: resealed(run / "step_000012", dtype=16),
             r"state\.json: the field dtype is 16; it must be a string",
@@ -681,9 +681,22 @@ def test_a_run_whose_files_have_another_shape_is_refused_with_file_and_field(
     assert re.search(message, training.printed()) and "Traceback" not in training.printed()
 
 
-def append(run: Path, line: str):
-    with open(run / "log.txt", "a", encoding="utf-8") as log:
-        log.write(line)
+def prepend(run: Path, line: str):
+    log = run / "log.txt"
+    log.write_text(line + log.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+@pytest.mark.fault(31)
+def test_lines_that_were_damaged_after_the_checkpoint_are_left_out(config, whole, tmp_path):
+    run = links(whole(), tmp_path / "run", 4, 8)
+    log = run / "log.txt"
+    kept = log.read_bytes().partition(b"8 train")[0]
+    for damage in (bytes(100) + b"\n9 train 1.0\n", b"8 tr\xff\n", b"8 train 1"):
+        log.write_bytes(kept + damage)
+        run_folder.open_log(log, 8).close()
+        assert log.read_bytes() == kept
+    resume(run)
+    assert end_of(run) == end_of(whole())
 
 
 @pytest.mark.fault(23)

@@ -56,10 +56,11 @@ def test_after_a_power_cut_tokenizing_ends_with_the_same_bytes(tmp_path, monkeyp
         (tmp_path / "in" / f"{number}.jsonl").write_bytes(to_jsonl(MANY[number::6]))
     options: Any = dict(source=str(tmp_path / "in"), shard_tokens=300, val_tokens=100)
     recorded.mkdir()
-    code = f"import fineweb as f; f.PART_BYTES = {PART_BYTES}; f.prepare(f.Config(out_dir={str(recorded / 'deep' / 'toy')!r}, **{options}))"
+    settings = {"out_dir": str(recorded / "deep" / "toy"), **options}
+    code = f"import fineweb; fineweb.PART_BYTES = {PART_BYTES}; fineweb.prepare(fineweb.Config(**{settings}))"
     calls = power.record(recorded, [sys.executable, "-c", code], trace=tmp_path / "trace")
     monkeypatch.setattr(fineweb, "PART_BYTES", PART_BYTES)
-    cfg = fineweb.Config(out_dir=str(root / 'deep' / 'toy'), **options)
+    cfg = fineweb.Config(out_dir=str(root / "deep" / "toy"), **options)
     for attempt in tally(30, 1000):
         cut = power.cut(calls, faults.draw(attempt.number))
         cut.write(root)
