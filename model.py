@@ -93,8 +93,8 @@ class GPTConfig:
 
 
 class KVCache:
-    """The keys and values that one attention layer has computed so far, at most `size` tokens. Only generation
-    needs it; training does not."""
+    """The keys and values that one attention layer has computed so far, at most `size` tokens. Training does
+    not need it."""
 
     def __init__(self, size: int):
         self.size, self.length = size, 0
@@ -144,6 +144,7 @@ class CausalSelfAttention(nn.Module):
         if T > 1 and mask is None:  # an if, because T may be symbolic under torch.compile
             is_causal = True
         dropout = self.dropout if self.training else 0.0
+        # softmax(q @ k.transpose(-2, -1) / sqrt(hs)) @ v, with the future masked
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)

@@ -179,7 +179,8 @@ def explain_unknown(word: str, fields: Iterable[str], presets: Sequence[str]) ->
         what = f"is no preset; there are {', '.join(presets)}" if presets else "belongs to no flag"
         return f"{word!r} {what}" + (suggest(word, presets) or "; --help lists the flags")
     if typed in ("--preset", "--config") and presets:
-        return f"there is no flag {typed}; the preset is the first word: {Path(sys.argv[0]).name} {presets[0]}"
+        script = Path(sys.argv[0]).name
+        return f"there is no flag {typed}; the preset is the first word: {script} {presets[0]}"
     there = NAMES_HERE.get(typed.strip("-").replace("_", "-").lower(), "").split(" | ")
     if here := [advice for advice in there if re.split("[ ,]", advice)[0] in flags]:
         return f"there is no flag {typed}; write {' or '.join(here)}"

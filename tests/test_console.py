@@ -188,6 +188,8 @@ def test_no_line_of_a_run_is_wider_than_the_terminal(config, columns):
     (first, *_, last) = [line for line in lines if "| loss" in line]
     assert re.match(r"step  0/12 \| loss 10\.\d{4} \| +\dm\d\ds left \| +[\d,]+ tok/s", first)
     assert last.startswith("step 11/12 |") and ("| norm" in last) == (columns == 120)
+    whole = [len(line.replace("\0", "")) for line in printed.splitlines() if line.startswith("\0step")]
+    assert whole and max(whole) <= columns
     evaluation = r"\0step  6/12 \| validation loss \S+ \| perplexity [\d,.]+( \| unigram .+)?\0\n"
     assert re.search(evaluation, printed)
 
@@ -197,6 +199,13 @@ def test_a_pipe_gets_whole_lines_and_print_every_some(config, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "| loss" in line]
     assert [line.split("/")[0] for line in lines] == ["step  0", "step  5", "step 10", "step 11"]
     assert all(re.search(r"left \| .* tok/s \| lr .* \| norm .* ms$", line) for line in lines)
+
+
+def test_a_bold_line_as_wide_as_the_terminal_stays_whole(monkeypatch):
+    monkeypatch.setattr(console, "get_width", lambda: 20)
+    line = f"{console.BOLD}{'x' * 10} {'y' * 9}{console.PLAIN}"
+    assert console.fold(line) == line
+    assert "\n" in console.fold(line.replace("x", "xx", 1))
 
 
 # -----------------------------------------------------------------------------

@@ -127,3 +127,13 @@ def test_training_needs_no_user_name_no_home_and_no_host_name(config):
     done = run_alone(config, *rename, *stranger, "env", *unset, num_gpus=2)
     assert done.returncode == 0, done.stderr
     assert "54321" in subprocess.run([*stranger, "id"], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("script", ["train_gpt2.py", "fineweb.py", "plot.py", "generate.py", "hellaswag.py"])
+def test_a_python_without_the_packages_is_told_how_to_get_them(script):
+    command, env = [sys.executable, "-S", str(ROOT / script)], {"PATH": os.environ["PATH"]}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert (
+        "activate the environment (. .venv/bin/activate), or: pip install -r requirements.txt" in run.stderr
+    )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,15 @@ def test_seeds_are_one_curve_with_a_band_and_changed_code_is_another(tmp_path):
         ["old", "(3", "seeds)", "2", "9.0000", "±", "1.0000", "9", "±", "1"],
     ]
     assert len(legend(figure_of(*runs))) == 6  # without --band
+    with pytest.raises(ValueError, match=r"new-s1 and new-s5 have the same --seed, 1"):
+        figure_of(*runs, shutil.copytree(runs[3], tmp_path / "new-s5"), band=True)
+
+
+def test_names_that_differ_in_more_than_the_last_number_are_no_seeds_of_one_run(tmp_path):
+    names = ("relu-1", "relu-2", "relu2-1", "relu2-2")
+    log, settings = "0 train 10\n1 val 9\n", {"learning_rate": 1e-3}
+    runs = [make_run(tmp_path / name, log, seed=int(name[-1]), **settings) for name in names]
+    assert legend(figure_of(*runs, band=True)) == ["relu (2 seeds): 9.000", "relu2 (2 seeds): 9.000"]
 
 
 def test_more_streams_have_panels_of_their_own(tmp_path):

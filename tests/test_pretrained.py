@@ -249,6 +249,11 @@ def added(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_model_that_is_read_and_saved_keeps_its_tokenizer(added, tmp_path):
+    GPT.from_pretrained(added).save_pretrained(tmp_path / "copy")
+    assert AutoTokenizer.from_pretrained(tmp_path / "copy")("a<|end|>")["input_ids"] == [64, VOCAB_SIZE + 1]
+
+
 def test_added_tokens_are_in_every_checkpoint_of_a_run_that_began_with_them(added, config):
     shape = dict(n_layer=None, n_head=None, n_embd=None, max_steps=2, checkpoint_every=1)
     run = train_gpt2.main(dataclasses.replace(config, init_from=str(added), **shape))

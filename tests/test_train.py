@@ -377,15 +377,6 @@ def test_weights_replace_the_shape_of_a_preset_but_not_what_was_typed(config, tm
         train_gpt2.main(dataclasses.replace(cfg, init_from=f"{tmp_path}/rum", dataset_path="nowhere"))
 
 
-def test_finetune_is_the_recipe_of_the_readme():
-    recipe = (
-        "--init-from gpt2 --dataset-path data/x --learning-rate 3e-5 --max-steps 200 --warmup-steps 20 "
-        "--total-batch-tokens 32768 --batch-size 4 --val-every 50 --sample-every 50 --hellaswag-every 0"
-    )
-    short = train_gpt2.read_flags(["finetune", "--dataset-path", "data/x"])
-    assert short == train_gpt2.read_flags([*recipe.split()])
-
-
 @pytest.mark.fault(13)
 def test_resume_refuses_other_settings_unless_told(config):
     cfg = dataclasses.replace(config, checkpoint_every=5, max_steps=5)
