@@ -37,6 +37,10 @@ Unit = Literal["auto", "file", "line", "block", "article"]  # one document of a 
 SUFFIXES = (".txt", ".md", ".raw", ".tokens", ".jsonl", ".parquet")
 COMPRESSED = {".gz": "gzip -dc", ".zst": "zstd -dc"}  # and the command that unpacks it
 BATCH_BYTES = 8_000_000  # of text per batch
+# More than this is no text, but would take all memory: a few kB of gzip hold it. The tokenizer takes a run of
+# one kind of characters as one word, and 26 bytes of memory for each.
+LONGEST_LINE = 256_000_000  # characters
+LONGEST_RUN = 16_000_000  # characters of which all are blank, or none is
 # UTF-32's little-endian mark begins with UTF-16's.
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8",
@@ -140,9 +144,11 @@ def decode_text(stream: BinaryIO, path: Path) -> Iterator[str]:
 
 
 def split_lines(pieces: Iterable[str]) -> Iterator[str]:
-    """Yields the lines with their ends. Only a newline ends a line."""
+    """Yields the lines with their ends. Only a newline ends a line. Raises ValueError for endless lines."""
     begun: list[str] = []
     for piece in pieces:
+        if sum(map(len, begun)) > LONGEST_LINE:
+            raise ValueError(f"a line has more than {LONGEST_LINE:,} characters; it is no text, or break it")
         *lines, rest = piece.split("\n")
         for line in lines:
             yield "".join([*begun, line, "\n"])
@@ -160,6 +166,7 @@ def batch_documents(documents: Iterable[str], raw: BinaryIO | None = None) -> It
     """Groups documents into batches of about BATCH_BYTES characters."""
     texts, size = [], 0
     for document in documents:
+        check_runs(document)
         texts.append(document)
         size += len(document)
         if size >= BATCH_BYTES:
@@ -167,6 +174,13 @@ def batch_documents(documents: Iterable[str], raw: BinaryIO | None = None) -> It
             texts, size = [], 0
     if texts:
         yield Batch(texts, False, raw.tell() if raw else 0)
+
+
+def check_runs(text: str):
+    """Raises ValueError if a run of blanks, or of others, is too long for the tokenizer's memory."""
+    if len(text) > LONGEST_RUN and (run := re.search(rf"\S{{{LONGEST_RUN}}}|\s{{{LONGEST_RUN}}}", text)):
+        what = f"{LONGEST_RUN:,} characters without a change between blanks and others, {run[0][:20]!r} ..."
+        raise ValueError(f"a document has {what}; it is no text: leave it out, or break it")
 
 
 def read_jsonl_rows(lines: Iterable[str], text_field: str) -> Iterator[str]:
@@ -280,6 +294,7 @@ def cut_text(pieces: Iterable[str], raw: BinaryIO) -> Iterator[Batch]:
             yield Batch([text[:cut]], continues, raw.tell())
             continues = True
         rest = text[cut:]
+        check_runs(rest)
     if rest:
         yield Batch([rest], continues, raw.tell())
 

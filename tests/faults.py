@@ -346,3 +346,15 @@ def note_memory(file: Path):
 
     before(GPT, "__init__", note)
     each_training_forward(lambda step, micro_step: note() if micro_step == 0 else None)
+
+
+def jump_clock(step: int, seconds: float):
+    """From this step on, the clock of the day is wrong by so much."""
+    now, now_ns = time.time, time.time_ns
+
+    def jump(at_step: int, micro_step: int):
+        if at_step >= step:
+            time.time = lambda: now() + seconds
+            time.time_ns = lambda: now_ns() + int(seconds * 1e9)
+
+    each_training_forward(jump)

@@ -71,6 +71,19 @@ def test_a_run_that_has_had_its_hours_saves_stops_and_goes_on_to_the_same_end(
     assert end_of(run) == end_of(whole(world_size))
 
 
+@pytest.mark.fault(35)
+@pytest.mark.parametrize("seconds", [-3600, 3600])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_clock_that_jumps_an_hour_changes_nothing(launch, config, whole, world_size, seconds):
+    jumps = partial(faults.jump_clock, 5, seconds)
+    words = ("--max-hours", "0.5", "--checkpoint-minutes", "10")
+    printed = launch(config, *words, world_size=world_size, patches=[jumps]).finish()
+    assert "stopping" not in printed and "0m00s left" in printed and "h00m left" not in printed
+    run = Path(config.log_dir) / "run"
+    assert [path.name for path in checkpoint.list_steps(run)] == [f"step_{n:06d}" for n in (4, 8, 12)]
+    assert end_of(run) == end_of(whole(world_size))
+
+
 def test_every_start_makes_a_step_however_short_its_time(launch, config, whole):
     run = Path(config.log_dir) / "run"
     for done in (1, 2, 3):
