@@ -78,7 +78,7 @@ def test_a_clock_that_jumps_an_hour_changes_nothing(launch, config, whole, world
     jumps = partial(faults.jump_clock, 5, seconds)
     words = ("--max-hours", "0.5", "--checkpoint-minutes", "10")
     printed = launch(config, *words, world_size=world_size, patches=[jumps]).finish()
-    assert "stopping" not in printed and "0m00s left" in printed and "h00m left" not in printed
+    assert "stopping" not in printed and not re.search(r"\dh\d\dm left|years left", printed)
     run = Path(config.log_dir) / "run"
     assert [path.name for path in checkpoint.list_steps(run)] == [f"step_{n:06d}" for n in (4, 8, 12)]
     assert end_of(run) == end_of(whole(world_size))
