@@ -31,7 +31,7 @@ import numpy as np
 import tyro
 
 from lib import cli, files, run_log, schema
-from lib.folders import check_ownership, find_run, find_settings, newest_run
+from lib.folders import STATE, check_ownership, find_run, find_settings, list_steps, newest_run
 
 Runs = Annotated[tuple[str, ...], tyro.conf.Positional]
 
@@ -143,6 +143,11 @@ class Run:
         """A stream's last step and value; nan without values."""
         return self.log[stream][-1] if stream in self.log else np.full(2, np.nan)
 
+    def code(self) -> str:
+        """The hash of the model.py with which its newest checkpoint was trained; "" if unknown."""
+        path = ([self.folder, *list_steps(self.folder)][-1]) / STATE
+        return (path.is_file() and schema.read_json(path, {}).get("model_py")) or ""
+
     def size(self) -> str:
         """The model's published size; 124M if it has none."""
         name = str(self.settings.get("init_from") or self.settings.get("model_size"))
@@ -183,7 +188,7 @@ def group_runs(runs: list[Run], cfg: Config) -> list[Group]:
     for run in runs:
         stem = SEED_SUFFIX.sub("", run.folder.resolve().name)
         settings = {name: value for name, value in run.settings.items() if name not in SEED_SETTINGS}
-        key = (stem, json.dumps(settings, sort_keys=True)) if cfg.band and settings else id(run)
+        key = (stem, run.code(), json.dumps(settings, sort_keys=True)) if cfg.band and settings else id(run)
         group = groups.setdefault(key, [])
         for other in group:
             if other.settings["seed"] == run.settings["seed"]:

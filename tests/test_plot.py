@@ -330,6 +330,15 @@ def test_seeds_are_one_curve_with_a_band_and_changed_code_is_another(tmp_path):
         figure_of(*runs, shutil.copytree(runs[3], tmp_path / "new-s5"), band=True)
 
 
+def test_runs_of_another_model_py_are_no_seeds_of_one_run(tmp_path):
+    for number, code in (1, "a"), (2, "a"), (3, "b"):
+        run = make_run(tmp_path / f"x-{number}", "0 val 9\n", seed=number, learning_rate=1e-3)
+        (run / "step_000001").mkdir()
+        (run / "step_000001" / "state.json").write_text(json.dumps({"model_py": code}), encoding="utf-8")
+    runs = [tmp_path / f"x-{number}" for number in (1, 2, 3)]
+    assert legend(figure_of(*runs, band=True)) == ["x (2 seeds): 9.000", "x-3: 9.000"]
+
+
 def test_names_that_differ_in_more_than_the_last_number_are_no_seeds_of_one_run(tmp_path):
     names = ("relu-1", "relu-2", "relu2-1", "relu2-2")
     log, settings = "0 train 10\n1 val 9\n", {"learning_rate": 1e-3}
