@@ -327,8 +327,8 @@ def is_whole(cfg: Config, manifest: dict) -> bool:
         local = sources.is_local(cfg.source)
         if local and sources.describe_inputs(cfg.find_inputs(manifest)[0]) != manifest["inputs"]:
             raise ValueError(
-                f"{cfg.source} has changed since {cfg.folder} was written; remove the folder or give "
-                "another --name or --out-dir"
+                f"{cfg.source} has changed since {cfg.folder} was written; remove {cfg.folder} and repeat "
+                "the command, or give another --name or --out-dir"
             )
     return True
 

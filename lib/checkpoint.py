@@ -231,10 +231,7 @@ def build_model(cfg: Any) -> GPT:
     if cfg.init_from:
         check_init_from(cfg)
         model, source = load_model(cfg.init_from, "cpu", cfg.dropout, spare_memory=cfg.fsdp)
-        if cfg.seq_len > (longest := model.config.block_size):
-            raise ValueError(
-                f"--seq-len {cfg.seq_len} is longer than the {longest} of {source}: take {longest}"
-            )
+        check_context(cfg, model.config.block_size, source)
         return model
     shape = {key: value for key in SHAPE[1:] if (value := getattr(cfg, key)) is not None}
     torch.manual_seed(cfg.seed)
@@ -248,6 +245,13 @@ def check_init_from(cfg: Any):
     check_name(cfg.init_from, "--init-from")
     if extra := [cli.flag(name) for name in SHAPE if getattr(cfg, name) != getattr(type(cfg), name)]:
         raise ValueError(f"--init-from {cfg.init_from} brings its own shape: leave out {', '.join(extra)}")
+    check_context(cfg, read_context(cfg.init_from), cfg.init_from)
+
+
+def check_context(cfg: Any, longest: int | None, source: str):
+    """Raises ValueError if --seq-len is longer than the context of a model, if that is known."""
+    if longest and cfg.seq_len > longest:
+        raise ValueError(f"--seq-len {cfg.seq_len} is longer than the {longest} of {source}: take {longest}")
 
 
 def adopt_shape(presets: dict[str, Any], init_from: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def locate(name: str | Path) -> Path:
         return Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns="*/*"))
     except LocalEntryNotFoundError as error:
         reason = f"{repo} is not on this machine, and the Hub cannot be reached"
-        own = "`python train_gpt2.py demo` makes a model that needs no Hub: log/<run>"
+        own = "give the folder of a copy, or the log/<run> of `python train_gpt2.py demo`, which needs no Hub"
         raise FileNotFoundError(f"{reason}; {own}") from error
 
 

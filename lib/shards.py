@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib import files, schema
+from lib import cli, files, schema
 
 if TYPE_CHECKING:  # fineweb.py does not need torch, so only `read` imports it
     import torch
@@ -240,9 +240,11 @@ def find_shards(names: Iterable[str], where: Any) -> list[dict]:
     """Finds the shards among file names and sorts them: validation first, then by number."""
     matches = [match for name in names if (match := SHARD_NAME.fullmatch(name))]
     if not matches:
+        beside = list(Path(where).parent.glob("*/manifest.json")) if isinstance(where, Path) else []
+        near = cli.suggest(Path(where).name, [path.parent for path in beside])
         raise FileNotFoundError(
-            f"{where} holds no shards. Make them: `python fineweb.py` for 10 billion tokens of FineWeb-Edu, "
-            "`python fineweb.py --source FILE_OR_FOLDER` for your own; or try `python train_gpt2.py demo`"
+            f"{where} holds no shards{near}; make them: `python fineweb.py --source FILE_OR_FOLDER` of text, "
+            "`python fineweb.py` for 10 billion tokens of FineWeb-Edu; or try `python train_gpt2.py demo`"
         )
     if len({match[3] for match in matches}) > 1:
         raise ValueError(

@@ -320,9 +320,15 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path):
 def test_a_folder_without_shards_names_the_commands_that_make_them(tmp_path, make):
     make(tmp_path / "data")
     with pytest.raises(
-        FileNotFoundError, match=r"data holds no shards.*python fineweb\.py.*train_gpt2\.py demo"
+        FileNotFoundError, match=r"data holds no shards; make.*python fineweb\.py.*train_gpt2\.py demo"
     ):
         ShardReader(tmp_path / "data", "train", 4)
+
+
+def test_a_wrong_name_is_answered_with_the_data_set_beside_it(tmp_path):
+    write(tmp_path / "mine", np.arange(200, dtype=np.uint16))
+    with pytest.raises(FileNotFoundError, match=r"mien holds no shards; did you mean .*/mine\?; make them"):
+        ShardReader(tmp_path / "mien", "train", 4)
 
 
 def test_a_location_on_the_hub_is_no_folder():
