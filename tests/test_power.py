@@ -35,7 +35,7 @@ def test_after_a_power_cut_a_run_has_what_was_said_to_be_saved_and_the_same_end(
     calls = power.record(recorded, [*command, "--max-steps", "3"], command, trace=tmp_path / "trace")
     whole = recorded / "run"
     cfg = dataclasses.replace(cfg, log_dir=str(root))
-    for attempt in tally(2, 40):
+    for attempt in tally(2, 25):
         cut = power.cut(calls, faults.draw(attempt.number))
         cut.write(root)
         saved = [int(line.split()[-4][-6:]) for line in cut.said.splitlines() if "| saved step_" in line]
