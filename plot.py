@@ -191,7 +191,7 @@ def group_runs(runs: list[Run], cfg: Config) -> list[Group]:
         key = (stem, run.code(), json.dumps(settings, sort_keys=True)) if cfg.band and settings else id(run)
         group = groups.setdefault(key, [])
         for other in group:
-            if other.settings["seed"] == run.settings["seed"]:
+            if "seed" in run.settings and other.settings["seed"] == run.settings["seed"]:
                 both = f"{other.folder.name} and {run.folder.name} have the same --seed"
                 raise ValueError(f"--band: {both}, {run.settings['seed']}; leave out one of them")
         group.append(run)

@@ -226,8 +226,8 @@ def validation_loss(model: GPT, reader: shards.ShardReader, val_tokens: int, pro
 
 
 def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
-    """Prints four continuations of the sample prompt, drawn with a generator of their own; from
-    new weights, which write noise, a short one."""
+    """Prints four continuations of the sample prompt, drawn with a generator of their own; from new weights,
+    which write noise, a short one."""
     count, length = (4, 48) if step or cfg.init_from else (1, 12)
     ids = tokenizer.encode(cfg.sample_prompt) or [tokenizer.END_OF_TEXT]
     generator = torch.Generator(device=device).manual_seed(cfg.seed + step)

@@ -244,6 +244,8 @@ def batch_parquet(stream: BinaryIO, size: int, text_field: str) -> Iterator[Batc
         texts = batch.column(0)
         texts.validate(full=True)  # UTF-8
         texts = texts.cast(pa.large_string())
+        for text in texts.filter(pc.greater(pc.binary_length(texts), LONGEST_RUN)).to_pylist():
+            check_runs(text)
         characters = np.frombuffer(texts.buffers()[2] or b"", dtype=np.uint8)
         if (characters == ord("\r")).any():  # a look at the bytes costs a fifth of match_substring
             texts = pc.replace_substring(pc.replace_substring(texts, "\r\n", "\n"), "\r", "\n")

@@ -126,7 +126,7 @@ def newest_run(log_root: Path = files.LOGS, what: str = "checkpoint") -> Path:
 def mark_newest(run: Path):
     """Makes a run the newest beside its like, although the clock may have been set back."""
     path, others = find_settings(run), list_times(run.parent)
-    if path.stat().st_mtime < (youngest := max(others.values())):
+    if path.stat().st_mtime < (youngest := max(others.values(), default=0.0)):
         os.utime(path, (youngest + 1, youngest + 1))
 
 

@@ -142,7 +142,10 @@ class Recorder:
         return self.last
 
     def follow(self, call: str, arguments: str, result: int):
-        if call == "write" and arguments.startswith("1<"):
+        if call in OTHERS.split():
+            if f"{self.root}/" in arguments:
+                raise ValueError(f"{call}({arguments[:200]}) is not followed here; the disk would be wrong")
+        elif call == "write" and arguments.startswith("1<"):
             text = STRING.search(arguments)
             assert text
             self.calls.append(Call("say", data=unescape(text[1])))
@@ -192,11 +195,9 @@ class Recorder:
         elif call in ("link", "linkat"):
             file = self.tree[folder][name] = self.tree[places[0][0]][places[0][1]]
             self.calls.append(Call("name", folder, name, file))
-        elif call.startswith("rename"):
+        else:  # rename, renameat, renameat2
             file = self.tree[folder][name] = self.tree[places[0][0]].pop(places[0][1])
             self.calls.append(Call("rename", folder, name, file, *places[0]))
-        else:
-            raise NotImplementedError(f"{call} {places}")
 
 
 def unescape(text: str) -> bytes:

@@ -7,7 +7,7 @@ import resource
 
 import numpy as np
 import pytest
-from corpora import compress, read_documents
+from corpora import compress, read_documents, to_parquet
 
 from lib import documents, tokenizer
 
@@ -54,6 +54,7 @@ BOMBS = {
     "blanks.txt.zst": b" " * 100_000_000,
     "newlines.txt": b"\n" * 100_000_000,
     "word.jsonl.gz": b'{"text": "' + b"a" * 100_000_000 + b'"}\n',
+    "word.parquet": to_parquet(["", None, "a" * 100_000_000]),
 }
 
 

@@ -388,10 +388,10 @@ def test_the_memory_that_a_dry_run_prints_is_what_a_step_takes(launch, real, tmp
         checkpoint_every=0,
     )  # fmt: skip
     printed = launch(cfg, "--dry-run").finish()
-    launch(cfg, patches=[partial(faults.note_memory, file)]).wait(timeout=250)
+    patches = [faults.hide_amx] if cfg.dtype == "float32" else []
+    launch(cfg, patches=[*patches, partial(faults.note_memory, file)]).wait(timeout=250)
     marks = [int(line) for line in file.read_text(encoding="utf-8").split()]
     assert len(marks) == 1 + 4  # before the model, and before each step: the second one has AdamW's state
-    tolerance = 0.2 if "n_embd" in changes else 0.15
-    if cfg.dtype == "float32" and torch.cpu._is_amx_tile_supported():
-        tolerance = 0.4  # MKL multiplies there, not oneDNN: seen 0.1 to 0.36 GB more, from run to run
-    assert number(printed, "memory ") == pytest.approx((marks[-1] - marks[0]) / 1e9, rel=tolerance)
+    assert number(printed, "memory ") == pytest.approx(
+        (marks[-1] - marks[0]) / 1e9, rel=0.2 if "n_embd" in changes else 0.15
+    )

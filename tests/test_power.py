@@ -14,7 +14,7 @@ from helpers import ROOT, end_of, flags, lines_of
 import fineweb
 from lib import checkpoint, shards
 
-pytestmark = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+pytestmark = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace (apt install strace)")
 PART_BYTES = 1500
 MANY = [f"{number} {text}" for number in range(12) for text in DOCUMENTS]
 STREAMS = ("train", "val", "lr", "norm")
