@@ -337,8 +337,8 @@ def pretend_memory(*available: float):
 
 
 def hide_amx():
-    """The CPU has no AMX, so oneDNN makes float32 products. With AMX MKL makes them, in workspaces that differ
-    from run to run: 0.1 to 0.5 GB where the planner, which leaves them out, counts 0.77."""
+    """The CPU has no AMX, so oneDNN makes float32 products. With AMX MKL does, in workspaces that differ
+    from run to run: 0.1 to 0.5 GB beside the 0.77 that the planner counts without them."""
     os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
     torch.cpu._is_amx_tile_supported = lambda: False
 
