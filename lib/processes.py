@@ -15,6 +15,7 @@ import math
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -28,6 +29,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from lib import console
+from lib.cli import report_to_torchrun
 from lib.device import pick_device
 from lib.environment import read_group
 
@@ -41,6 +43,8 @@ class Process:
     device: torch.device
     store: Store | None = None  # torchrun's key-value store, for messages outside of training
     timeout_seconds: float = math.inf
+    machines: list[str] = field(default_factory=list)  # by rank
+    store_address: str = ""
     all_reduces: int = 0  # begun so far
     is_orphan: threading.Event = field(default_factory=threading.Event)  # set when torchrun is gone
     is_over: threading.Event = field(default_factory=threading.Event)  # set at the end
@@ -79,6 +83,10 @@ class Process:
         # No process gets a sum before all have sent. dist.barrier would need a device under NCCL.
         self.all_reduce(0.0)
 
+    def name_rank(self, rank: int) -> str:
+        """A rank, with its machine if there are several."""
+        return f"rank {rank} (on {self.machines[rank]})" if len(set(self.machines)) > 1 else f"rank {rank}"
+
     def disconnect(self):
         """Leaves the process group, if it has not yet. Delete DistributedDataParallel before: its destructor
         joins gloo's threads while it holds the interpreter's lock, which can deadlock (torch 2.13)."""
@@ -95,9 +103,9 @@ class Process:
                 self.store.add(f"seconds of rank {self.rank}", 1)
                 self.store.add(f"all-reduces of rank {self.rank}", begun - sent)
                 for rank in set(self.find_late(seen)) - named:
-                    text = f"rank {rank} has not come to the all-reduce for which rank {self.rank} waits"
+                    late = f"{self.name_rank(rank)} has not come to the all-reduce"
                     bound = f"the run ends after --timeout-seconds {self.timeout_seconds:g}"
-                    print(f"{text}; {bound}", file=sys.stderr, flush=True)
+                    print(f"{late} for which rank {self.rank} waits; {bound}", file=sys.stderr, flush=True)
                     named.add(rank)
                 sent = begun
                 if self.is_over.wait(1):
@@ -132,9 +140,9 @@ class Process:
         listener.start()
         listener.join(4.0)
         if len(after) < len(names):
-            return "no sign of life from torchrun, or from rank 0 where there is none"
-        silent = [str(rank) for rank in range(self.world_size) if before[rank] == after[rank]]
-        return f"no sign of life from rank {', '.join(silent)}" if silent else "all ranks are alive"
+            return f"no answer from {self.store_address}, the address of torchrun, or of rank 0 without one"
+        silent = [self.name_rank(rank) for rank in range(self.world_size) if before[rank] == after[rank]]
+        return f"no sign of life from {', '.join(silent)}" if silent else "all ranks are alive"
 
 
 @contextlib.contextmanager
@@ -151,9 +159,11 @@ def connect(device: str, timeout_seconds: float, spare_memory: bool = False) -> 
     try:
         yield process
         process.disconnect()
-    except RuntimeError:  # if one process is lost, the others fail in their next collective operation
+    except RuntimeError as error:  # if a process is lost, the others fail in their next collective operation
         if process.world_size > 1:
-            print(f"rank {process.rank} failed; {process.find_silent()}", file=sys.stderr, flush=True)
+            reason = f"{process.name_rank(process.rank)} failed; {process.find_silent()}"
+            print(reason, file=sys.stderr, flush=True)
+            report_to_torchrun(f"{reason} ({error})")
         raise
     finally:
         process.is_over.set()
@@ -181,24 +191,27 @@ def join_group(device_name: str, timeout_seconds: float, spare_memory: bool) -> 
         raise ValueError(f"rank {rank} cannot meet the others ({where}): {error}") from error
     # torchrun's store still has the addresses of the processes before a restart. gloo sometimes connected to
     # those (torch 2.13), so each start has a prefix of its own.
-    store = PrefixStore(rendezvous(store, rank, world_size, timeout_seconds), store)
+    name, machines = rendezvous(store, rank, world_size, timeout_seconds)
+    store = PrefixStore(name, store)
     options: dict[str, Any] = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         options["device_id"] = device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
-    return Process(rank, world_size, device, store, timeout_seconds)
+    return Process(rank, world_size, device, store, timeout_seconds, machines, group.address)
 
 
-def rendezvous(store: Store, rank: int, world_size: int, timeout_seconds: float) -> str:
-    """Waits until all processes have started; returns a name for this start, which no earlier start had.
+def rendezvous(store: Store, rank: int, world_size: int, timeout_seconds: float) -> tuple[str, list[str]]:
+    """Waits until all processes have started; returns a name for this start, which no earlier start had, and
+    the ranks' machines.
 
-    Each rank stores a random number (nonce). Rank 0 publishes the list of all. A rank that finds its own
-    nonce in the list counts itself under the list's hash. A count of world_size means that all have seen the
-    same list. (torchrun's number of restarts would not do: each machine counts its own.) Raises RuntimeError
-    if some processes do not start in time.
+    Each rank stores a random number (nonce) and its machine. Rank 0 publishes the list of all. A rank that
+    finds its own nonce in the list counts itself under the list's hash. A count of world_size means that all
+    have seen the same list. (torchrun's number of restarts would not do: each machine counts its own.) Raises
+    RuntimeError if some processes do not start in time.
     """
-    mine, name, end = secrets.token_hex(8), "", time.monotonic() + timeout_seconds
+    mine = f"{secrets.token_hex(8)}@{socket.gethostname()}"
+    name, end, machines = "", time.monotonic() + timeout_seconds, []
     everyone = [f"nonce of rank {number}" for number in range(world_size)]
     for key in ("nonces", *everyone) if rank == 0 else ("nonces",):
         store.compare_set(key, "", "none")  # so that reading does not block
@@ -209,10 +222,10 @@ def rendezvous(store: Store, rank: int, world_size: int, timeout_seconds: float)
         nonces = store.get("nonces").decode()
         seen = hashlib.sha256(nonces.encode()).hexdigest()
         if seen != name and mine in nonces:
-            name = seen
+            name, machines = seen, [nonce.partition("@")[2] for nonce in nonces.split()]
             store.add(name, 1)
         if name and store.add(name, 0) == world_size:
-            return name
+            return name, machines
         time.sleep(max(0.02, world_size / 1000))
     late = f"not all of the {world_size} processes started within {timeout_seconds:g} s (--timeout-seconds)"
     raise RuntimeError(f"rank {rank}: {late}")

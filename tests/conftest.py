@@ -1,7 +1,8 @@
 """Fixtures of many tests: data, small runs, scripts, the Hub; and the fault campaign, `pytest -m campaign`.
 
 A test of a fault names its row in the table of docs/reliability.md: `@pytest.mark.fault(7)`. The campaign
-runs all of these at full counts and ends with a table. The default run makes a few tries of each.
+runs all of these at full counts and ends with a table. The default run makes a few tries of each, and
+`pytest -m marathon` more than the campaign has time for.
 """
 
 import dataclasses
@@ -57,15 +58,19 @@ class Attempt:
 
 @dataclass
 class Tally:
-    """`for attempt in tally(default=2, full=200)` makes 2 tries of a fault, in the campaign 200. A try passes
-    if the loop's body raises nothing."""
+    """`for attempt in tally(2, 200, 1000)` makes 2 tries of a fault, in the campaign 200, and in the marathon
+    1,000. A try passes if the loop's body raises nothing."""
 
-    is_campaign: bool
+    effort: int  # 0, 1 in the campaign, 2 in the marathon
     tried: int = 0
     survived: int = 0
 
-    def __call__(self, default: int, full: int) -> Iterator[Attempt]:
-        wanted, done = full if self.is_campaign else default, 0
+    def pick(self, *counts: int) -> int:
+        """The count for this effort; the last one if there are fewer."""
+        return counts[: self.effort + 1][-1]
+
+    def __call__(self, *counts: int) -> Iterator[Attempt]:
+        wanted, done = self.pick(*counts), 0
         for number in itertools.count():
             if done >= wanted:
                 return
@@ -77,8 +82,8 @@ class Tally:
             done += attempt.count
 
 
-def is_campaign(config: pytest.Config) -> bool:
-    return config.getoption("markexpr") == "campaign"
+def find_effort(config: pytest.Config) -> int:
+    return {"campaign": 1, "marathon": 2}.get(config.getoption("markexpr"), 0)
 
 
 def rows_of(item: pytest.Item) -> list[int]:
@@ -90,7 +95,7 @@ TALLY = pytest.StashKey[Tally]()
 
 @pytest.fixture
 def tally(request) -> Tally:
-    request.node.stash[TALLY] = Tally(is_campaign(request.config))
+    request.node.stash[TALLY] = Tally(find_effort(request.config))
     return request.node.stash[TALLY]
 
 
@@ -109,7 +114,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     is one try, and so is a failure outside of the tries."""
     report = yield
     if report.when == "call" or report.failed:
-        tally = item.stash.get(TALLY, Tally(True))
+        tally = item.stash.get(TALLY, Tally(0))
         lost = report.failed and tally.tried == tally.survived
         single = not tally.tried and report.passed
         tries = [tally.tried + lost + single, tally.survived + single]
@@ -128,7 +133,7 @@ def pytest_runtest_logreport(report: pytest.TestReport):
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config):
-    if not is_campaign(config):
+    if not find_effort(config):
         return
     terminalreporter.section("the fault campaign")
     terminalreporter.write_line(f"{'#':>2}  {'fault':<60}  {'tries':>6}  {'survived':>8}  {'%':>6}")

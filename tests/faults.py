@@ -1,5 +1,6 @@
 """Faults in the processes under test: patches for helpers.Training, given as functools.partial."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -365,3 +366,31 @@ def jump_clock(step: int, seconds: float):
             time.time_ns = lambda: now_ns() + int(seconds * 1e9)
 
     each_training_forward(jump)
+
+
+RESOURCES = ("memory_MB", "threads", "open_files", "folder_MB")
+
+
+def note_resources(folder: Path, run: Path, every: int):
+    """Writes what the process holds, every so many steps, to a log per rank: memory, threads, open files, and
+    its run's folder but for log.txt, which grows by some lines a step."""
+
+    def note(step: int, micro_step: int):
+        if micro_step or step % every != every - 1:
+            return
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        memory, threads = (
+            float(status.partition(f"{name}:")[2].split()[0]) for name in ("VmRSS", "\nThreads")
+        )
+        open_files, size = len(list(Path("/proc/self/fd").iterdir())), 0
+        for place, _, names in os.walk(run):
+            for name in set(names) - {"log.txt"}:
+                with contextlib.suppress(FileNotFoundError):  # pruned just now
+                    size += (Path(place) / name).stat().st_size
+        held = (memory / 1000, threads, open_files, size / 1e6)
+        with open(log, "a", encoding="utf-8") as f:
+            f.writelines(f"{step} {stream} {value:.6g}\n" for stream, value in zip(RESOURCES, held))
+
+    log = folder / f"rank{rank()}" / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    each_training_forward(note)

@@ -1,5 +1,5 @@
-"""Many machines: two torchrun agents with two processes each, that meet over the loopback device or over a
-wire between two network namespaces."""
+"""Many machines: two torchrun agents with two processes each, that meet over the loopback device.
+test_network.py has a wire between them."""
 
 import dataclasses
 import os
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 from helpers import ROOT, end_of, flags
@@ -28,49 +27,16 @@ def port() -> int:
         return free.getsockname()[1]
 
 
-def agents(cfg: Config, port: int, *words: str, networks: tuple[str, ...] = ()) -> list[subprocess.Popen]:
-    """torchrun on two machines, were they two: on this one's network, or each in a namespace."""
-    started = []
-    for number in range(2):
-        host = f"10.77.0.{number + 1}" if networks else "127.0.0.1"
-        inside = ["ip", "netns", "exec", networks[number]] if networks else []
-        # There the name of this machine is nobody's address: who is the host must be said.
-        is_host = [f"--rdzv-conf=is_host={number == 0}"] if networks else []
-        command = [
-            *inside, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
-            "--max-restarts=2", "--rdzv-backend=c10d", f"--local-addr={host}", "--rdzv-id=test", *is_host,
-            f"--rdzv-endpoint={'10.77.0.1' if networks else host}:{port}",
-            str(ROOT / "train_gpt2.py"), *flags(cfg), *words,
-        ]  # fmt: skip
-        env = os.environ | {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": "wire"} if networks else {})
-        pipes: dict = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", bufsize=1)
-        started.append(subprocess.Popen(command, env=env, **pipes))
-    return started
-
-
-@pytest.fixture
-def networks() -> Iterator[tuple[str, str]]:
-    """Two network namespaces, each with an end of one wire: 10.77.0.1 and 10.77.0.2."""
-    names = (f"gpt2-a-{os.getpid()}", f"gpt2-b-{os.getpid()}")
-
-    def ip(words: str):
-        subprocess.run(["ip", *words.split()], check=True, capture_output=True, text=True)
-
-    may = subprocess.run(["unshare", "--net", "true"], check=False, capture_output=True).returncode == 0
-    if not (may and shutil.which("ip")):
-        pytest.skip("network namespaces need iproute2 and the right to make them")
-    try:
-        for name in names:
-            ip(f"netns add {name}")
-        ip(f"-n {names[0]} link add wire type veth peer name wire netns {names[1]}")
-        for number, name in enumerate(names, 1):
-            ip(f"-n {name} addr add 10.77.0.{number}/24 dev wire")
-            ip(f"-n {name} link set wire up")
-            ip(f"-n {name} link set lo up")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+def agents(cfg: Config, port: int, *words: str) -> list[subprocess.Popen]:
+    """torchrun on two machines, were they two."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--max-restarts=2",
+        "--rdzv-backend=c10d", "--local-addr=127.0.0.1", "--rdzv-id=test",
+        f"--rdzv-endpoint=127.0.0.1:{port}", str(ROOT / "train_gpt2.py"), *flags(cfg), *words,
+    ]  # fmt: skip
+    pipes: dict = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", bufsize=1)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return [subprocess.Popen(command, env=env, **pipes) for _ in range(2)]
 
 
 def finish(processes: list[subprocess.Popen], timeout: float = 200) -> str:
@@ -105,13 +71,6 @@ def test_with_four_processes_a_resumed_run_ends_bit_identical(launch, whole, tmp
 def test_two_machines_end_as_one_machine_with_as_many_processes(config, whole, port, tmp_path):
     printed = finish(agents(config, port))
     assert printed.count(" 0/12 | loss") == 1  # only rank 0 of all prints
-    assert "1 sequences x 16 tokens x 4 processes" in printed
-    assert end_of(tmp_path / "run") == end_of(whole(4))
-
-
-@pytest.mark.slow
-def test_two_machines_on_a_wire_end_as_one_machine(config, whole, port, tmp_path, networks):
-    printed = finish(agents(config, port, networks=networks))
     assert "1 sequences x 16 tokens x 4 processes" in printed
     assert end_of(tmp_path / "run") == end_of(whole(4))
 
@@ -155,7 +114,7 @@ def meet(store: TCPStore, ranks: list[int], world_size: int, timeout: float = 10
         time.sleep(random.random() / 10)
         client = TCPStore("127.0.0.1", store.port, is_master=False)
         try:
-            names.append(processes.rendezvous(client, rank, world_size, timeout))
+            names.append(processes.rendezvous(client, rank, world_size, timeout)[0])
         except RuntimeError as error:
             names.append(str(error).partition(": ")[2])
 
