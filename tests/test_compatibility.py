@@ -16,7 +16,7 @@ import pytest
 from helpers import ROOT, resealed, resume, train, values
 
 import plot
-from lib import checkpoint, hub_runs, run_folder, runs, shards
+from lib import checkpoint, files, hub_runs, run_folder, runs, shards
 
 # The last commit, or one of the last, that wrote so.
 RUNS = {
@@ -185,8 +185,11 @@ def test_settings_of_a_later_version_are_refused(run, script, settings, message)
         assert f"{run / file}: {message}. If a later version wrote it, update" in refused.stderr
 
 
-def test_more_entries_and_streams_are_read(run, script):
-    resealed(run / "step_000001", later={"a": [1]})
+def test_more_entries_files_and_streams_are_read(run, script):
+    step = run / "step_000001"
+    (step / "ema.bin").write_bytes(b"0")
+    digests = checkpoint.verify(step)["files"] | {"ema.bin": files.hash_file(step / "ema.bin")}
+    resealed(step, later={"a": [1]}, files=digests)
     log = run / "log.txt"
     lines = log.read_text(encoding="utf-8")
     log.write_text("0 val.mine 3.5\n0 bits_per-byte 1e-05\n" + lines, encoding="utf-8")
@@ -208,8 +211,8 @@ def test_a_later_manifest_is_refused(of, script, is_whole):
     ):
         refused = script(*words)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-        message = "manifest.json: format is 2; this code reads up to 1. A later version wrote it: update this"
-        assert message in refused.stderr
+        assert f"{folder}/manifest.json: format is 2; this code reads up to 1. A later" in refused.stderr
+        assert refused.stderr.endswith(" later version wrote it: update this project: git pull\n")
     assert snapshot(folder) == before
 
 
