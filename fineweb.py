@@ -291,14 +291,16 @@ def find_manifest(cfg: Config) -> dict | None:
     if not path.is_file():
         return None
     manifest = shards.load_manifest(path)
-    # The first version read texts in only one way.
+    # The first version had no `documents`, the second had `max_shards`.
     old, new = {"documents": "auto", **(manifest.get("request") or {})}, cfg.request
-    if all(old.get(key) == new[key] for key in new):
+    old.pop("max_shards", None)
+    if old == new:
         return manifest
     if not manifest["complete"] and not has_shards(cfg.folder):
         shard_writer.clear(cfg.folder)  # an earlier attempt failed before its first shard
         return None
-    changed = [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in new if old.get(key) != new[key]]
+    differ = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+    changed = [f"{key} {old.get(key)!r}, not {new.get(key)!r}" for key in differ]
     raise ValueError(
         f"{cfg.folder} holds another data set ({', '.join(changed)}); remove it, or give another --name or "
         "--out-dir"

@@ -221,6 +221,10 @@ def test_more_facts_in_a_manifest_are_read_but_no_data_set_goes_on_with_them(of,
     change(folder / "whole", language="en")
     assert "as written" in script("fineweb.py", *FLAGS, "--out-dir", "whole", "--verify").stdout
     assert "already complete" in script("fineweb.py", *FLAGS, "--out-dir", "whole").stdout
+    request = shards.load_manifest(folder / "whole" / "manifest.json")["request"]
+    change(folder / "whole", request=request | {"lower_case": True})
+    other = script("fineweb.py", *FLAGS, "--out-dir", "whole")
+    assert other.returncode == 2 and "another data set (lower_case True, not None)" in other.stderr
     change(folder / "toy", normalization="NFC")  # its tokens may be others
     refused = script("fineweb.py", *FLAGS, "--out-dir", "toy")
     assert refused.returncode == 2 and "toy was begun with another normalization: " in refused.stderr
