@@ -237,11 +237,14 @@ def tokenize(cfg: Config, manifest: dict | None):
         "parts": len(parts),
     }
     manifest = shard_writer.begin(cfg.folder, plan)
-    if changed := [key for key in plan if manifest.get(key) != plan[key]]:
+    # A later version's manifest may have facts that change the tokens.
+    facts = {key: manifest[key] for key in manifest.keys() - {"format", "complete", "shards"}}
+    if changed := [key for key in {**plan, **facts} if facts.get(key) != plan.get(key)]:
         if world_size > 1 or has_shards(cfg.folder):
             raise ValueError(
                 f"{cfg.folder} was begun with another {', '.join(changed)}: {cfg.source} has changed, or "
-                "another process has other flags. Remove the folder to start again"
+                "another process has other flags, or another version of this project began it. Remove the "
+                "folder to start again"
             )
         shard_writer.clear(cfg.folder)
         manifest = shard_writer.begin(cfg.folder, plan)
@@ -288,13 +291,16 @@ def find_manifest(cfg: Config) -> dict | None:
     if not path.is_file():
         return None
     manifest = shards.load_manifest(path)
-    old, new = manifest.get("request", {}), cfg.request
+    # The first version had no `documents`, the second had `max_shards`.
+    old, new = {"documents": "auto", **(manifest.get("request") or {})}, cfg.request
+    old.pop("max_shards", None)
     if old == new:
         return manifest
     if not manifest["complete"] and not has_shards(cfg.folder):
         shard_writer.clear(cfg.folder)  # an earlier attempt failed before its first shard
         return None
-    changed = [f"{key} {old.get(key)!r}, not {new[key]!r}" for key in new if old.get(key) != new[key]]
+    differ = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+    changed = [f"{key} {old.get(key)!r}, not {new.get(key)!r}" for key in differ]
     raise ValueError(
         f"{cfg.folder} holds another data set ({', '.join(changed)}); remove it, or give another --name or "
         "--out-dir"
@@ -322,10 +328,11 @@ def is_whole(cfg: Config, manifest: dict) -> bool:
         raise ValueError(f"{error} (remove {cfg.folder} first)") from error
     if cfg.tokenized:
         have = sum(shard["split"] == "train" for shard in manifest["shards"])
-        return have >= (cfg.max_shards or manifest["available"])
+        return have >= (cfg.max_shards or manifest.get("available", math.inf))
     with contextlib.suppress(FileNotFoundError):  # the text may be gone once it is in shards
         local = sources.is_local(cfg.source)
-        if local and sources.describe_inputs(cfg.find_inputs(manifest)[0]) != manifest["inputs"]:
+        begun = manifest.get("inputs")  # the first version wrote none
+        if local and begun and sources.describe_inputs(cfg.find_inputs(manifest)[0]) != begun:
             raise ValueError(
                 f"{cfg.source} has changed since {cfg.folder} was written; remove {cfg.folder} and repeat "
                 "the command, or give another --name or --out-dir"

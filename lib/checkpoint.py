@@ -32,6 +32,8 @@ from lib.environment import is_local_main
 from lib.folders import OPTIMIZER, STATE, STEP_NAME, identify, list_steps, newest_run, suggest_folder
 from model import END_OF_TEXT, GPT, HUB_NAMES, SIZE_NAMES, SIZES, GPTConfig
 
+FORMAT_VERSION = 1  # of state.json; earlier versions wrote none
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -120,7 +122,7 @@ def save(
         for name in ("model.safetensors", OPTIMIZER):
             (temporary / name).chmod(mode)
         digests = {path.name: files.hash_file(path) for path in sorted(temporary.iterdir())}
-        body = {"step": step, **state, "files": digests}
+        body = {"format": FORMAT_VERSION, "step": step, **state, "files": digests}
         sealed = {**body, "sha256": files.hash_json(body)}
         (temporary / STATE).write_text(json.dumps(sealed, indent=2), encoding="utf-8")
         for path in temporary.iterdir():
@@ -153,7 +155,7 @@ def set_aside(folder: Path) -> Path:
 
 def verify(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint, after its files were hashed. Raises ValueError naming the first file whose
-    bytes are not those that were written."""
+    bytes are not those that were written, and LaterVersionError for a later format."""
     body = verify_state(folder)
     for name, digest in body["files"].items():
         if not (folder / name).is_file():
@@ -175,6 +177,7 @@ def verify_state(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing or damaged ({type(error).__name__})") from error
     if files.hash_json(body) != seal or text != json.dumps({**body, "sha256": seal}, indent=2):
         raise ValueError(f"{path} is damaged: its own SHA-256 does not fit")
+    schema.check_format(body, FORMAT_VERSION, path)
     schema.check_fields(body, {"step": int, "files": dict[str, str]}, path)
     step = STEP_NAME.fullmatch(folder.resolve().name)
     if step and int(step[1]) != body["step"]:
@@ -212,11 +215,14 @@ def load(folder: Path, dropout: float = 0.0, state: dict[str, Any] | None = None
 
 
 def find_newest_valid(run: Path) -> tuple[Found | None, list[str]]:
-    """The newest checkpoint of a run that verifies, and why newer ones were passed over."""
+    """The newest checkpoint of a run that verifies, and why newer ones were passed over. Raises
+    LaterVersionError instead of passing over a later version's."""
     passed_over = []
     for folder in reversed(list_steps(run)):
         try:
             return Found(folder, verify(folder)), passed_over
+        except schema.LaterVersionError:
+            raise
         except ValueError as error:
             passed_over.append(str(error))
     return None, passed_over

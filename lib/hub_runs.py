@@ -61,9 +61,9 @@ def model_card(repo: str, state: dict[str, Any], has_picture: bool) -> str:
     """The README on the Hub: data, figures, how to use the model and how to resume its training."""
     run, seen = state["config"], state["step"] * state["config"]["total_batch_tokens"]
     start = f"the weights of {run['init_from']}" if run["init_from"] else "random weights"
-    val_loss, hella = state["val_loss"], state["hellaswag"]
+    val_loss, hella = state.get("val_loss"), state.get("hellaswag")
     rows = {
-        "trained on": f"{state['trained_on']}, from {start}",
+        "trained on": f"{state.get('trained_on', run['dataset_path'])}, from {start}",
         "step": f"{state['step']:,} of {run['max_steps']:,}; {seen:,} tokens seen",
         "validation loss": "not measured" if val_loss is None else f"{val_loss:.4f} nats per token",
         "HellaSwag": "not measured" if hella is None else f"{hella:.2%} (acc_norm, completion style)",
@@ -78,7 +78,7 @@ def model_card(repo: str, state: dict[str, Any], has_picture: bool) -> str:
     return "\n".join([
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2]",
         *([f"datasets: [{dataset}]"] if is_hub else []), "---", "",
-        f"# {repo.partition('/')[2]}", "", state["model"] + ".", "",
+        f"# {repo.partition('/')[2]}", "", state.get("model", "GPT-2") + ".", "",
         *(["![training and validation loss](loss.png)", ""] if has_picture else []),
         "| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items()), "",
         "```python", "from transformers import pipeline", "",

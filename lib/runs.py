@@ -39,7 +39,7 @@ from model import GPT, GPTConfig
 
 # The entries of a checkpoint's state that resuming reads.
 STATE_FIELDS = {
-    **{"config": dict, "world_size": int, "data": Any, "dtype": str | None, "scaler": dict | None},
+    **{"config": dict, "world_size": int | None, "data": Any, "dtype": str | None, "scaler": dict | None},
     **{"evaluated": bool | None, "val_loss": float | None, "best_val_loss": float | None},
     **{"bad_steps": int | None, "recent_losses": list[float] | None, "tracker_id": str | None},
     "figures": dict | None,
@@ -322,9 +322,12 @@ def read_like(cfg: Any, preset: str) -> Any:
 
 def build_config(cfg: Any, saved: dict[str, Any], where: Path | str) -> Any:
     """Saved settings as an object like cfg. Raises ValueError for settings of a later version."""
-    if unknown := saved.keys() - {field.name for field in dataclasses.fields(cfg)}:
-        raise ValueError(f"{where} has settings that are not known here: {', '.join(sorted(unknown))}")
-    schema.check_fields(saved, typing.get_type_hints(type(cfg)), where, optional=True)
+    try:
+        if unknown := saved.keys() - {field.name for field in dataclasses.fields(cfg)}:
+            raise ValueError(f"{where}: no setting here has the name {' or '.join(sorted(unknown))}")
+        schema.check_fields(saved, typing.get_type_hints(type(cfg)), where, optional=True)
+    except ValueError as error:
+        raise ValueError(f"{error}. If a later version wrote it, {schema.UPDATE}") from error
     return type(cfg)(**saved)
 
 
@@ -357,11 +360,11 @@ def compare_settings(
         change = f"{cli.flag(field.name)} was {old!r}, is {new!r}"
         if old != new and field.metadata["resume"] != "start":
             {"fixed": refused, "free": allowed, "shape": misfits}[field.metadata["resume"]].append(change)
-    if world_size != state["world_size"]:
+    if world_size != state.get("world_size", world_size):
         allowed.append(f"the processes were {state['world_size']}, are {world_size}")
     if cfg.max_steps < state["step"]:
         raise ValueError(f"--max-steps is {cfg.max_steps}; {folder} already is at step {state['step']}")
-    if data and data.fingerprint() != state["data"]:
+    if data and state["data"] not in (data.fingerprint(), data.fingerprint(with_tokenizer=False)):
         refused.append(f"the shards in {cfg.dataset_path} are not those of the checkpoint")
     if misfits:
         raise ValueError(f"{folder} cannot change: {'; '.join(misfits)}; start a new run for that")

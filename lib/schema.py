@@ -2,6 +2,7 @@
 
     settings = schema.read_json(path, {"total_batch_tokens": int, "run_name": str | None})
     schema.check_fields(item, {"ctx": str, "endings": list[str]}, f"{path}, line {number}")
+    schema.check_format(manifest, newest=1, where=path)
 
 A missing field is refused, unless its hint allows None or `optional` is true. More fields may be there.
 """
@@ -15,6 +16,11 @@ from typing import Any
 
 NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 NAMES |= {dict: "an object", list: "a list"}
+UPDATE = "update this project: git pull"
+
+
+class LaterVersionError(ValueError):
+    """A file is whole, but this version cannot read it."""
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -62,6 +68,16 @@ def check_fields(value: Any, hints: Mapping[str, Any], where: Path | str, option
             raise ValueError(
                 f"{where}: the field {name} is {shorten(value[name])}; it must be {describe(hint)}"
             )
+
+
+def check_format(content: Mapping[str, Any], newest: int, where: Path | str):
+    """Raises LaterVersionError for a file whose format has a higher number than the newest known here."""
+    check_fields(content, {"format": int | None}, where)
+    if (content.get("format") or 0) > newest:
+        raise LaterVersionError(
+            f"{where}: format is {content['format']}; this code reads up to {newest}. A later version wrote "
+            f"it: {UPDATE}"
+        )
 
 
 def shorten(value: Any) -> str:

@@ -57,7 +57,7 @@ class PartWriter:
             raise OSError(f"another process is writing part {part} of {folder}; wait for it") from error
         begun = {"plan": plan, "complete": False, "val_tokens": val_tokens, "shards": []}
         self.state = read_part(folder, part) or begun
-        if self.state["plan"] != plan:
+        if self.state.get("plan", plan) != plan:  # an earlier version wrote none
             raise ValueError(f"{self.folder} is of another source or other flags; remove it")
         self.shards: list[dict] = self.state["shards"]
         self._remove_damaged()
@@ -242,13 +242,16 @@ def _merge(folder: Path) -> dict:
     if manifest["complete"]:
         shutil.rmtree(folder / PARTS, ignore_errors=True)
         return manifest
+    if "parts" not in manifest:  # the first version wrote final names at once
+        raise ValueError(f"{folder} was begun by an earlier version; remove it and start again")
     if missing := find_missing_parts(folder, manifest):
         some = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
         raise ValueError(f"{folder}: of {manifest['parts']} parts, these are missing or incomplete: {some}")
     parts = [part for number in range(manifest["parts"]) if (part := read_part(folder, number))]
     if len(parts) < manifest["parts"]:
         raise ValueError(f"{folder / PARTS} was removed while its parts were joined")
-    if strangers := [n for n, part in enumerate(parts) if part["plan"] != hash_plan(manifest)]:
+    plan = hash_plan(manifest)
+    if strangers := [n for n, part in enumerate(parts) if part.get("plan", plan) != plan]:
         raise ValueError(f"{folder}: parts {strangers} are of another source or other flags than {MANIFEST}")
     found = [shard for part in parts for shard in part["shards"] if shard["split"] == "train"]
     if all(shard["tokens"] == shard["documents"] for shard in found):  # no more than a 50256 per document

@@ -21,7 +21,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -44,7 +44,7 @@ HEAD_TOKENS = 8192  # a shard's first tokens have their own hash: they can be do
 
 # Earlier versions wrote fewer fields.
 MANIFEST_FIELDS: dict[str, Any] = {
-    "complete": bool, "shards": list, "tokenizer": dict | None, "request": dict | None,
+    "format": Literal[1], "complete": bool, "shards": list, "tokenizer": dict | None, "request": dict | None,
     **dict.fromkeys(("name", "source", "revision"), str | None),
 }  # fmt: skip
 SHARD_FIELDS: dict[str, Any] = {
@@ -54,12 +54,10 @@ SHARD_FIELDS: dict[str, Any] = {
 
 
 def load_manifest(path: Path) -> dict:
-    """Reads a manifest, complete or not. Raises ValueError if it is damaged or has another format."""
+    """Reads a manifest, complete or not. Raises ValueError if it is damaged or of a later version."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        schema.check_fields(manifest, {"format": int}, "manifest")
-        if manifest["format"] != FORMAT_VERSION:
-            raise ValueError(f"format is {manifest['format']}; this code reads format {FORMAT_VERSION}")
+        schema.check_format(manifest, FORMAT_VERSION, path)
         schema.check_fields(manifest, MANIFEST_FIELDS, "manifest")
         if (vocabulary := (manifest.get("tokenizer") or {}).get("name", "gpt2")) != "gpt2":
             raise ValueError(f"tokenizer.name is {vocabulary!r}; this code reads GPT-2's tokens")
@@ -73,6 +71,8 @@ def load_manifest(path: Path) -> dict:
             if entry["split"] != name[1] or entry["tokens"] < 1:
                 raise ValueError(f"{where}: {file} with split {entry['split']!r}, {entry['tokens']} tokens")
             seen.add(file)
+    except schema.LaterVersionError:
+        raise
     except (ValueError, RecursionError) as error:
         fix = "remove its folder and make the shards again with fineweb.py"
         raise ValueError(f"{path} cannot be read: {error}. If it is damaged, {fix}") from error
@@ -281,14 +281,16 @@ class Folder:
         source = (read_manifest(self.folder) or {}).get("source", self.name)
         return source if ":" in source else Path(source).name
 
-    def fingerprint(self) -> str:
-        """Returns a hash of every shard's name and length and, if known, of content hashes and tokenizer."""
+    def fingerprint(self, with_tokenizer: bool = True) -> str:
+        """Returns a hash of every shard's name and length and, if known, of content hashes and tokenizer.
+        Earlier versions left the tokenizer out."""
         for entry in self.entries:
             if "tokens" not in entry:
                 self.check(entry)
         facts = [(entry["file"], entry["tokens"], entry.get("sha256")) for entry in self.entries]
         vocabulary = (read_manifest(self.folder) or {}).get("tokenizer")
-        return hashlib.sha256(json.dumps([vocabulary, facts]).encode()).hexdigest()
+        hashed = [vocabulary, facts] if with_tokenizer else facts
+        return hashlib.sha256(json.dumps(hashed).encode()).hexdigest()
 
 
 class ShardReader:

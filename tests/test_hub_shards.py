@@ -67,6 +67,18 @@ def test_others_shards_are_only_fetched(client, server, repo, tmp_path, cfg, max
         assert client(CACHE + same, one=f"hf://datasets/{repo}", two=tmp_path, cache=tmp_path / "cache")
 
 
+@pytest.mark.fault(34)
+def test_shards_that_an_earlier_version_fetched_are_completed(client, tmp_path, cfg):
+    client(PULL, cfg={**cfg, "max_shards": 2})
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    del manifest["available"]  # c17ab74 wrote none, and had max_shards in the request
+    manifest["request"]["max_shards"] = 2
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    client(PULL, cfg=cfg)
+    assert sum(shard["split"] == "train" for shard in shards.verify(tmp_path)["shards"]) == 4
+
+
 @pytest.mark.fault(20)
 def test_fetching_shards_goes_on_where_it_was_interrupted(client, server, repo, tmp_path, cfg):
     server.fault(404, "fineweb_train_000003", times=1)
