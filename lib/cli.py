@@ -19,7 +19,6 @@ import difflib
 import errno
 import inspect
 import io
-import json
 import math
 import os
 import re
@@ -29,7 +28,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,10 +36,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from lib import console
-from lib.environment import is_local_main
+from lib.environment import ERROR_FILE, is_local_main, report_to_torchrun
 
 C = TypeVar("C")
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 PathName = Annotated[str, "a path: ~ is expanded"]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # a flag without its --no-
 AutoSwitch = Annotated[bool | None, "on by --name, off by --no-name"]  # None: the script decides
@@ -353,12 +350,3 @@ def run(main: Callable[[], Any], interrupted: str = "interrupted", outlives_cons
         if end.code:
             report_to_torchrun(f"{script}: exit code {end.code}; the reason is above")
         raise
-
-
-def report_to_torchrun(reason: str):
-    """Writes why this process ends where torchrun looks for it. torchrun prints it last."""
-    if path := os.environ.get(ERROR_FILE):
-        extra = {"py_callstack": reason, "timestamp": str(int(time.time()))}
-        content = {"message": {"message": reason, "extraInfo": extra}}
-        with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps(content), encoding="utf-8")

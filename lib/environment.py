@@ -2,14 +2,21 @@
 
     group = read_group()                     # of torchrun or SLURM, None for a single process
     rank, world_size = read_share()          # of fineweb.py's work; also of a SLURM array or a Job
+    report_to_torchrun("bad input")          # which prints it last
     seconds = read_number("DOWNLOAD_PATIENCE", 600)
 
 An empty variable counts as missing.
 """
 
+import contextlib
+import json
 import os
 import re
+import time
 from dataclasses import dataclass
+from pathlib import Path
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's variable
 
 
 @dataclass(frozen=True)
@@ -91,3 +98,12 @@ def read_share() -> tuple[int, int]:
     if not env.get("RANK") and env.get("WORLD_SIZE", "") in ("", "1"):
         return 0, 1
     return read_rank("RANK", "WORLD_SIZE")
+
+
+def report_to_torchrun(reason: str):
+    """Writes why this process ends where torchrun looks for it. torchrun prints it last."""
+    if path := os.environ.get(ERROR_FILE):
+        extra = {"py_callstack": reason, "timestamp": str(int(time.time()))}
+        content = {"message": {"message": reason, "extraInfo": extra}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(content), encoding="utf-8")

@@ -29,9 +29,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from lib import console
-from lib.cli import report_to_torchrun
 from lib.device import pick_device
-from lib.environment import read_group
+from lib.environment import read_group, report_to_torchrun
 
 
 @dataclass(eq=False)
@@ -245,7 +244,7 @@ def launch(script: str, count: int, argv: list[str]):
         run.main([*flags, script, *argv])
     except ChildFailedError as error:
         failure = error.get_first_failure()[1]
-        if isinstance(failure.error_file_data["message"], dict):  # as cli.report_to_torchrun writes it
+        if isinstance(failure.error_file_data["message"], dict):  # as report_to_torchrun writes it
             print(failure.error_file_data["message"]["message"], file=sys.stderr)
         sys.exit(max(1, failure.exitcode))
     except SignalException as error:  # it was passed on to the processes, and they have stopped

@@ -83,7 +83,7 @@ class Tally:
 
 
 def find_effort(config: pytest.Config) -> int:
-    return {"campaign": 1, "marathon": 2}.get(config.getoption("markexpr"), 0)
+    return {"campaign": 1, "marathon": 2}.get(str(config.getoption("markexpr")), 0)
 
 
 def rows_of(item: pytest.Item) -> list[int]:
