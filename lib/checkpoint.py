@@ -133,7 +133,8 @@ def save(
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None) or errno.EIO
-        raise OSError(number, f"{final} ({need / 1e6:,.0f} MB) could not be written: {error}") from error
+        reason = f"{error}{files.explain(OSError(number, ''), final)}"
+        raise OSError(number, f"{final} ({need / 1e6:,.0f} MB) could not be written: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final

@@ -9,11 +9,15 @@ On disk: the named files; while they are written, also <name>.<pid>.tmp beside t
 """
 
 import ast
+import concurrent.futures
+import errno
 import hashlib
 import json
 import os
 import queue
 import socket
+import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +28,7 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA, LOGS, ASSETS = ROOT / "data", ROOT / "log", ROOT / "assets"
+SLOW_SECONDS = 10.0  # a wait for the disk that is said
 
 
 def hash_file(path: Path, digest: Any = None) -> str:
@@ -88,7 +93,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]):
     except OSError as error:
         if error.errno is None:  # of `write` itself, not of the file system
             raise
-        raise OSError(f"{path} could not be written: {error}") from error
+        raise OSError(f"{path} could not be written: {error}{explain(error, path)}") from error
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)
@@ -97,6 +102,73 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]):
 def replace_not_finite(value: Any) -> Any:
     """A JSON value with null for infinities and nan, which JSON does not have."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
+
+
+def append(log: BinaryIO, text: str):
+    """Appends text to a file that is not buffered: after an error nothing is left to be written at its end.
+    Raises OSError with the path."""
+    data = memoryview(text.encode("utf-8"))
+    try:
+        while data:
+            data = data[log.write(data) :]
+    except OSError as error:
+        reason = f"{error.strerror}{explain(error, Path(log.name))}"
+        raise OSError(error.errno, f"{log.name} could not be written: {reason}") from error
+
+
+def wait_for_disk(writing: concurrent.futures.Future, name: str, say: Callable[[str], Any]):
+    """Waits for a thread that writes a file or folder of this name; says so again and again if it is slow."""
+    begin, pause = time.monotonic(), SLOW_SECONDS
+    while concurrent.futures.wait([writing], pause).not_done:
+        waited = time.monotonic() - begin
+        say(f"waiting for {name} to be written, for {waited:.0f} s so far: its disk is slow or stuck")
+        pause = min(60.0, 2 * pause)
+
+
+# -----------------------------------------------------------------------------
+# why a path cannot be written
+
+
+def find_existing(path: Path) -> Path:
+    """The path, or the nearest of the folders above it that exists and may be looked at."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if os.access(place, os.F_OK))
+
+
+def name_owner(path: Path) -> str:
+    """The user who owns a path, or the user's number if it has no name."""
+    try:
+        return path.owner()
+    except KeyError:
+        return f"user {path.stat().st_uid}"
+    except NotImplementedError:  # Windows
+        return "another user"
+
+
+def explain(error: OSError, path: Path) -> str:
+    """What the text of an error lacks: whose the path is, if access was denied; and that inodes are what the
+    disk lacks, not bytes. Returns "" for any other error."""
+    place, denied = find_existing(path), (errno.EACCES, errno.EPERM)
+    if error.errno in denied and os.name != "nt":
+        mode = stat.filemode(place.stat().st_mode)
+        owner = f"; {place} belongs to {name_owner(place)} ({mode})"
+        return f"{owner}: have its mode changed, or choose another place"
+    disk = os.statvfs(place) if hasattr(os, "statvfs") else None
+    if disk and disk.f_files and not disk.f_favail and disk.f_bavail:
+        free = disk.f_bavail * disk.f_frsize
+        return f"; its disk has {free / 1e6:,.0f} MB free, but no inode for another file: remove some files"
+    return ""
+
+
+def check_writable(folder: Path):
+    """Raises OSError, with the path and the reason, if no file can be made in a folder, or in the nearest
+    folder above it that exists."""
+    place = find_existing(folder)
+    try:
+        tempfile.TemporaryFile(dir=place, prefix=".", suffix=".tmp").close()
+    except OSError as error:
+        reason = f"{error.strerror}{explain(error, place)}"
+        raise OSError(error.errno, f"{folder} cannot be written: {reason}") from error
 
 
 def check_target(path: str | Path):

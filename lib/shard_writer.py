@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -131,6 +132,8 @@ class PartWriter:
 
     def _wait(self):
         if self.writing:
+            shard = f"a shard of {self.folder}"
+            files.wait_for_disk(self.writing, shard, lambda text: print(text, file=sys.stderr, flush=True))
             self.writing.result()
 
     def _store(self, split: str, pieces: list[np.ndarray]):
