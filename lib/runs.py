@@ -193,7 +193,11 @@ class Run(contextlib.ExitStack):
         def say(news: str):
             self.process.print(f"{self.format_step(step)} | {news}")
 
-        for news in self.saver.poll(say if wait else None):
+        def say_wait(text: str):
+            bound = f"; the other processes wait for --timeout-seconds {self.settings['timeout_seconds']:g}"
+            say(text + bound * (self.process.world_size > 1))
+
+        for news in self.saver.poll(say_wait if wait else None):
             say(news)
 
     def finish(self, exit_code: int):
