@@ -38,7 +38,7 @@ def sh(*words: object) -> str:
 
 @pytest.fixture
 def mount(tmp_path) -> Iterator[Callable[..., Path]]:
-    """`mount("-t", "tmpfs", "none")` mounts a file system for this test; skips it where that is not allowed."""
+    """`mount("-t", "tmpfs", "none")` mounts a file system for this test, or skips it if that is not allowed."""
     mounted = []
 
     def mount(*words: object) -> Path:
@@ -79,7 +79,7 @@ def test_a_run_goes_on_while_its_disk_is_stuck_and_says_what_it_waits_for(
     launch, config, whole, tmp_path, tally
 ):
     names = ("model.safetensors", "log.txt", ".tmp_step_000004", "state.json", "tokenizer.json", "run")
-    for attempt in tally(2, 2 * len(names)):
+    for attempt in tally(1, 2 * len(names)):
         world_size, gate = 1 + attempt.number % 2, tmp_path / f"gate{attempt.number}"
         run = tmp_path / f"log{attempt.number}" / "run"
         gate.mkdir()
@@ -128,9 +128,9 @@ def test_processes_whose_rank_0_waits_for_its_disk_longer_than_the_timeout_say_s
 ):
     hold = partial(faults.hold_flush, "/model.safetensors", tmp_path)
     training = launch(dataclasses.replace(config, timeout_seconds=6.0), world_size=2, patches=[hold])
-    training.wait_for("rank 0 has not come to the all-reduce for which rank 1 waits", rank=1)
-    assert "waiting for step_000004 to be written" in training.printed(0)
-    training.ranks[1].join(30)
+    printed = training.wait_for("waiting for step_000004 to be written, for ")
+    assert "its disk is slow or stuck; the other processes wait for --timeout-seconds 6" in printed
+    training.ranks[1].join(60)
     assert training.ranks[1].exitcode, training.printed(1)
     (tmp_path / "go").touch()
     assert all(training.wait(timeout=30)), training.printed()
@@ -148,11 +148,10 @@ def test_nothing_is_lost_on_a_slow_disk(launch, tokenize, config, whole, tmp_pat
         training = launch(dataclasses.replace(config, run_name=run.name, keep_last=1), patches=[slow])
         assert "waiting for step_000004" in training.finish()
         assert end_of(run) == end_of(whole()) and steps_of(run) == [12]
-        tokenize(tmp_path / f"slow{attempt.number}", slow).finish()
-        tokenize(tmp_path / f"fast{attempt.number}").finish()
-        assert read_files(tmp_path / f"slow{attempt.number}") == read_files(
-            tmp_path / f"fast{attempt.number}"
-        )
+        data = [tmp_path / f"{kind}{attempt.number}" for kind in ("slow", "fast")]
+        tokenize(data[0], slow).finish()
+        tokenize(data[1]).finish()
+        assert read_files(data[0]) == read_files(data[1])
 
 
 @pytest.mark.fault(36)
@@ -224,7 +223,7 @@ def test_a_disk_that_turns_read_only_ends_the_run_with_the_reason(
 @pytest.mark.fault(36)
 def test_a_disk_without_inodes_is_said_to_lack_inodes(launch, tokenize, config, whole, tally, mount):
     disk = mount("-t", "tmpfs", "-o", "size=60m", "none")
-    for attempt in tally(2, 24):
+    for attempt in tally(1, 24):
         inodes = (18, 3, 10, 17, 5, 22, *range(4, 22))[attempt.number]
         sh("mount", "-o", f"remount,nr_inodes={inodes}", disk)
         training = launch(dataclasses.replace(config, log_dir=str(disk)))
