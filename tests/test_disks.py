@@ -38,7 +38,7 @@ def sh(*words: object) -> str:
 
 @pytest.fixture
 def mount(tmp_path) -> Iterator[Callable[..., Path]]:
-    """`mount("-t", "tmpfs", "none")` mounts a file system for this test, or skips it if that is not allowed."""
+    """`mount("-t", "tmpfs", "none")` mounts a file system for this test, or skips it where that fails."""
     mounted = []
 
     def mount(*words: object) -> Path:
@@ -95,6 +95,7 @@ def test_a_run_goes_on_while_its_disk_is_stuck_and_says_what_it_waits_for(
         assert end_of(run) == end_of(whole(world_size))
 
 
+@pytest.mark.slow
 @pytest.mark.fault(36)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_signal_while_the_disk_is_stuck(launch, config, whole, tmp_path, tally, world_size):
@@ -154,6 +155,7 @@ def test_nothing_is_lost_on_a_slow_disk(launch, tokenize, config, whole, tmp_pat
         assert read_files(data[0]) == read_files(data[1])
 
 
+@pytest.mark.slow
 @pytest.mark.fault(36)
 def test_tokenizing_says_that_it_waits_for_its_disk(tokenize, tmp_path):
     out = tmp_path / "out"
@@ -220,6 +222,7 @@ def test_a_disk_that_turns_read_only_ends_the_run_with_the_reason(
 # no inodes, a quota, and other errors at any time
 
 
+@pytest.mark.slow
 @pytest.mark.fault(36)
 def test_a_disk_without_inodes_is_said_to_lack_inodes(launch, tokenize, config, whole, tally, mount):
     disk = mount("-t", "tmpfs", "-o", "size=60m", "none")
