@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 import hellaswag
-from lib import checkpoint, files, hub_shards, parallel, run_folder, shards
+from lib import checkpoint, files, parallel, run_folder, shards
 from model import GPT, Block
 from train_gpt2 import Config
 
@@ -442,15 +442,10 @@ def show_python():
             raise OSError(ctypes.get_errno(), f"{name}{args}")
 
     new_namespace, is_bind, is_private = 0x20000, 4096, 0x4000 | 0x40000  # of all mounts
-    handle = os.open(python, os.O_PATH)
     call("unshare", new_namespace)
+    handle = os.open(python, os.O_PATH)
     call("mount", b"none", b"/", None, is_private, None)
     call("mount", b"none", bytes(closed), b"tmpfs", 0, b"mode=755")
     python.mkdir(parents=True)
     call("mount", f"/proc/self/fd/{handle}".encode(), bytes(python), None, is_bind, None)
     os.close(handle)
-
-
-def keep_shards_in(cache: Path):
-    """Shards from the Hub go there."""
-    hub_shards.HUB_CACHE = cache
