@@ -207,7 +207,7 @@ def test_a_lock_that_a_killed_run_of_another_left(act, place, tally):
         lock.chmod(0o666 & ~umask)
         act("bob", run_name="other", log_dir=str(log)).finish()
         same = act("bob", log_dir=str(log))
-        if umask == 0o022:
+        if umask == 0o022 or attempt.number < 2:  # filelock takes no other's lock in a sticky folder
             said = refusal(same)
             assert f"{lock} belongs to user 12001, whose run uses the folder or was killed" in said, said
             assert not (log / "run").exists()
