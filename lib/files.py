@@ -10,6 +10,7 @@ On disk: the named files; while they are written, also <name>.<pid>.tmp beside t
 
 import ast
 import concurrent.futures
+import contextlib
 import errno
 import hashlib
 import json
@@ -75,7 +76,8 @@ def flush(path: Path):
 def make_folder(folder: Path):
     """Makes a folder and its parents, if they are missing. Their names survive a power cut."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    with name_failure(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
         flush(path.parent)
 
@@ -108,12 +110,9 @@ def append(log: BinaryIO, text: str):
     """Appends text to a file that is not buffered: after an error nothing is left to be written at its end.
     Raises OSError with the path."""
     data = memoryview(text.encode("utf-8"))
-    try:
+    with name_failure(Path(log.name)):
         while data:
             data = data[log.write(data) :]
-    except OSError as error:
-        reason = f"{error.strerror}{explain(error, Path(log.name))}"
-        raise OSError(error.errno, f"{log.name} could not be written: {reason}") from error
 
 
 def wait_for_disk(writing: concurrent.futures.Future, name: str, say: Callable[[str], Any]):
@@ -158,6 +157,16 @@ def explain(error: OSError, path: Path) -> str:
         free = disk.f_bavail * disk.f_frsize
         return f"; its disk has {free / 1e6:,.0f} MB free, but no inode for another file: remove some files"
     return ""
+
+
+@contextlib.contextmanager
+def name_failure(path: Path) -> Iterator[None]:
+    """Adds the path and what the error lacks, while the disk is as it was at the error."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror}{explain(error, path)}"
+        raise OSError(error.errno, f"{path} could not be written: {reason}") from error
 
 
 def check_writable(folder: Path):

@@ -141,7 +141,8 @@ def open_log(path: Path, resumed_step: int | None) -> BinaryIO:
     """Opens a log to append to: empty for a new run, cut back to the resumed checkpoint for an old one.
     Raises ValueError, with file and line, if it is damaged before that."""
     if resumed_step is None:
-        log = open(path, "wb", buffering=0)
+        with files.name_failure(path):
+            log = open(path, "wb", buffering=0)
         files.flush(path.parent)
         return log
     if path.exists():
