@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lib import cli, files, pretrained, schema, tokenizer
+from lib import cli, disk, files, pretrained, schema, tokenizer
 from lib.device import pick_device
 from lib.environment import is_local_main
 from lib.folders import OPTIMIZER, STATE, STEP_NAME, identify, list_steps, newest_run, suggest_folder
@@ -135,7 +135,8 @@ def save(
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None) or errno.EIO
-        raise OSError(number, f"{final} ({need / 1e6:,.0f} MB) could not be written: {error}") from error
+        reason = f"{error}{disk.explain(OSError(number, ''), final)}"
+        raise OSError(number, f"{final} ({need / 1e6:,.0f} MB) could not be written: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final

@@ -35,7 +35,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from lib import console
+from lib import console, disk
 from lib.environment import ERROR_FILE, is_local_main, report_to_torchrun
 
 C = TypeVar("C")
@@ -339,6 +339,8 @@ def run(main: Callable[[], Any], interrupted: str = "interrupted", outlives_cons
         if isinstance(error, console.ConsoleError) and error.errno in (errno.EPIPE, errno.EINVAL):
             return  # EINVAL: Windows
         rank, reason = os.environ.get("RANK", "0"), str(error)
+        if isinstance(error, OSError) and isinstance(error.filename, str):
+            reason += disk.explain(error, Path(error.filename))
         if len(reason) > 2000:  # a message of a library may hold a file's content
             reason = f"{reason[:1500]} ... {reason[-400:]}"
         reason = f"{script}{f' (rank {rank})' if rank != '0' else ''}: {reason}"

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from lib import disk
+
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +72,8 @@ def flush(path: Path):
 def make_folder(folder: Path):
     """Makes a folder and its parents, if they are missing. Their names survive a power cut."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk.name_failure(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
         flush(path.parent)
 
@@ -88,7 +91,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]):
     except OSError as error:
         if error.errno is None:  # of `write` itself, not of the file system
             raise
-        raise OSError(f"{path} could not be written: {error}") from error
+        raise OSError(f"{path} could not be written: {error}{disk.explain(error, path)}") from error
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)
@@ -97,6 +100,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]):
 def replace_not_finite(value: Any) -> Any:
     """A JSON value with null for infinities and nan, which JSON does not have."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
+
+
+def append(log: BinaryIO, text: str):
+    """Appends text to a file that is not buffered: after an error nothing is left to be written at its end.
+    Raises OSError with the path."""
+    data = memoryview(text.encode("utf-8"))
+    with disk.name_failure(Path(log.name)):
+        while data:
+            data = data[log.write(data) :]
 
 
 def check_target(path: str | Path):

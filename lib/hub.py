@@ -158,6 +158,8 @@ def fetch(file: HubFile, folder: Path) -> Path:
     from huggingface_hub import hf_hub_download
 
     path, incoming = folder / file.path, folder / ".incoming"
+    if path.is_file():  # another user's cache need not be writable
+        return path
     incoming.mkdir(parents=True, exist_ok=True)
 
     def attempt() -> Path:

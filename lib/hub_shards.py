@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib import files, hub, shards
+from lib import disk, files, hub, shards
 from lib.processes import Process
 from lib.shards import BIN_HEADER_BYTES, HEAD_TOKENS, MANIFEST, NPY_HEADER_BYTES, Folder
 
@@ -50,6 +50,8 @@ class HubFolder(Folder):
             least = f"at least {math.ceil(3 * largest / 1e8) / 10}, three shards of {location}"
             raise ValueError(f"--cache-gb is {cache_bytes / 1e9:g}; it must be {least}")
         here = [path for entry in self.entries if (path := self.folder / entry["file"]).is_file()]
+        if len(here) < len(self.entries):
+            disk.check_writable(self.folder / ".incoming")
         here.sort(key=lambda path: path.stat().st_mtime)
         self.recent = dict.fromkeys(path.name for path in here)  # the last is the most recently used
         self.heads: dict[str, np.ndarray] = {}

@@ -17,11 +17,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from lib import files, run_log
+from lib import disk, files, run_log
 from lib.folders import SETTINGS, STATE, check_ownership, holds_settings, list_steps, mark_newest
 from lib.processes import Process
 from model import GPTConfig
@@ -57,8 +57,10 @@ def choose_folder(cfg: Any, model_config: GPTConfig, process: Process) -> Path:
         raise ValueError(
             f"{run} exists: go on with it (--run-name {run.name} --resume) or choose another --run-name"
         )
-    if not cfg.eval_only and run.exists() and process.rank == 0:
-        unlock(lock(run))  # raises if another process has it, before this one takes memory
+    if process.rank == 0 and not cfg.dry_run:  # before this process takes memory
+        disk.check_writable(run)
+        if run.exists():
+            unlock(lock(run))  # raises if another process has it
     if links := [path for path in run.iterdir() if path.is_symlink()] if run.is_dir() else []:
         raise ValueError(f"{links[0]} is a link; a run writes only into its own folder: remove the link")
     return run
@@ -73,6 +75,12 @@ def lock(run: Path) -> FileLock:
         taken.acquire(timeout=0)
     except Timeout as error:
         raise ValueError(f"{run} is in use by another process; choose another --run-name") from error
+    except PermissionError as error:
+        path = Path(taken.lock_file)
+        if not path.exists():
+            raise
+        reason = f"{path} belongs to {disk.name_owner(path)}, whose run uses the folder or was killed"
+        raise PermissionError(f"{reason}; choose another --run-name, or have the file removed") from error
     return taken
 
 
@@ -129,11 +137,12 @@ def prune(run: Path, keep_last: int, keep_every: int, in_use: Path | None = None
             shutil.rmtree(doomed)
 
 
-def open_log(path: Path, resumed_step: int | None) -> Any:
+def open_log(path: Path, resumed_step: int | None) -> BinaryIO:
     """Opens a log to append to: empty for a new run, cut back to the resumed checkpoint for an old one.
     Raises ValueError, with file and line, if it is damaged before that."""
     if resumed_step is None:
-        log = open(path, "w", encoding="utf-8")
+        with disk.name_failure(path):
+            log = open(path, "wb", buffering=0)
         files.flush(path.parent)
         return log
     if path.exists():
@@ -153,7 +162,7 @@ def open_log(path: Path, resumed_step: int | None) -> Any:
             if step < resumed_step or (step == resumed_step and i < end)
         ]
         files.write_atomically(path, lambda f: f.write("".join(kept).encode("utf-8")))
-    return open(path, "a", encoding="utf-8")
+    return open(path, "ab", buffering=0)
 
 
 def write_settings(run: Path, settings: dict[str, Any]):

@@ -18,7 +18,7 @@ import threading
 import time
 import typing
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,6 +29,8 @@ import torch
 
 from lib import checkpoint, cli, console, files, folders, hub, hub_runs, report, run_folder, schema, tokenizer
 from lib.checkpoint import STATE, Found
+from lib.disk import name_owner, wait_for
+from lib.environment import is_local_main
 from lib.optimizers import Optimizers
 from lib.plan import check_batch
 from lib.processes import Process
@@ -164,8 +166,8 @@ class Run(contextlib.ExitStack):
     def log(self, step: int, **values: float):
         """Writes a line per value to log.txt, and the values to the tracker."""
         if self.log_file:
-            self.log_file.writelines(f"{step} {stream} {value:.6g}\n" for stream, value in values.items())
-            self.log_file.flush()
+            lines = [f"{step} {stream} {value:.6g}\n" for stream, value in values.items()]
+            files.append(self.log_file, "".join(lines))
         if self.tracker:
             self.tracker.write(step, values)
 
@@ -188,8 +190,16 @@ class Run(contextlib.ExitStack):
 
     def print_news(self, step: int, wait: bool = False):
         """Prints what was saved and sent since the last call. Raises OSError if saving failed."""
-        for news in self.saver.poll(wait):
+
+        def say(news: str):
             self.process.print(f"{self.format_step(step)} | {news}")
+
+        def say_wait(text: str):
+            bound = f"; the other processes wait for --timeout-seconds {self.settings['timeout_seconds']:g}"
+            say(text + bound * (self.process.world_size > 1))
+
+        for news in self.saver.poll(say_wait if wait else None):
+            say(news)
 
     def finish(self, exit_code: int):
         """Ends a run on rank 0. Waits for the uploads, unless the run was stopped; draws the curves and says
@@ -284,7 +294,8 @@ def find_checkpoint(cfg: Any) -> Found | None:
         if kind == "checkpoint":
             return Found(path, checkpoint.verify(path))
     else:
-        run = run_folder.build_path(log_root, run_name) if run_name else folders.newest_run(log_root)
+        writes = not (cfg.dry_run or cfg.eval_only)
+        run = run_folder.build_path(log_root, run_name) if run_name else find_newest(log_root, writes)
         if not folders.list_steps(run):
             return None
     found, passed_over = checkpoint.find_newest_valid(run)
@@ -293,6 +304,18 @@ def find_checkpoint(cfg: Any) -> Found | None:
     if found is None:
         raise ValueError(f"{run} has no valid checkpoint to resume from")
     return found._replace(folder=found.folder.resolve())
+
+
+def find_newest(log_root: Path, writes: bool) -> Path:
+    """The newest run; if the caller writes, the newest that may be written. Says what it passes over. Raises
+    FileNotFoundError if there is no run, OSError if none may be written."""
+    newest = run = folders.newest_run(log_root)
+    if writes and not folders.is_writable(newest):
+        run = folders.newest_run(log_root, to_write=True)
+        if is_local_main():
+            owner = name_owner(newest)
+            print(f"resume: passed over {newest}, which {owner} owns and you may not write", file=sys.stderr)
+    return run
 
 
 def read_settings(cfg: Any, found: Found) -> Any:
@@ -402,6 +425,7 @@ class Saver:
         self.run, self.keep_last, self.keep_every, self.hub_repo = run, keep_last, keep_every, hub_repo
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.writing: Future[tuple[Path, str]] | None = None
+        self.name = ""  # of the checkpoint that was written last
         self.upload: Upload | None = None
         self.unsent: Path | None = None  # the newest checkpoint, until the Hub has it
         # This import takes half a second, for which the first checkpoint would pause training.
@@ -410,7 +434,7 @@ class Saver:
     def begin(self, step: int, *content: Any):
         """Starts to write; step and content are the arguments of `checkpoint.save`, whose tensors must be
         copies."""
-        in_use = self.upload.folder if self.upload else None
+        in_use, self.name = self.upload.folder if self.upload else None, f"step_{step:06d}"
         self.writing = self.thread.submit(self._save, in_use, step, *content)
 
     def _save(self, in_use: Path | None, step: int, *content: Any) -> tuple[Path, str]:
@@ -426,11 +450,13 @@ class Saver:
             return f"; an old checkpoint could not be removed: {error}"
         return ""
 
-    def poll(self, wait: bool = False) -> list[str]:
-        """Lines about what was written and sent since the last call; `wait` waits for the writing. Raises
-        OSError if a checkpoint could not be written."""
+    def poll(self, say: Callable[[str], None] | None = None) -> list[str]:
+        """Lines about what was written and sent since the last call. With `say` it waits for the writing, and
+        says so if that is slow. Raises OSError if a checkpoint could not be written."""
         lines = []
-        if self.writing and (wait or self.writing.done()):
+        if self.writing and say:
+            wait_for(self.writing, self.name, say)
+        if self.writing and self.writing.done():
             writing, self.writing = self.writing, None
             folder, text = writing.result()
             lines.append(text)

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from lib import files, shards
+from lib import disk, files, shards
 from lib.shards import DEFAULT_VAL_TOKENS, END_OF_TEXT, HEAD_TOKENS, MANIFEST, load_manifest, open_shard
 
 PARTS = "parts"
@@ -131,6 +132,8 @@ class PartWriter:
 
     def _wait(self):
         if self.writing:
+            shard = f"a shard of {self.folder}"
+            disk.wait_for(self.writing, shard, lambda text: print(text, file=sys.stderr, flush=True))
             self.writing.result()
 
     def _store(self, split: str, pieces: list[np.ndarray]):

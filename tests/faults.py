@@ -1,13 +1,17 @@
 """Faults in the processes under test: patches for helpers.Training, given as functools.partial."""
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
+import posix
 import random
 import resource
 import signal
+import stat
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 import hellaswag
-from lib import checkpoint, files, parallel, run_folder, shards
+from lib import checkpoint, disk, files, parallel, run_folder, shards
 from model import GPT, Block
 from train_gpt2 import Config
 
@@ -394,3 +398,83 @@ def note_resources(folder: Path, run: Path, every: int):
     log = folder / f"rank{rank()}" / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     each_training_forward(note)
+
+
+# -----------------------------------------------------------------------------
+# disks and users
+
+
+def hold_flush(end: str, folder: Path):
+    """The disk is stuck when the thread that saves flushes a path with this end. A wait of 0.3 s is said."""
+    disk.SLOW_SECONDS = 0.3
+
+    def hold(handle: int):
+        is_saver = threading.current_thread() is not threading.main_thread()
+        if is_saver and str(Path(f"/proc/self/fd/{handle}").readlink()).endswith(end):
+            wait_to_go_on(folder)
+
+    os.fsync = hold
+
+
+def slow_down(seconds: float):
+    """The disk takes so long for each flush and rename."""
+    os.fsync = lambda handle: time.sleep(seconds)
+    before(Path, "rename", lambda *args: time.sleep(seconds))
+    before(os, "replace", lambda *args: time.sleep(seconds))
+    disk.SLOW_SECONDS = 4 * seconds
+
+
+def flush_for_real():
+    """preload.py replaced the call."""
+    os.fsync = posix.fsync
+
+
+def fail_from_operation(number: int, error: int, word: str):
+    """From an operation of this number on, all that write fail with this error. Those on paths with the word
+    count. Files that are open, and those that safetensors writes, can still be written."""
+    left = [number]
+
+    def count(event: str, args: tuple):
+        writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or (
+            event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+        )
+        if writes and word in str(args[:2]):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(error, os.strerror(error), str(args[0]))
+
+    sys.addaudithook(count)
+
+
+def become(user: int, group: int, umask: int, home: Path):
+    """The process belongs to another user, who may run this Python wherever it lies."""
+    show_python()
+    os.environ["HOME"] = str(home)
+    os.umask(umask)
+    os.setgroups([])
+    os.setgid(group)
+    os.setuid(user)
+
+
+def show_python():
+    """If this Python lies in a folder that others must not enter, such as /root, this process alone sees
+    another one in its place, with nothing but Python in it."""
+    python = Path(sys.base_prefix)
+    folders = reversed(python.parents)
+    closed = next((folder for folder in folders if not folder.stat().st_mode & stat.S_IXOTH), None)
+    if not closed:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(name: str, *args: Any):
+        if getattr(libc, name)(*args):
+            raise OSError(ctypes.get_errno(), f"{name}{args}")
+
+    new_namespace, is_bind, is_private = 0x20000, 4096, 0x4000 | 0x40000  # of all mounts
+    call("unshare", new_namespace)
+    handle = os.open(python, os.O_PATH)
+    call("mount", b"none", b"/", None, is_private, None)
+    call("mount", b"none", bytes(closed), b"tmpfs", 0, b"mode=755")
+    python.mkdir(parents=True)
+    call("mount", f"/proc/self/fd/{handle}".encode(), bytes(python), None, is_bind, None)
+    os.close(handle)
