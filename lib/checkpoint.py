@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +31,7 @@ from lib import cli, disk, files, pretrained, schema, tokenizer
 from lib.device import pick_device
 from lib.environment import is_local_main
 from lib.folders import OPTIMIZER, STATE, STEP_NAME, identify, list_steps, newest_run, suggest_folder
+from lib.sharded import gather
 from model import END_OF_TEXT, GPT, HUB_NAMES, SIZE_NAMES, SIZES, GPTConfig
 
 FORMAT_VERSION = 1  # of state.json; earlier versions wrote none
@@ -53,22 +55,25 @@ class Found(NamedTuple):
 
 def gather_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> tuple[dict, dict]:
     """Copies of the weights and of the optimizers' tensors by name, on the CPU. All ranks must call it.
-    With a sharded model, only rank 0 gets them."""
+    Only rank 0 gets them."""
     from torch.distributed.checkpoint import state_dict as dcp
 
     weights: Any
     optimizer: Any
-    whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whatever wraps or shards the model
-    weights, optimizer = dcp.get_state_dict(model, optimizers, options=whole)
-    rows = model.config.vocab_size  # the padding of the vocabulary stays out of checkpoints
+    weights, optimizer = dcp.get_state_dict(model, optimizers)  # whatever wraps or shards the model
     tensors = {
-        f"{name}/{key}": value[:rows] if "wte" in name and value.dim() == 2 else value
-        for name, values in optimizer.get("state", {}).items()
-        for key, value in values.items()
+        f"{name}/{key}": value for name, values in optimizer["state"].items() for key, value in values.items()
     }
-    # Tensors that were on the CPU are not copies yet, and training changes them while they are written.
-    copies = [{name: t.clone() for name, t in group.items()} for group in (weights, tensors)]
-    return copies[0], copies[1]
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    copies: tuple[dict, dict] = {}, {}
+    for copy, group in zip(copies, (weights, tensors)):
+        for name, part in group.items():
+            whole = gather(part)
+            if "wte" in name and whole.dim() == 2:
+                whole = whole[: model.config.vocab_size]  # its padding stays out of checkpoints
+            if is_main:  # a copy also of what is on the CPU: training changes it while it is written
+                copy[name] = torch.empty_like(whole, device="cpu").copy_(whole)
+    return copies
 
 
 def load_optimizers(model: GPT, optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]):

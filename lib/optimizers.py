@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lib.sharded import gather, shard_like
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Muon's author (github.com/KellerJordan/Muon)
 
 
@@ -76,20 +78,6 @@ def orthogonalize_shared(x: torch.Tensor) -> torch.Tensor:
     parts = mine.new_empty(count * dist.get_world_size(), *x.shape[1:])
     dist.all_gather_into_tensor(parts, mine)
     return parts[: x.size(0)]
-
-
-def gather(x: Any) -> torch.Tensor:
-    """The whole of a tensor that FSDP has sharded; any other tensor itself."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def shard_like(x: torch.Tensor, parameter: Any) -> torch.Tensor:
-    """This process's part of x, if FSDP has sharded the parameter; else x."""
-    if not hasattr(parameter, "full_tensor"):
-        return x
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 class Optimizers:

@@ -16,6 +16,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.processes import Process
+from lib.sharded import gather
 from model import GPT
 
 Batch = tuple[torch.Tensor, ...]  # inputs and targets
@@ -132,7 +133,7 @@ def unshard(model: GPT) -> GPT:
     with torch.device("meta"):
         whole = GPT(model.config)
     weights: dict[str, Any] = model.state_dict()
-    whole.load_state_dict({name: weight.full_tensor() for name, weight in weights.items()}, assign=True)
+    whole.load_state_dict({name: gather(weight) for name, weight in weights.items()}, assign=True)
     return whole.eval()
 
 

@@ -57,7 +57,7 @@ def choose_folder(cfg: Any, model_config: GPTConfig, process: Process) -> Path:
         raise ValueError(
             f"{run} exists: go on with it (--run-name {run.name} --resume) or choose another --run-name"
         )
-    if process.rank == 0 and not cfg.dry_run:  # before this process takes memory
+    if process.rank == 0:  # before this process takes memory
         disk.check_writable(run)
         if run.exists():
             unlock(lock(run))  # raises if another process has it

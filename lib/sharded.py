@@ -1,0 +1,39 @@
+"""Tensors of which FSDP has given each process some rows: the whole from the parts, a part of a whole.
+
+    whole = gather(weight)               # on every process; any other tensor is returned as it is
+    part = shard_like(whole, weight)     # this process's rows
+
+Not by DTensor.full_tensor: the operation by which it gathers can crash under gloo. Its name has 19 letters,
+and two threads of gloo write the name of the last operation into one string without a lock, whose memory they
+then free twice (torch 2.13, ProcessGroupGloo::runLoop). Names of up to 15 letters need no memory.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def gather(x: Any) -> torch.Tensor:
+    """The whole of a tensor that FSDP has sharded, or of a sum or norm that is still spread over the
+    processes. All of them must call it."""
+    if not hasattr(x, "full_tensor"):
+        return x
+    if not x.placements[0].is_shard():
+        return x.full_tensor()  # an all-reduce
+    mesh, mine = x.device_mesh, x.to_local()
+    rows = -(-x.size(0) // mesh.size())  # of each process; the last ones may have fewer
+    padded = mine.new_zeros(rows, *x.shape[1:])
+    padded[: mine.size(0)] = mine
+    parts = mine.new_empty(rows * mesh.size(), *x.shape[1:])
+    dist.all_gather_into_tensor(parts, padded, mesh.get_group())
+    return parts[: x.size(0)]
+
+
+def shard_like(x: torch.Tensor, parameter: Any) -> torch.Tensor:
+    """This process's part of x, if FSDP has sharded the parameter; else x."""
+    if not hasattr(parameter, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, parameter.device_mesh, parameter.placements, src_data_rank=None)
