@@ -191,7 +191,7 @@ def test_a_disk_that_turns_read_only_ends_the_run_with_the_reason(
         fault = Path("/sys/fs/ext4") / device / "trigger_fs_error"
         if not fault.exists():
             pytest.skip(f"{fault} is missing: an error of the disk cannot be provoked")
-        hold = (partial(faults.hold_in_step, 6), partial(faults.hold_in_save, 8))[attempt.number % 2]
+        hold = (partial(faults.hold_in_step, 9), partial(faults.hold_in_save, 8))[attempt.number % 2]
         cfg = dataclasses.replace(config, log_dir=str(disk), val_every=(0, 0, 4)[attempt.number % 3])
         world_size = 1 + attempt.number // 3
         patches = [faults.flush_for_real, partial(hold.func, *hold.args, gate)]
@@ -204,7 +204,7 @@ def test_a_disk_that_turns_read_only_ends_the_run_with_the_reason(
         assert codes[0] == 2 and all(codes), training.printed()
         said = training.printed(0).splitlines()[-1]
         assert re.search(rf"train_gpt2.py: .*{disk / 'run'}/.* could not be written: .*Read-only", said), said
-        assert steps_of(disk / "run") == [4]
+        assert steps_of(disk / "run") in ([4], [4, 8])
 
         again = launch(cfg, "--resume")
         assert again.wait() == [2]
@@ -213,7 +213,7 @@ def test_a_disk_that_turns_read_only_ends_the_run_with_the_reason(
         sh("umount", disk)
         subprocess.run(["fsck.ext4", "-fy", image], capture_output=True, check=False)
         sh("mount", "-o", "loop", image, disk)
-        assert steps_of(disk / "run") == [4]
+        assert steps_of(disk / "run") in ([4], [4, 8])
         launch(cfg, "--resume", world_size=world_size).finish()
         assert end_of(disk / "run") == end_of(whole(world_size, val_every=cfg.val_every))
         sh("umount", disk)
