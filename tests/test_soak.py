@@ -1,6 +1,6 @@
 """A run of many steps, and one of many lives: memory, threads, open files and folder must not grow.
 
-`pytest -m marathon` takes 20,000 steps and a thousand kills. With -s each test prints what it fitted, and the
+`pytest -m marathon` takes 20,000 steps, and a thousand kills of 7,500 steps. With -s each test prints what it fitted, and the
 folder whose log plot.py draws.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import faults
 import numpy as np
 import pytest
-from helpers import Training, end_of, lines_of, undisturbed
+from helpers import Training, end_of, lines_of
 from hub_server import HubServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.fault(32), pytest.mark.marathon, pytest.mark.timeout(14400)]
@@ -55,7 +55,7 @@ def forget_old_uploads(server: HubServer):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_long_run_grows_in_nothing(start, server, config, tmp_path, tally, world_size):
     """With evaluations, samples, checkpoints, pruning and uploads."""
-    steps, seen = tally.pick(600, 2000, 20_000), tmp_path / "seen"
+    steps, seen = tally.pick(600, 800, 20_000), tmp_path / "seen"
     jobs: dict = dict(val_every=50, sample_every=200, checkpoint_every=25, keep_last=2)
     cfg = dataclasses.replace(config, max_steps=steps, hub_repo=REPO, print_every=100, **jobs)
     server.forget(REPO)
@@ -71,18 +71,17 @@ def test_a_long_run_grows_in_nothing(start, server, config, tmp_path, tally, wor
     server.forget(REPO)
 
 
-def test_a_run_of_many_lives_grows_in_nothing_and_has_the_same_end(
-    launch, config, toy, tmp_path, tmp_path_factory, tally
-):
-    steps = tally.pick(60, 500, 20_000)
-    jobs: dict = dict(max_steps=steps, val_every=20, checkpoint_every=5, keep_last=2, print_every=100)
-    whole = undisturbed(toy, tmp_path_factory)(**jobs)
+def test_a_run_of_many_lives_grows_in_nothing_and_has_the_same_end(launch, config, tmp_path, tally):
+    cfg = dataclasses.replace(config, max_steps=tally.pick(30, 150, 7500), val_every=20, print_every=100)
+    undisturbed = launch(dataclasses.replace(cfg, run_name="whole", checkpoint_every=1000))
+    undisturbed.wait(timeout=7200)
+    whole = tmp_path / "whole"
     for chain in tally(2, 20, 1000):
         random, run, seen = faults.draw(chain.number), tmp_path / f"run{chain.number}", tmp_path / "seen"
-        cfg = dataclasses.replace(config, run_name=run.name, **jobs)
+        cfg = dataclasses.replace(cfg, run_name=run.name, checkpoint_every=5, keep_last=2)
         notes, kills, codes = partial(faults.note_resources, seen, run, 10), 0, None
         while codes != [0]:
-            until = last_step(run) + random.randrange(38)
+            until = last_step(run) + random.randrange(19)
             training = launch(cfg, "--resume", patches=[notes])
             while training.is_running() and last_step(run) < until:
                 time.sleep(0.005)
@@ -92,6 +91,6 @@ def test_a_run_of_many_lives_grows_in_nothing_and_has_the_same_end(
             assert codes in ([0], [-signal.SIGKILL]), training.printed()
             kills += codes != [0]
         assert end_of(run) == end_of(whole) and lines_of(run, "val") == lines_of(whole, "val")
-        if steps >= 500:
+        if cfg.max_steps >= 150:
             check_level(seen / "rank0")
         chain.count = kills
