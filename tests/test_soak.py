@@ -1,7 +1,7 @@
 """A run of many steps, and one of many lives: memory, threads, open files and folder must not grow.
 
-`pytest -m marathon` takes 20,000 steps, and a thousand kills of 7,500 steps. With -s each test prints what it fitted, and the
-folder whose log plot.py draws.
+`pytest -m marathon` takes 20,000 steps, and a thousand kills in 7,500 steps. Without xdist and with -s, each
+test prints what it fitted, and the folder whose log plot.py draws.
 """
 
 import dataclasses
