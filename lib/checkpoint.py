@@ -34,7 +34,7 @@ from lib.folders import OPTIMIZER, STATE, STEP_NAME, identify, list_steps, newes
 from lib.sharded import gather
 from model import END_OF_TEXT, GPT, HUB_NAMES, SIZE_NAMES, SIZES, GPTConfig
 
-FORMAT_VERSION = 1  # of state.json; earlier versions wrote none
+FORMAT_VERSION = 1  # of state.json, whose seal must stay; earlier versions wrote none
 
 
 @dataclass(frozen=True)

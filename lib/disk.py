@@ -12,7 +12,6 @@ import contextlib
 import errno
 import os
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,10 +29,10 @@ def wait_for(writing: concurrent.futures.Future, name: str, say: Callable[[str],
         pause = min(60.0, 2 * pause)
 
 
-def find_existing(path: Path) -> Path:
-    """The path, or the nearest of the folders above it that exists and may be looked at."""
+def find_existing(path: Path) -> Path | None:
+    """The path, or the nearest of the folders above it that exists and may be looked at, if any."""
     path = path.absolute()
-    return next(place for place in (path, *path.parents) if os.access(place, os.F_OK))
+    return next((place for place in (path, *path.parents) if os.access(place, os.F_OK)), None)
 
 
 def name_owner(path: Path) -> str:
@@ -49,13 +48,18 @@ def name_owner(path: Path) -> str:
 def explain(error: OSError, path: Path) -> str:
     """What the text of an error lacks: whose the path is, if access was denied; and that inodes are what the
     disk lacks, not bytes. Returns "" for any other error."""
-    place, denied = find_existing(path), (errno.EACCES, errno.EPERM)
-    if error.errno in denied and os.name != "nt":
+    place = find_existing(path)
+    if not place or os.name == "nt":
+        return ""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        if os.access(place, os.W_OK):  # so it is the folder that refuses
+            place = place.parent
         mode = stat.filemode(place.stat().st_mode)
         owner = f"; {place} belongs to {name_owner(place)} ({mode})"
         return f"{owner}: have its mode changed, or choose another place"
-    disk = os.statvfs(place) if hasattr(os, "statvfs") else None
-    if disk and disk.f_files and not disk.f_favail and disk.f_bavail:
+    disk = os.statvfs(place)
+    # EIO is what checkpoint.save makes of an error of safetensors.
+    if error.errno in (errno.ENOSPC, errno.EIO) and disk.f_files and not disk.f_favail and disk.f_bavail:
         free = disk.f_bavail * disk.f_frsize
         return f"; its disk has {free / 1e6:,.0f} MB free, but no inode for another file: remove some files"
     return ""
@@ -74,9 +78,11 @@ def name_failure(path: Path) -> Iterator[None]:
 def check_writable(folder: Path):
     """Raises OSError, with the path and the reason, if no file can be made in a folder, or in the nearest
     folder above it that exists."""
-    place = find_existing(folder)
+    place = find_existing(folder) or folder
+    probe = place / f".{os.getpid()}.tmp"
     try:
-        tempfile.TemporaryFile(dir=place, prefix=".", suffix=".tmp").close()
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY))
+        probe.unlink()
     except OSError as error:
         reason = f"{error.strerror}{explain(error, place)}"
         raise OSError(error.errno, f"{folder} cannot be written: {reason}") from error

@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path
 
-from lib import cli, disk, files
+from lib import cli, files
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -109,13 +109,9 @@ def list_times(log_root: Path) -> dict[Path, float]:
     }
 
 
-def is_writable(run: Path) -> bool:
-    return os.access(run, os.W_OK | os.X_OK)
-
-
-def newest_run(log_root: Path = files.LOGS, what: str = "checkpoint", to_write: bool = False) -> Path:
-    """The run that was started last, of those with a checkpoint, or with a "log". Raises FileNotFoundError if
-    there is none. to_write: of those that may be written; raises OSError, naming the newest, if none may."""
+def newest_runs(log_root: Path = files.LOGS, what: str = "checkpoint") -> list[Path]:
+    """The runs with a checkpoint, or with a "log", the one that was started last first. Raises
+    FileNotFoundError if there is none."""
     times = list_times(log_root)
     has = {
         "checkpoint": list_steps,
@@ -124,10 +120,12 @@ def newest_run(log_root: Path = files.LOGS, what: str = "checkpoint", to_write: 
     times = {run: started for run, started in times.items() if has(run)}
     if not times:
         raise FileNotFoundError(f"{log_root} holds no {what}; train a model: `python train_gpt2.py demo`")
-    newest = sorted(times, key=lambda run: times[run], reverse=True)
-    if to_write and not any(map(is_writable, newest)):
-        disk.check_writable(newest[0])
-    return next((run for run in newest if not to_write or is_writable(run)), newest[0])
+    return sorted(times, key=lambda run: times[run], reverse=True)
+
+
+def newest_run(log_root: Path = files.LOGS, what: str = "checkpoint") -> Path:
+    """The run that was started last; see newest_runs."""
+    return newest_runs(log_root, what)[0]
 
 
 def mark_newest(run: Path):

@@ -139,7 +139,7 @@ class Process:
         listener.start()
         listener.join(4.0)
         if len(after) < len(names):
-            return f"no answer from {self.store_address}, the address of torchrun, or of rank 0 without one"
+            return f"{self.store_address} does not answer: the host of torchrun, or of rank 0, is lost"
         silent = [self.name_rank(rank) for rank in range(self.world_size) if before[rank] == after[rank]]
         return f"no sign of life from {', '.join(silent)}" if silent else "all ranks are alive"
 
@@ -162,7 +162,7 @@ def connect(device: str, timeout_seconds: float, spare_memory: bool = False) -> 
         if process.world_size > 1:
             reason = f"{process.name_rank(process.rank)} failed; {process.find_silent()}"
             print(reason, file=sys.stderr, flush=True)
-            report_to_torchrun(f"{reason} ({error})")
+            report_to_torchrun(f"{reason} ({str(error).partition(chr(10))[0]})")
         raise
     finally:
         process.is_over.set()

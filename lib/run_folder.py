@@ -162,7 +162,8 @@ def open_log(path: Path, resumed_step: int | None) -> BinaryIO:
             if step < resumed_step or (step == resumed_step and i < end)
         ]
         files.write_atomically(path, lambda f: f.write("".join(kept).encode("utf-8")))
-    return open(path, "ab", buffering=0)
+    with disk.name_failure(path):
+        return open(path, "ab", buffering=0)
 
 
 def write_settings(run: Path, settings: dict[str, Any]):

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import importlib
 import math
+import os
 import secrets
 import sys
 import threading
@@ -294,8 +295,8 @@ def find_checkpoint(cfg: Any) -> Found | None:
         if kind == "checkpoint":
             return Found(path, checkpoint.verify(path))
     else:
-        writes = not (cfg.dry_run or cfg.eval_only)
-        run = run_folder.build_path(log_root, run_name) if run_name else find_newest(log_root, writes)
+        newest = find_newest(log_root, writes=not cfg.eval_only) if not run_name else None
+        run = newest or run_folder.build_path(log_root, run_name)
         if not folders.list_steps(run):
             return None
     found, passed_over = checkpoint.find_newest_valid(run)
@@ -307,15 +308,16 @@ def find_checkpoint(cfg: Any) -> Found | None:
 
 
 def find_newest(log_root: Path, writes: bool) -> Path:
-    """The newest run; if the caller writes, the newest that may be written. Says what it passes over. Raises
-    FileNotFoundError if there is no run, OSError if none may be written."""
-    newest = run = folders.newest_run(log_root)
-    if writes and not folders.is_writable(newest):
-        run = folders.newest_run(log_root, to_write=True)
-        if is_local_main():
-            owner = name_owner(newest)
-            print(f"resume: passed over {newest}, which {owner} owns and you may not write", file=sys.stderr)
-    return run
+    """The newest run; if the caller writes, the newest that may be written, if any. Says what it passes over.
+    Raises FileNotFoundError if there is no run."""
+    newest, *others = folders.newest_runs(log_root)
+    mine = [run for run in (newest, *others) if os.access(run, os.W_OK | os.X_OK)]
+    if not writes or not mine or mine[0] == newest:
+        return newest
+    if is_local_main():
+        owner = name_owner(newest)
+        print(f"resume: passed over {newest}, which {owner} owns and you may not write", file=sys.stderr)
+    return mine[0]
 
 
 def read_settings(cfg: Any, found: Found) -> Any:
@@ -425,7 +427,7 @@ class Saver:
         self.run, self.keep_last, self.keep_every, self.hub_repo = run, keep_last, keep_every, hub_repo
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.writing: Future[tuple[Path, str]] | None = None
-        self.name = ""  # of the checkpoint that was written last
+        self.name = ""  # of the checkpoint that is being written
         self.upload: Upload | None = None
         self.unsent: Path | None = None  # the newest checkpoint, until the Hub has it
         # This import takes half a second, for which the first checkpoint would pause training.

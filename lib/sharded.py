@@ -3,9 +3,9 @@
     whole = gather(weight)               # on every process; any other tensor is returned as it is
     part = shard_like(whole, weight)     # this process's rows
 
-Not by DTensor.full_tensor: the operation by which it gathers can crash under gloo. Its name has 19 letters,
-and two threads of gloo write the name of the last operation into one string without a lock, whose memory they
-then free twice (torch 2.13, ProcessGroupGloo::runLoop). Names of up to 15 letters need no memory.
+Not by DTensor.full_tensor, which can crash under gloo (torch 2.13, ProcessGroupGloo::runLoop): two threads
+write the last operation's name into one string without a lock. The name that full_tensor has,
+ALLGATHER_COALESCED, is too long for the string itself. Its memory is on the heap and can be freed twice.
 """
 
 from typing import Any

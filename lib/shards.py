@@ -21,7 +21,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,9 +42,11 @@ NPY_HEADER_BYTES = 128  # of a one-dimensional array, as NumPy pads it
 HEAD_TOKENS = 8192  # a shard's first tokens have their own hash: they can be downloaded alone
 
 
+REMAKE = "remove its folder and make the shards again with fineweb.py"
+
 # Earlier versions wrote fewer fields.
 MANIFEST_FIELDS: dict[str, Any] = {
-    "format": Literal[1], "complete": bool, "shards": list, "tokenizer": dict | None, "request": dict | None,
+    "format": int, "complete": bool, "shards": list, "tokenizer": dict | None, "request": dict | None,
     **dict.fromkeys(("name", "source", "revision"), str | None),
 }  # fmt: skip
 SHARD_FIELDS: dict[str, Any] = {
@@ -57,7 +59,11 @@ def load_manifest(path: Path) -> dict:
     """Reads a manifest, complete or not. Raises ValueError if it is damaged or of a later version."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        schema.check_format(manifest, FORMAT_VERSION, path)
+        schema.check_fields(manifest, {"format": int}, "manifest")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. If it is damaged, {REMAKE}") from error
+    schema.check_format(manifest, FORMAT_VERSION, path)
+    try:
         schema.check_fields(manifest, MANIFEST_FIELDS, "manifest")
         if (vocabulary := (manifest.get("tokenizer") or {}).get("name", "gpt2")) != "gpt2":
             raise ValueError(f"tokenizer.name is {vocabulary!r}; this code reads GPT-2's tokens")
@@ -71,11 +77,8 @@ def load_manifest(path: Path) -> dict:
             if entry["split"] != name[1] or entry["tokens"] < 1:
                 raise ValueError(f"{where}: {file} with split {entry['split']!r}, {entry['tokens']} tokens")
             seen.add(file)
-    except schema.LaterVersionError:
-        raise
-    except (ValueError, RecursionError) as error:
-        fix = "remove its folder and make the shards again with fineweb.py"
-        raise ValueError(f"{path} cannot be read: {error}. If it is damaged, {fix}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}. If it is damaged, {REMAKE}") from error
     return manifest
 
 

@@ -36,6 +36,11 @@ def sh(*words: object) -> str:
     return done.stdout
 
 
+def can_trace() -> bool:
+    words = ("strace", "-qq", "-o", os.devnull, "true")
+    return bool(shutil.which("strace")) and not subprocess.run(words, check=False).returncode
+
+
 @pytest.fixture
 def mount(tmp_path) -> Iterator[Callable[..., Path]]:
     """`mount("-t", "tmpfs", "none")` mounts a file system for this test, or skips it where that fails."""
@@ -79,12 +84,12 @@ def test_a_run_goes_on_while_its_disk_is_stuck_and_says_what_it_waits_for(
     launch, config, whole, tmp_path, tally
 ):
     names = ("model.safetensors", "log.txt", ".tmp_step_000004", "state.json", "tokenizer.json", "run")
-    for attempt in tally(1, 2 * len(names)):
+    for attempt in tally(1, len(names)):
         world_size, gate = 1 + attempt.number % 2, tmp_path / f"gate{attempt.number}"
         run = tmp_path / f"log{attempt.number}" / "run"
         gate.mkdir()
         cfg = dataclasses.replace(config, log_dir=str(run.parent))
-        hold = partial(faults.hold_flush, f"/{names[attempt.number // 2]}", gate)
+        hold = partial(faults.hold_flush, f"/{names[attempt.number % len(names)]}", gate)
         training = launch(cfg, world_size=world_size, patches=[hold])
         printed = training.wait_for("waiting for step_000004 to be written, for ")
         assert "step  7/12 | loss" in printed and "saved" not in printed, printed
@@ -100,7 +105,7 @@ def test_a_run_goes_on_while_its_disk_is_stuck_and_says_what_it_waits_for(
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_signal_while_the_disk_is_stuck(launch, config, whole, tmp_path, tally, world_size):
     """The run stops and saves as soon as the disk is back; a second signal ends it at once."""
-    for attempt in tally(1, 4):
+    for attempt in tally(1, 2):
         is_second, gate = bool(attempt.number % 2), tmp_path / f"gate{attempt.number}"
         run = tmp_path / f"run{attempt.number}"
         gate.mkdir()
@@ -228,8 +233,8 @@ def test_a_disk_that_turns_read_only_ends_the_run_with_the_reason(
 @pytest.mark.timeout(900)
 def test_a_disk_without_inodes_is_said_to_lack_inodes(launch, tokenize, config, whole, tally, mount):
     disk = mount("-t", "tmpfs", "-o", "size=60m", "none")
-    for attempt in tally(1, 14):
-        inodes = (18, 3, 10, 17, 5, 22, *range(4, 20, 2))[attempt.number]
+    for attempt in tally(1, 5):
+        inodes = (18, 3, 10, 17, 5)[attempt.number]
         sh("mount", "-o", f"remount,nr_inodes={inodes}", disk)
         training = launch(dataclasses.replace(config, log_dir=str(disk)))
         assert training.wait(timeout=30) == [2], (inodes, training.printed())
@@ -256,8 +261,8 @@ def test_a_disk_without_inodes_is_said_to_lack_inodes(launch, tokenize, config, 
 def test_an_error_of_the_disk_at_any_time_is_said_and_nothing_is_lost(
     launch, tokenize, config, whole, tmp_path, tally
 ):
-    expected = None
-    for attempt in tally(6, 60):
+    expected, refused = None, 0
+    for attempt in tally(6, 30):
         random, run = faults.draw(attempt.number), tmp_path / f"run{attempt.number}"
         error, reason = (number := ERRORS[attempt.number % len(ERRORS)]), os.strerror(number)
         if attempt.number % 3:
@@ -269,6 +274,7 @@ def test_an_error_of_the_disk_at_any_time_is_said_and_nothing_is_lost(
             failing, again = tokenize(run, fails), partial(tokenize, run)
         code, printed = failing.wait()[0], failing.printed()
         assert code in (0, 2) and "Traceback" not in printed, printed
+        refused += code == 2
         if code:
             said = printed.splitlines()[-1]
             assert reason in said and str(tmp_path) in said, printed
@@ -279,11 +285,12 @@ def test_an_error_of_the_disk_at_any_time_is_said_and_nothing_is_lost(
             expected = expected or read_files(run)
             assert read_files(run) == expected
         shutil.rmtree(run)
+    assert refused >= 3
 
 
 @pytest.mark.slow
 @pytest.mark.fault(36)
-@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace (apt install strace)")
+@pytest.mark.skipif(not can_trace(), reason="needs strace (apt install strace), and the right to trace")
 def test_what_the_kernel_answers(config, whole, tmp_path, tally):
     """strace gives the answers: a late fsync, and a quota amid the weights."""
     cases = {

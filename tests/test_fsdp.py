@@ -153,6 +153,17 @@ def test_a_sharded_run_that_goes_on_by_the_same_command_ends_bit_identical(launc
     assert end_of(run) == end_of(undisturbed)
 
 
+def test_a_process_may_have_no_row_of_a_tensor(whole):
+    """Biases of four channels: three processes have two, two and none."""
+    ddp, fsdp = (whole(3, n_head=1, n_embd=4, total_batch_tokens=96, **how) for how in ({}, FSDP))
+    assert values(fsdp) == pytest.approx(values(ddp), rel=1e-5)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        one, other = (load_file(run / "step_000010" / name) for run in (ddp, fsdp))
+        assert one.keys() == other.keys()
+        for key, tensor in one.items():
+            torch.testing.assert_close(tensor, other[key], rtol=1e-3, atol=1e-5)
+
+
 def test_one_process_has_all(launch, config, whole):
     printed = launch(dataclasses.replace(config, fsdp=True)).finish()
     assert "100% of weights" in printed

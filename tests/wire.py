@@ -29,9 +29,10 @@ TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
 
 def why_not() -> str:
     """What this machine lacks for a wire; "" if nothing."""
-    may = subprocess.run(["unshare", "--net", "--uts", "true"], check=False, capture_output=True)
-    if not shutil.which("ip") or may.returncode:
-        return "network namespaces need iproute2 and the right to make them"
+    if missing := [name for name in ("ip", "unshare", "hostname", "ps") if not shutil.which(name)]:
+        return f"needs the programs {', '.join(missing)}"
+    if subprocess.run(["unshare", "--net", "--uts", "true"], check=False, capture_output=True).returncode:
+        return "needs the right to make network namespaces"
     return "" if os.access("/dev/net/tun", os.R_OK | os.W_OK) else "there is no /dev/net/tun"
 
 
@@ -42,24 +43,31 @@ class Wire:
     def __init__(self):
         self.names = [f"gpt2-{os.getpid()}-{number}" for number in (0, 1)]
         self.deaf: Collection[int] = set()  # the machines at which nothing arrives
-        self.loss, self.delay, self.forwarded = 0.0, 0.0, 0
-        self.ends, self.is_over = [], threading.Event()
+        self.loss, self.delay, self.lost = 0.0, 0.0, 0
+        self.random, self.ends, self.is_over = random.Random(0), [], threading.Event()
         self.forwarder = threading.Thread(target=self.forward, daemon=True)
 
     def __enter__(self) -> "Wire":
-        for number, name in enumerate(self.names):
-            device = f"w{os.getpid()}-{number}"
-            self.ends.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK))
-            fcntl.ioctl(
-                self.ends[-1], TUNSETIFF, struct.pack("16sH22x", device.encode(), IFF_TUN | IFF_NO_PI)
-            )
-            ip(f"netns add {name}")
-            ip(f"link set {device} netns {name} name wire mtu 9000")
-            ip(f"-n {name} addr add {ADDRESSES[number]}/24 dev wire")
-            ip(f"-n {name} link set wire up")
-            ip(f"-n {name} link set lo up")
+        try:
+            for number in (0, 1):
+                self.add_end(number)
+        except BaseException:
+            self.__exit__()
+            raise
         self.forwarder.start()
         return self
+
+    def add_end(self, number: int):
+        """Makes a machine, and its end of the wire: a device whose packets this process reads and writes."""
+        name, device = self.names[number], f"w{os.getpid()}-{number}"
+        self.ends.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK))
+        wanted = struct.pack("16sH22x", device.encode(), IFF_TUN | IFF_NO_PI)
+        fcntl.ioctl(self.ends[-1], TUNSETIFF, wanted)
+        ip(f"netns add {name}")
+        ip(f"link set {device} netns {name} name wire mtu 9000")
+        ip(f"-n {name} addr add {ADDRESSES[number]}/24 dev wire")
+        ip(f"-n {name} link set wire up")
+        ip(f"-n {name} link set lo up")
 
     def __exit__(self, *error):
         self.is_over.set()
@@ -97,12 +105,15 @@ class Wire:
                 if to not in self.deaf:
                     with contextlib.suppress(OSError):  # a full queue drops packets, as a wire does
                         os.write(self.ends[to], packet)
-                        self.forwarded += 1
+                else:
+                    self.lost += 1
             patience = min(0.05, waiting[0][0] - now) if waiting else 0.05
             for end in select.select(self.ends, [], [], max(0.0, patience))[0]:
                 with contextlib.suppress(BlockingIOError):
                     packet = os.read(end, 65536)
-                    if random.random() >= self.loss:
+                    if self.random.random() < self.loss:
+                        self.lost += 1
+                    else:
                         number += 1
                         to = 1 - self.ends.index(end)
                         heapq.heappush(waiting, (time.monotonic() + self.delay, number, to, packet))
