@@ -36,6 +36,16 @@ def sh(*words: object) -> str:
     return done.stdout
 
 
+def can_write(folder: Path) -> bool:
+    """Tries it: of a disk with errors, os.access says yes."""
+    try:
+        (folder / "probe").touch()
+        (folder / "probe").unlink()
+    except OSError:
+        return False
+    return True
+
+
 def can_trace() -> bool:
     words = ("strace", "-qq", "-o", os.devnull, "true")
     return bool(shutil.which("strace")) and not subprocess.run(words, check=False).returncode
@@ -148,7 +158,7 @@ def test_processes_whose_rank_0_waits_for_its_disk_longer_than_the_timeout_say_s
 @pytest.mark.slow
 @pytest.mark.fault(36)
 def test_nothing_is_lost_on_a_slow_disk(launch, tokenize, config, whole, tmp_path, tally):
-    for attempt in tally(1, 3):
+    for attempt in tally(1, 2):
         seconds = (0.05, 0.1, 0.2)[attempt.number]
         slow, run = partial(faults.slow_down, seconds), tmp_path / f"run{attempt.number}"
         training = launch(dataclasses.replace(config, run_name=run.name, keep_last=1), patches=[slow])
@@ -215,9 +225,10 @@ def test_a_disk_that_turns_read_only_ends_the_run_with_the_reason(
         assert again.wait() == [2]
         said = again.printed().splitlines()[-1]
         assert f"{disk / 'run'} cannot be written: Read-only file system" in said, said
-        sh("umount", disk)
-        subprocess.run(["fsck.ext4", "-fy", image], capture_output=True, check=False)
-        sh("mount", "-o", "loop", image, disk)
+        while not can_write(disk):  # the kernel may keep the old mount for a moment
+            sh("umount", disk)
+            subprocess.run(["fsck.ext4", "-fy", image], capture_output=True, check=False)
+            sh("mount", "-o", "loop", image, disk)
         assert steps_of(disk / "run") in ([4], [4, 8])
         launch(cfg, "--resume", world_size=world_size).finish()
         assert end_of(disk / "run") == end_of(whole(world_size, val_every=cfg.val_every))
@@ -262,7 +273,7 @@ def test_an_error_of_the_disk_at_any_time_is_said_and_nothing_is_lost(
     launch, tokenize, config, whole, tmp_path, tally
 ):
     expected, refused = None, 0
-    for attempt in tally(6, 30):
+    for attempt in tally(6, 20):
         random, run = faults.draw(attempt.number), tmp_path / f"run{attempt.number}"
         error, reason = (number := ERRORS[attempt.number % len(ERRORS)]), os.strerror(number)
         if attempt.number % 3:

@@ -89,12 +89,12 @@ def wire() -> Iterator[Wire]:
 
 
 def test_a_cut_shorter_than_the_timeout_is_waited_out(config, whole, wire, tmp_path, tally):
-    for attempt in tally(2, 3):
+    for attempt in tally(2, 2):
         draw, run_name = faults.draw(attempt.number), f"run{attempt.number}"
         cfg = dataclasses.replace(config, **STEPS, run_name=run_name, timeout_seconds=40)
         machines = Machines(wire, cfg, tmp_path)
         machines.wait_for_step(draw.randrange(1, 100))
-        wire.cut(DEAF[attempt.number % 3])
+        wire.cut(draw.choice(DEAF))
         time.sleep(draw.uniform(0.5, 6))
         assert wire.lost and all(agent.poll() is None for agent in machines.agents)
         wire.cut(())
@@ -103,12 +103,12 @@ def test_a_cut_shorter_than_the_timeout_is_waited_out(config, whole, wire, tmp_p
 
 
 def test_a_longer_cut_ends_both_sides_which_name_the_machine(config, whole, wire, tmp_path, tally):
-    for attempt in tally(2, 3):
+    for attempt in tally(2, 2):
         draw, run_name = faults.draw(100 + attempt.number), f"run{attempt.number}"
         cfg = dataclasses.replace(config, **STEPS, run_name=run_name, timeout_seconds=15)
         machines = Machines(wire, cfg, tmp_path)
         machines.wait_for_step(draw.randrange(1, 100))
-        wire.cut(DEAF[attempt.number % 3])
+        wire.cut(draw.choice(DEAF))
         machines.wait_for(0, r"rank 0 \(on machine-0\) failed; no sign of life from rank 1 \(on machine-1\)")
         machines.wait_for(
             1, r"rank 1 \(on machine-1\) failed; 10\.77\.0\.1 does not answer, the address of tor"
@@ -122,7 +122,7 @@ def test_a_longer_cut_ends_both_sides_which_name_the_machine(config, whole, wire
         assert end_of(tmp_path / run_name) == end_of(whole(2, **STEPS))
 
 
-@pytest.mark.parametrize(("loss", "delay"), [(0.05, 0.0), (0.0, 0.01)])
+@pytest.mark.parametrize(("loss", "delay"), [(0.05, 0.005)])
 def test_packets_that_are_lost_or_late_change_nothing(config, whole, wire, tmp_path, loss, delay):
     wire.loss, wire.delay = loss, delay
     Machines(wire, dataclasses.replace(config, **STEPS, timeout_seconds=100), tmp_path).finish()
