@@ -219,6 +219,25 @@ def prepare(cfg: Config) -> Path:
     return cfg.folder
 
 
+def begin(cfg: Config, plan: dict, may_clear: bool) -> dict:
+    """The manifest of a data set that begins, or goes on, with this plan. Raises ValueError if shards there
+    were made with another plan."""
+    manifest = shard_writer.begin(cfg.folder, plan)
+    # A later version's manifest may have facts that change the tokens.
+    facts = {key: manifest[key] for key in manifest.keys() - {"format", "complete", "shards"}}
+    changed = [key for key in {**plan, **facts} if facts.get(key) != plan.get(key)]
+    if not changed:
+        return manifest
+    if not may_clear or has_shards(cfg.folder):
+        raise ValueError(
+            f"{cfg.folder} was begun with another {', '.join(changed)}: {cfg.source} has changed, or "
+            "another process has other flags, or another version of this project began it. Remove the "
+            "folder to start again"
+        )
+    shard_writer.clear(cfg.folder)
+    return shard_writer.begin(cfg.folder, plan)
+
+
 def tokenize(cfg: Config, manifest: dict | None):
     """Writes this process's share of the parts. Joins all parts once they are complete."""
     if cfg.workers:
@@ -236,18 +255,7 @@ def tokenize(cfg: Config, manifest: dict | None):
         "inputs": sources.describe_inputs(inputs),
         "parts": len(parts),
     }
-    manifest = shard_writer.begin(cfg.folder, plan)
-    # A later version's manifest may have facts that change the tokens.
-    facts = {key: manifest[key] for key in manifest.keys() - {"format", "complete", "shards"}}
-    if changed := [key for key in {**plan, **facts} if facts.get(key) != plan.get(key)]:
-        if world_size > 1 or has_shards(cfg.folder):
-            raise ValueError(
-                f"{cfg.folder} was begun with another {', '.join(changed)}: {cfg.source} has changed, or "
-                "another process has other flags, or another version of this project began it. Remove the "
-                "folder to start again"
-            )
-        shard_writer.clear(cfg.folder)
-        manifest = shard_writer.begin(cfg.folder, plan)
+    manifest = begin(cfg, plan, may_clear=world_size == 1)
     mine = [n for n in shard_writer.find_missing_parts(cfg.folder, manifest) if n % world_size == rank]
     check_disk(cfg, [parts[n] for n in mine])
     is_random = cfg.source == "pydocs" or "order" in about

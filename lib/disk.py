@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import errno
 import os
+import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ def name_owner(path: Path) -> str:
         return path.owner()
     except KeyError:
         return f"user {path.stat().st_uid}"
-    except NotImplementedError:  # Windows
+    except NotImplementedError:  # pathlib knows no owners on Windows
         return "another user"
 
 
@@ -79,9 +80,9 @@ def check_writable(folder: Path):
     """Raises OSError, with the path and the reason, if no file can be made in a folder, or in the nearest
     folder above it that exists."""
     place = find_existing(folder) or folder
-    probe = place / f".{os.getpid()}.tmp"
+    probe = place / f".{secrets.token_hex(8)}.tmp"
     try:
-        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY))
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         probe.unlink()
     except OSError as error:
         reason = f"{error.strerror}{explain(error, place)}"

@@ -117,7 +117,6 @@ def pull(location: str, log_root: Path, run_name: str = "") -> Path:
             if name not in found:
                 raise ValueError(f"{location} is not whole: {name} is missing")
             hub.fetch(found[name], incoming)
-        shutil.rmtree(incoming / ".incoming", ignore_errors=True)  # missing if all files were here
         checkpoint.verify(incoming)
         run_lock = run_folder.lock(run)
         try:
@@ -125,7 +124,7 @@ def pull(location: str, log_root: Path, run_name: str = "") -> Path:
             if "log.txt" in found:
                 hub.fetch(found["log.txt"], incoming)
                 (incoming / "log.txt").replace(run / "log.txt")
-                shutil.rmtree(incoming / ".incoming", ignore_errors=True)  # missing if all files were here
+            shutil.rmtree(incoming / ".incoming", ignore_errors=True)  # missing if all files were here
             if final.exists():
                 shutil.rmtree(checkpoint.set_aside(final))
             incoming.rename(final)

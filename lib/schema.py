@@ -71,12 +71,15 @@ def check_fields(value: Any, hints: Mapping[str, Any], where: Path | str, option
 
 
 def check_format(content: Mapping[str, Any], newest: int, where: Path | str):
-    """Raises LaterVersionError for a file whose format has a higher number than the newest known here."""
+    """Raises LaterVersionError for a file whose format has a higher number than the newest known here, and
+    ValueError for a number that never was one."""
     check_fields(content, {"format": int | None}, where)
-    if (content.get("format") or 0) > newest:
+    number = content.get("format")
+    if number is not None and number < 1:
+        raise ValueError(f"{where}: format is {number}; formats are 1 to {newest}")
+    if number is not None and number > newest:
         raise LaterVersionError(
-            f"{where}: format is {content['format']}; this code reads up to {newest}. A later version wrote "
-            f"it: {UPDATE}"
+            f"{where}: format is {number}; this code reads up to {newest}. A later version wrote it: {UPDATE}"
         )
 
 

@@ -59,3 +59,15 @@ def test_a_damaged_log_is_refused_with_file_and_line(tmp_path, line):
     path.write_text("1 train 2.5\n\n2 val inf\n3 tra", encoding="utf-8")
     facts = list(run_log.read(path))
     assert facts == [(1, "train", 2.5, "1 train 2.5"), (2, "val", float("inf"), "2 val inf")]
+
+
+@pytest.mark.parametrize(
+    "number, kind", [(None, None), (1, None), (2, schema.LaterVersionError), (0, ValueError)]
+)
+def test_a_format_is_known_later_or_none(number, kind):
+    if kind is None:
+        schema.check_format({"format": number}, 1, "a.json")
+        return
+    with pytest.raises(ValueError, match=f"a.json: format is {number}; ") as caught:
+        schema.check_format({"format": number}, 1, "a.json")
+    assert caught.type is kind
