@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lib.sharded import gather, shard_like
+from lib.sharded import gather, join, shard_like
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Muon's author (github.com/KellerJordan/Muon)
 
@@ -75,9 +75,7 @@ def orthogonalize_shared(x: torch.Tensor) -> torch.Tensor:
     mine = x.new_zeros(count, *x.shape[1:])
     share = x[dist.get_rank() * count :][:count]
     mine[: share.size(0)] = orthogonalize(share)
-    parts = mine.new_empty(count * dist.get_world_size(), *x.shape[1:])
-    dist.all_gather_into_tensor(parts, mine)
-    return parts[: x.size(0)]
+    return join(mine)[: x.size(0)]
 
 
 class Optimizers:

@@ -25,9 +25,16 @@ def gather(x: Any) -> torch.Tensor:
     rows = -(-x.size(0) // mesh.size())  # of each process; the last ones may have fewer
     padded = mine.new_zeros(rows, *x.shape[1:])
     padded[: mine.size(0)] = mine
-    parts = mine.new_empty(rows * mesh.size(), *x.shape[1:])
-    dist.all_gather_into_tensor(parts, padded, mesh.get_group())
-    return parts[: x.size(0)]
+    return join(padded, mesh.get_group())[: x.size(0)]
+
+
+def join(mine: torch.Tensor, group: Any = None) -> torch.Tensor:
+    """The rows of all processes of a group, in the order of their ranks; each has as many."""
+    parts = mine.new_empty(mine.size(0) * dist.get_world_size(group), *mine.shape[1:])
+    # torch 2.13 has a new name for it; 2.11 has only the old one.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(parts, mine, group)
+    return parts
 
 
 def shard_like(x: torch.Tensor, parameter: Any) -> torch.Tensor:
