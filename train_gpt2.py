@@ -147,7 +147,7 @@ VAL_BATCH_TOKENS = 8192  # per batch of validation
 # optimizers and schedule
 
 
-def make_optimizers(cfg: Config, model: GPT) -> list[torch.optim.Optimizer]:
+def make_optimizers(cfg: Config, model: GPT, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """AdamW with betas (0.9, 0.95) and eps 1e-8 (GPT-3: Brown et al., 2020, appendix B). With --optimizer
     muon, Muon (Jordan et al., 2024) for the blocks' matrices, scaled to AdamW's size (Liu et al., 2025).
 
@@ -161,7 +161,7 @@ def make_optimizers(cfg: Config, model: GPT) -> list[torch.optim.Optimizer]:
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    return [adamw, Muon(hidden.values(), lr, decay)] if hidden else [adamw]
+    return [adamw, Muon(hidden.values(), lr, decay, dtype)] if hidden else [adamw]
 
 
 def get_lr(step: int, cfg: Config) -> float:
@@ -320,7 +320,7 @@ def train(setup: Setup, stack: contextlib.ExitStack) -> Path:
     cfg = dataclasses.replace(cfg, batch_size=batch_size, run_name=folder.name)  # as it is saved
     sequences = cfg.total_batch_tokens // cfg.seq_len  # per step
     micro_steps = sequences // (batch_size * world_size)  # micro-steps per step
-    optimizers = Optimizers(raw_model, make_optimizers(cfg, raw_model), setup.dtype)
+    optimizers = Optimizers(raw_model, make_optimizers(cfg, raw_model, setup.dtype), setup.dtype)
     if state:
         checkpoint.load_optimizers(raw_model, optimizers.members, setup.optimizer_tensors)
         optimizers.load_scaler(state["scaler"])

@@ -1,6 +1,6 @@
 """Muon; and several optimizers that act as one, with the loss scaling that float16 needs.
 
-    optimizers = Optimizers(model, [adamw, Muon(matrices, 3e-3, 0.1)], torch.bfloat16)
+    optimizers = Optimizers(model, [adamw, Muon(matrices, 3e-3, 0.1, torch.bfloat16)], torch.bfloat16)
     optimizers.set_lr(3e-4)
     optimizers.backward(loss)
     norm = optimizers.clip(1.0)
@@ -25,12 +25,23 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are orthogonalised (Jordan et al., 2024), scaled to the size of AdamW's steps
     (Liu et al., 2025, arXiv:2502.16982, section 2.2).
 
-    It takes the steps of torch.optim.Muon with adjust_lr_fn="match_rms_adamw". That one orthogonalises a
-    matrix at a time on every process. Here all matrices of a shape are one batch, and the processes share it.
+    In bfloat16 it takes the steps of torch.optim.Muon with adjust_lr_fn="match_rms_adamw". That one
+    orthogonalises a matrix at a time on every process. Here all matrices of a shape are one batch, and the
+    processes share it.
     """
 
-    def __init__(self, matrices: Iterable[torch.Tensor], lr: float, weight_decay: float, momentum=0.95):
+    def __init__(
+        self,
+        matrices: Iterable[torch.Tensor],
+        lr: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        momentum: float = 0.95,
+    ):
+        """dtype: of the run's matrix products. Unless it is bfloat16, Muon's are float32: many CPUs take 60
+        times as long in bfloat16."""
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype if dtype == torch.bfloat16 else torch.float32
 
     @torch.no_grad()
     def step(self, closure: None = None):
@@ -39,8 +50,8 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 same_shape.setdefault(matrix.shape, []).append(matrix)
             for shape, matrices in same_shape.items():
-                updates = [self.add_momentum(matrix, group["momentum"]) for matrix in matrices]
-                steps = orthogonalize_shared(torch.stack([gather(update.bfloat16()) for update in updates]))
+                updates = [self.add_momentum(matrix, group["momentum"]).to(self.dtype) for matrix in matrices]
+                steps = orthogonalize_shared(torch.stack([gather(update) for update in updates]))
                 for matrix, step in zip(matrices, steps):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
                     matrix.add_(shard_like(step, matrix), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))

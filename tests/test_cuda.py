@@ -104,7 +104,7 @@ def test_muon_on_the_device_takes_the_cpu_s_step(device):
         matrices = [p for name, p in model.named_parameters() if ".h." in name and p.dim() == 2]
         before = [p.detach().cpu().clone() for p in matrices]
         loss_and_gradients(model, where, torch.float32)
-        Muon(matrices, 0.02, 0.1).step()
+        Muon(matrices, 0.02, 0.1, torch.bfloat16).step()
         steps.append(torch.cat([(p.detach().cpu() - old).flatten() for p, old in zip(matrices, before)]))
     assert (steps[0] - steps[1]).norm() < 0.05 * steps[0].norm()  # bfloat16
 

@@ -16,7 +16,7 @@ def make_matrices() -> list[torch.nn.Parameter]:
 
 def test_muon_equals_torch_s_own():
     ours, theirs = make_matrices(), make_matrices()
-    muon = Muon(ours, 0.02, 0.1)
+    muon = Muon(ours, 0.02, 0.1, torch.bfloat16)
     own = torch.optim.Muon(theirs, 0.02, 0.1, adjust_lr_fn="match_rms_adamw")
     generator = torch.Generator().manual_seed(1)
     for lr in (0.02, 0.01, 0.03):
@@ -31,6 +31,16 @@ def test_muon_equals_torch_s_own():
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
         buffers = [optimizer.state[p]["momentum_buffer"] for optimizer, p in ((muon, mine), (own, other))]
         torch.testing.assert_close(*buffers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_muon_s_products_are_float32_unless_the_run_s_are_bfloat16(dtype):
+    """bfloat16 takes 60 times as long on a CPU without instructions for it; float16 would overflow."""
+    matrix = torch.nn.Parameter(torch.zeros(16, 64))
+    matrix.grad = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0))
+    Muon([matrix], 1.0, 0.0, dtype).step()
+    exact = orthogonalize(matrix.grad.double()[None])[0]
+    torch.testing.assert_close(-matrix.double() / (0.2 * 8), exact, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (3, 32, 8), (3, 8, 32)])

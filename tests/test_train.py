@@ -101,7 +101,7 @@ def test_a_wsd_schedule_stays_at_its_peak_and_then_falls_in_a_line():
 def test_weight_decay_is_for_matrices_and_muon_for_those_inside_the_blocks():
     model = GPT(GPTConfig(block_size=8, n_layer=2, n_head=2, n_embd=16))
     names = {p: name for name, p in model.named_parameters()}
-    adamw, muon = train_gpt2.make_optimizers(Config(optimizer="muon"), model)
+    adamw, muon = train_gpt2.make_optimizers(Config(optimizer="muon"), model, torch.bfloat16)
     decayed, plain = adamw.param_groups
     assert {names[p] for p in decayed["params"]} == {"transformer.wte.weight", "transformer.wpe.weight"}
     assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
@@ -111,7 +111,7 @@ def test_weight_decay_is_for_matrices_and_muon_for_those_inside_the_blocks():
         for name in names.values()
         if ".h." in name and name.endswith(("attn.weight", "proj.weight", "fc.weight"))
     }
-    (alone,) = train_gpt2.make_optimizers(Config(optimizer="adamw"), model)
+    (alone,) = train_gpt2.make_optimizers(Config(optimizer="adamw"), model, torch.bfloat16)
     assert sum(len(group["params"]) for group in alone.param_groups) == len(names)
     assert (
         alone.defaults["fused"] and alone.defaults["betas"] == (0.9, 0.95) and alone.defaults["eps"] == 1e-8
