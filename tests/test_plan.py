@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -52,7 +53,7 @@ def test_the_memory_of_the_plan_is_the_peak_of_a_step(batch_size, changes):
     settings = dict(dtype=torch.bfloat16, dropout=0.0, recompute=False, micro_steps=1) | changes
     dtype, recompute, micro_steps = (settings[name] for name in ("dtype", "recompute", "micro_steps"))
     config = GPTConfig(block_size=128, n_layer=12, n_head=4, n_embd=128, dropout=settings["dropout"])
-    with PeakMemory() as memory:
+    with FakeTensorMode(), PeakMemory() as memory:  # tensors without values, as large as real ones
         model = GPT(config)
         model.recompute = recompute
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
