@@ -254,7 +254,7 @@ def is_title(line: str) -> bool:
     return line.startswith(" = ") and not line.startswith(" = =")
 
 
-@pytest.mark.parametrize("batch_bytes", [1, 100_000, 8_000_000])
+@pytest.mark.parametrize("batch_bytes", [100, 100_000, 8_000_000])
 def test_wikitexts_articles_are_found_and_are_the_text_to_the_byte(tmp_path, monkeypatch, batch_bytes):
     monkeypatch.setattr("lib.documents.BATCH_BYTES", batch_bytes)
     (tmp_path / "wiki.test.raw").write_bytes(make_wikitext().encode())
