@@ -25,7 +25,7 @@ from lib import cli, report
 from lib.device import GPUS, autocast, peak_flops
 from lib.environment import read_number
 from lib.processes import Process
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, LinearCrossEntropy
 
 MFU = 0.4  # model FLOPs utilisation that a plan assumes
 PRODUCT_SHARE = 0.6  # of the measured speed of large products, where no peak is known (docs/results.md#speed)
@@ -93,7 +93,8 @@ class Workload:
         cast = matrices / L if self.recompute else matrices  # autocast's copies
         # LinearCrossEntropy holds the embedding's gradient and, if cast, its copy. To them it adds a chunk's
         # logits and log-softmax, or the chunk's share of the gradient (which a CPU casts, too).
-        chunk, kept = N / 8 * model_config.padded_vocab_size, embedding * (4 + width * is_cast)
+        chunk = LinearCrossEntropy.count_rows(N) * model_config.padded_vocab_size
+        kept = embedding * (4 + width * is_cast)
         at_logits = kept + chunk * (4 + 4)
         at_gradient = kept + chunk * (4 + width * is_cast) + embedding * (width + 4 * (is_cast and on_cpu))
 

@@ -434,7 +434,7 @@ class LargestFloat32(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_never_holds_float32_logits_of_the_whole_batch(dtype):
     model = random_model(n_embd=8, vocab_size=600).train()
-    idx, targets = tokens(model, 16, 32), tokens(model, 16, 32, seed=2)
+    idx, targets = tokens(model, 256, 32), tokens(model, 256, 32, seed=2)
     columns = {model.config.vocab_size, model.config.padded_vocab_size}
     with LargestFloat32(columns) as seen:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
