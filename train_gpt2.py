@@ -11,8 +11,8 @@ On disk: log/<run>/log.txt, one line per fact: <step> <stream> <value>, with str
 toks skip spike; settings.json; step_000250/, a checkpoint that Hugging Face loads.
 
 The preset `gpt2` is build-nanogpt's 124M recipe: 19,073 steps of 524,288 tokens, 10 billion in all. Its
-author reached a validation loss near 3.07 nats per token and 30.4% on HellaSwag. `gpt2-fast`, with Muon, a
-higher rate and 4 billion tokens, was chosen by small runs and not run at this size.
+author reached a validation loss near 3.07 nats per token and 30.4% on HellaSwag. Small runs chose `gpt2-fast`
+(Muon, a higher rate, 4 billion tokens); it was not run at this size.
 """
 
 import lib.startup  # noqa: F401
@@ -68,6 +68,7 @@ class Config:
     batch_size: int | Literal["auto"] = free(16, "sequences per micro-step and process", above=0)
     total_batch_tokens: int = knob(524_288, "tokens per optimizer step, by gradient accumulation", above=0)
     learning_rate: float = knob(6e-4, "peak learning rate", above=0, alias="--lr")
+    embedding_lr_ratio: float = knob(1.0, "the token embedding's rate, as a multiple of it", above=0)
     schedule: Literal["cosine", "wsd"] = knob("cosine", "after warm-up: cosine, or flat, then linear")
     decay_ratio: float = knob(0.4, "share of max_steps that wsd's decay takes", at_least=0, at_most=1)
     min_lr_ratio: float = knob(0.1, "the schedule ends at this fraction of the peak", at_least=0, at_most=1)
@@ -136,10 +137,8 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-MOST_USED = (
-    "dataset_path", "model_size", "init_from", "seq_len", "batch_size", "learning_rate", "max_steps",
-    "num_gpus", "run_name", "resume",
-)  # fmt: skip
+MOST_USED = ("dataset_path", "model_size", "init_from", "seq_len", "batch_size", "learning_rate", "max_steps",
+             "num_gpus", "run_name", "resume")  # fmt: skip
 VAL_BATCH_TOKENS = 8192  # per batch of validation
 
 
@@ -154,14 +153,16 @@ def make_optimizers(cfg: Config, model: GPT, dtype: torch.dtype) -> list[torch.o
     Matrices and embeddings have weight decay; biases and LayerNorm have none.
     """
     is_muon, lr, decay = cfg.optimizer == "muon", cfg.learning_rate, cfg.weight_decay
-    hidden = {n: p for n, p in model.named_parameters() if is_muon and ".h." in n and p.dim() == 2}
-    rest = [p for n, p in model.named_parameters() if n not in hidden]
+    rest = dict(model.named_parameters())
+    hidden = [rest.pop(n) for n, p in [*rest.items()] if is_muon and ".h." in n and p.dim() == 2]
+    embedding = rest.pop("transformer.wte.weight")
     groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [embedding], "weight_decay": decay, "lr_ratio": cfg.embedding_lr_ratio},
+        {"params": [p for p in rest.values() if p.dim() >= 2], "weight_decay": decay},
+        {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    return [adamw, Muon(hidden.values(), lr, decay, dtype)] if hidden else [adamw]
+    return [adamw, Muon(hidden, lr, decay, dtype)] if hidden else [adamw]
 
 
 def get_lr(step: int, cfg: Config) -> float:

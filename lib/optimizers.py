@@ -99,9 +99,10 @@ class Optimizers:
         self.scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
 
     def set_lr(self, lr: float):
+        """Sets each group's learning rate: lr times the group's lr_ratio, if it has one."""
         for member in self.members:
             for group in member.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_ratio", 1.0)
 
     def backward(self, loss: torch.Tensor):
         """Adds the gradients of the loss to those that are there."""

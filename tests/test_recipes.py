@@ -41,13 +41,15 @@ def draw(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-def test_without_techniques_a_recipe_trains_as_the_trainer_does(tiny, toy, tmp_path, optimizer, schedule):
+def test_with_the_trainer_s_settings_a_recipe_trains_as_the_trainer_does(
+    tiny, toy, tmp_path, optimizer, schedule
+):
     kind = "linear" if schedule == "wsd" else schedule
-    result = bench.train(dataclasses.replace(tiny, optimizer=optimizer, schedule=kind))
+    result = bench.train(dataclasses.replace(tiny, optimizer=optimizer, schedule=kind, embedding_lr=3.0))
     run = train(
         toy, optimizer=optimizer, seed=tiny.seed, learning_rate=tiny.lr, max_steps=STEPS, warmup_steps=2,
-        schedule=schedule, dropout=0.0, dtype="auto", val_every=STEPS, checkpoint_every=0,
-        log_dir=str(tmp_path),
+        schedule=schedule, embedding_lr_ratio=3.0, dropout=0.0, dtype="auto", val_every=STEPS,
+        checkpoint_every=0, log_dir=str(tmp_path),
     )  # fmt: skip
     assert [loss for _, loss in result["train"]] == pytest.approx(values(run), abs=1e-4)
     assert result["val"] == pytest.approx(values(run, "val")[-1], abs=1e-4)

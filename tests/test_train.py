@@ -33,6 +33,7 @@ import hellaswag
 import train_gpt2
 from lib import checkpoint, files, parallel, plan, processes, shard_writer, shards
 from lib.hub_shards import open_data
+from lib.optimizers import Optimizers
 from model import GPT, GPTConfig
 from train_gpt2 import Config
 
@@ -102,15 +103,21 @@ def test_weight_decay_is_for_matrices_and_muon_for_those_inside_the_blocks():
     model = GPT(GPTConfig(block_size=8, n_layer=2, n_head=2, n_embd=16))
     names = {p: name for name, p in model.named_parameters()}
     adamw, muon = train_gpt2.make_optimizers(Config(optimizer="muon"), model, torch.bfloat16)
-    decayed, plain = adamw.param_groups
-    assert {names[p] for p in decayed["params"]} == {"transformer.wte.weight", "transformer.wpe.weight"}
-    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
+    embedding, decayed, plain = adamw.param_groups
+    assert [names[p] for p in embedding["params"]] == ["transformer.wte.weight"]
+    assert [names[p] for p in decayed["params"]] == ["transformer.wpe.weight"]
+    assert embedding["weight_decay"] == decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
     assert all(p.dim() == 1 for p in plain["params"])
     assert {names[p] for p in muon.param_groups[0]["params"]} == {
         name
         for name in names.values()
         if ".h." in name and name.endswith(("attn.weight", "proj.weight", "fc.weight"))
     }
+    optimizers = Optimizers(model, [adamw, muon], torch.float32)
+    embedding["lr_ratio"] = 3.0
+    optimizers.set_lr(0.1)
+    rates = [group["lr"] for member in optimizers.members for group in member.param_groups]
+    assert rates == pytest.approx([0.3, 0.1, 0.1, 0.1])
     (alone,) = train_gpt2.make_optimizers(Config(optimizer="adamw"), model, torch.bfloat16)
     assert sum(len(group["params"]) for group in alone.param_groups) == len(names)
     assert (
