@@ -97,6 +97,7 @@ def test_a_compiled_model_makes_the_same_texts_in_one_piece_whatever_their_lengt
     assert not counters["graph_break"] and 2 <= counters["stats"]["unique_graphs"] <= 6
 
 
+@pytest.mark.slow
 def test_the_flag_compile_compiles_and_changes_nothing(folder, capsys):
     options = dict(prompt=PROMPT, temperature=0, max_tokens=10)
     torch._dynamo.utils.counters.clear()
