@@ -341,10 +341,9 @@ def pretend_memory(*available: float):
     Path.read_text = pretend
 
 
-def spare_workspaces():
-    """float32 products take no workspaces that stay. oneDNN takes none. MKL, which makes the products on CPUs
-    with AMX or without AVX512_BF16, keeps 0.1 to 0.5 GB beside the 0.77 that the planner counts."""
-    os.environ["MKL_DISABLE_FAST_MM"] = "1"
+def hide_amx():
+    """The CPU has no AMX, so oneDNN makes float32 products. With AMX MKL does, in workspaces that differ
+    from run to run: 0.1 to 0.5 GB beside the 0.77 that the planner counts without them."""
     os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_BF16"
     torch.cpu._is_amx_tile_supported = lambda: False
 
