@@ -70,6 +70,16 @@ def test_normuon_gives_rows_one_size_and_keeps_the_matrix_s():
     torch.testing.assert_close(rows.norm(), plain.norm())
 
 
+def test_normuon_weighs_the_last_steps_as_an_average_that_begins_at_zero():
+    matrix, updates = torch.zeros(3, 4), [draw(3, 4), draw(3, 5)[:, :4]]
+    muon = TrialMuon({"h.0.mlp.c_fc.weight": matrix}, Recipe(normuon=True), torch.float32)
+    first, second = (muon.normalize_rows(matrix, update) for update in updates)
+    squares = [update.square().mean(1, keepdim=True) for update in updates]
+    expected = updates[1] / (0.95 * squares[0] + squares[1]).sqrt()
+    torch.testing.assert_close(second / second.norm(), expected / expected.norm())
+    assert not torch.allclose(first, second)
+
+
 def test_polar_express_comes_nearer_to_an_orthogonal_matrix():
     step = take_step(torch.zeros(32, 32), draw(32, 32), polar_express=True) / (0.2 * math.sqrt(32))
     errors = (torch.linalg.svdvals(step) - 1).abs()

@@ -120,11 +120,11 @@ class TrialMuon(Muon):
 
     def normalize_rows(self, matrix: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
         """Divides each row by the root of its mean square over the last steps; keeps the matrix's norm."""
-        square = update.square().mean(1, keepdim=True)
-        state = self.state[matrix]
-        # From the second step on, a bias correction would change all rows alike, which the norm undoes.
-        state["rows"] = state["rows"].lerp_(square, 0.05) if "rows" in state else square
-        rows = update / (state["rows"].sqrt() + 1e-10)
+        square, state = update.square().mean(1, keepdim=True), self.state[matrix]
+        if "rows" not in state:
+            state["rows"] = torch.zeros_like(square)
+        # It begins at zero without a correction. The same factor for all rows does not change the result.
+        rows = update / (state["rows"].lerp_(square, 0.05).sqrt() + 1e-10)
         return rows * (update.norm() / rows.norm())
 
 
