@@ -90,7 +90,7 @@ def pick_device(name: str, spare_memory: bool = False) -> torch.device:
     ):
         # This setting makes torch use oneDNN for float32 products. Without AMX, oneDNN still computes them in
         # float32, and on an AMD twice as fast as MKL does (two cores of a Turin: 0.37 against 0.18 TFLOP/s,
-        # both with errors of 2e-6).
+        # both with errors of 2e-6 in large products).
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
     return device
 
