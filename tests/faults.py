@@ -342,9 +342,9 @@ def pretend_memory(*available: float):
 
 
 def spare_workspaces():
-    """float32 products leave no memory in use. With AMX or without AVX512_BF16, MKL makes them. Its workspaces
-    stay, and leave holes in a heap that never shrinks: up to 0.5 GB beside the 0.88 that the planner counts.
-    AMX is hidden, so oneDNN makes the products; without AVX512_BF16, the heap shrinks."""
+    """float32 products leave no memory in use. On CPUs with AMX or without AVX512_BF16, MKL makes them. Its
+    workspaces stay and leave holes in a heap that never shrinks: 0.1 to 0.5 GB that the planner does not count.
+    So AMX is hidden, which gives the products to oneDNN. Without AVX512_BF16, the heap may shrink."""
     if not torch.cpu._is_avx512_bf16_supported():
         pick_device = processes.pick_device
         processes.pick_device = lambda name, _=False: pick_device(name, spare_memory=True)
