@@ -343,7 +343,7 @@ def pretend_memory(*available: float):
 
 def spare_workspaces():
     """float32 products leave no memory in use. On CPUs with AMX or without AVX512_BF16, MKL makes them. Its
-    workspaces stay and leave holes in a heap that never shrinks: 0.1 to 0.5 GB that the planner does not count.
+    workspaces stay and leave holes in a heap that never shrinks: 0.1 to 0.5 GB that are not planned.
     So AMX is hidden, which gives the products to oneDNN. Without AVX512_BF16, the heap may shrink."""
     if not torch.cpu._is_avx512_bf16_supported():
         pick_device = processes.pick_device
