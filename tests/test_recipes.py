@@ -144,3 +144,28 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_compares(tiny, tmp_path, monke
     assert found["slow_2"] > found["base_2"] > 1
     gains = [1.0 - found["slow_1"], found["base_2"] - found["slow_2"]]
     assert f"{sum(gains) / 2:.4f} ± {abs(gains[0] - gains[1]) / 2:.4f}" in capsys.readouterr().out
+
+
+def test_the_tokens_to_a_reference_s_loss_are_found_between_two_budgets(tmp_path, capsys):
+    """A loss of 10 - log2(tokens). "fast" needs a half, then a quarter of the tokens; "weak" has too few."""
+
+    def write(name: str, seed: int, tokens: int, loss: float):
+        result = {
+            "val": loss,
+            "recipe": {"tokens": tokens},
+            "train": [[tokens // 2, loss + 1], [tokens, loss]],
+        }
+        (tmp_path / f"{name}_{seed}.json").write_text(json.dumps(result))
+
+    for seed in (1, 2):
+        write("adamw", seed, 1024, 1 + math.log2(seed))
+        for budget in (256, 2048):
+            write(f"fast@{budget}", seed, budget, 10 - math.log2(budget))
+            write(f"weak@{budget}", seed, budget, 20 - math.log2(budget))
+    results = sweep.load_results(["adamw", "fast@256", "fast@2048", "weak@256", "weak@2048"], tmp_path)
+    sweep.print_ratios(results)
+    out = capsys.readouterr().out
+    assert f"fast needs {0.375:7.4f} ± {math.sqrt(2) / 8:.4f} of the tokens of adamw" in out
+    assert "weak needs" not in out and out.count("\n") == 1
+    sweep.draw(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
