@@ -299,6 +299,7 @@ def test_every_file_is_on_disk_before_the_rename_and_the_rename_before_the_end(t
 
 @pytest.mark.fault(5)
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace (apt install strace)")
+@pytest.mark.slow
 def test_the_kernel_sees_the_same_order_in_training_and_only_then_saved_is_said(config, tmp_path):
     trace, run = tmp_path / "trace", tmp_path / "run"
     watched = "trace=fsync,fdatasync,rename,renameat,renameat2,write,pwrite64"

@@ -64,7 +64,9 @@ def left_by_saving(run: Path) -> list[str]:
 
 @pytest.mark.fault(1)
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("world_size, tries", [(1, (4, 180)), (2, (1, 20))])
+@pytest.mark.parametrize(
+    "world_size, tries", [(1, (3, 180)), pytest.param(2, (1, 20), marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_killed_again_and_again_has_the_same_end(
     launch, config, whole, tmp_path, tally, world_size, tries
 ):
@@ -277,6 +279,7 @@ def test_an_error_amid_writing_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 @pytest.mark.fault(6)
+@pytest.mark.slow
 def test_when_rank_0_cannot_save_both_ranks_end(launch, config, whole, tmp_path, tally):
     places = ["flush", "save_file", "write_text", "hash_file", "mkdir", "rename"]
     for attempt in tally(1, len(places)):
@@ -312,7 +315,7 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_it_goes_on_to_the_same_end
     launch, config, whole, tmp_path, tally
 ):
     changes = dict(max_steps=32, checkpoint_every=8)
-    for attempt in tally(4, len(SIGNALS) * len(SITUATIONS)):
+    for attempt in tally(2, len(SIGNALS) * len(SITUATIONS)):
         world_size, ranks, place = SITUATIONS[attempt.number % 8]
         number = SIGNALS[(attempt.number + attempt.number // 8) % 3]
         run = tmp_path / f"run{attempt.number}"
@@ -565,6 +568,7 @@ def test_a_run_that_is_resumed_at_any_step_and_then_again_has_the_same_end(every
 
 
 @pytest.mark.fault(11)
+@pytest.mark.slow
 def test_another_number_of_processes_and_another_micro_batch_take_the_same_sequences(
     launch, config, whole, data, tmp_path, tally
 ):
@@ -607,6 +611,7 @@ def test_ranks_that_found_different_checkpoints_do_not_go_on(launch, config, who
 
 
 @pytest.mark.fault(21)
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both_and_k_of_them_stop_the_run(
     launch, config, tmp_path, tally
 ):

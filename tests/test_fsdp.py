@@ -69,6 +69,7 @@ def test_losses_are_those_of_whole_copies_and_of_one_process(whole):
 
 
 @pytest.mark.parametrize("changes", [{}, FSDP], ids=["whole copies", "sharded"])
+@pytest.mark.slow
 def test_gradients_exchanged_in_bfloat16_are_rounded_and_no_worse(whole, changes):
     exact, rounded = (values(whole(2, reduce_dtype=dtype, **changes)) for dtype in ("float32", "bfloat16"))
     assert exact != rounded and rounded == pytest.approx(exact, abs=1e-2)
@@ -293,6 +294,7 @@ def test_recomputing_gives_the_same_gradients_from_less_memory(dtype):
     assert less < kept_bytes / 3
 
 
+@pytest.mark.slow
 def test_training_with_activation_checkpointing_ends_bit_identical(config, monkeypatch):
     """Dropout and all; each block computes twice in training, and once where it is evaluated."""
     calls, caches = {True: 0, False: 0}, set()
@@ -316,6 +318,7 @@ def test_training_with_activation_checkpointing_ends_bit_identical(config, monke
 
 
 @pytest.mark.parametrize("changes", [{}, FSDP], ids=["DDP", "FSDP"])
+@pytest.mark.slow
 def test_two_processes_with_activation_checkpointing_end_bit_identical(whole, changes):
     runs = [whole(2, dropout=0.2, activation_checkpointing=on, **changes) for on in (False, True)]
     assert end_of(runs[0]) == end_of(runs[1])

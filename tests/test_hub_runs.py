@@ -162,6 +162,7 @@ DISTURBANCES = [  # what happens to the first request of a kind, once; or for a 
 ]
 
 
+@pytest.mark.slow
 def test_an_upload_that_is_disturbed_is_tried_again_and_training_goes_on(
     start, config, server, whole, tmp_path, tally
 ):
@@ -186,6 +187,7 @@ def test_an_upload_that_is_disturbed_is_tried_again_and_training_goes_on(
         assert end_of(tmp_path / "log" / cfg.run_name) == end_of(whole())
 
 
+@pytest.mark.slow
 def test_what_never_arrived_is_named_at_the_end_and_sent_by_a_resume(
     start, config, server, whole, tmp_path, tally
 ):
@@ -218,6 +220,7 @@ def test_what_never_arrived_is_named_at_the_end_and_sent_by_a_resume(
         assert end_of(run) == end_of(whole())
 
 
+@pytest.mark.slow
 def test_of_the_checkpoints_that_wait_only_the_newest_is_sent_and_none_is_removed_meanwhile(
     start, config, server, whole, tmp_path
 ):

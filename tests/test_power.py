@@ -49,6 +49,7 @@ def test_after_a_power_cut_a_run_has_what_was_said_to_be_saved_and_the_same_end(
 
 
 @pytest.mark.fault(31)
+@pytest.mark.slow
 def test_after_a_power_cut_tokenizing_ends_with_the_same_bytes(tmp_path, monkeypatch, tally):
     recorded, root = tmp_path / "recorded", tmp_path / "cut"
     (tmp_path / "in").mkdir()

@@ -296,6 +296,7 @@ def with_remote_code(folder: Path, canary: Path) -> Path:
 
 
 @pytest.mark.fault(24)
+@pytest.mark.slow
 def test_a_models_own_code_is_not_run(client, shared_hub, repo, run, config, tmp_path, canary):
     folder = with_remote_code(run / "step_000004", canary)
     runpy.run_path(str(folder / "modeling_evil.py"))
@@ -576,6 +577,7 @@ METHODS = {"lfs": "PUT", "whoami": "GET", "auth-check": "GET"}
 
 @pytest.mark.fault(26)
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_secrets_are_not_in_a_runs_output_its_files_or_on_the_hub(launch, config, tmp_path, tally):
     for attempt in tally(3, len(FAILURES)):
         (where, kind), folder = FAILURES[attempt.number], tmp_path / f"{attempt.number}"

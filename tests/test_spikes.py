@@ -105,6 +105,7 @@ def test_a_spike_is_logged_and_left_out_only_if_asked(train, tally):
             assert lines_of(train().folder, "spike") == [] == train().unchanged
 
 
+@pytest.mark.slow
 def test_without_skipping_the_trace_is_that_of_a_run_that_looks_for_no_spikes(train):
     # A setting that is given to skip them skips none where none is looked for.
     looks, does_not = train("9", skip_spikes=False), train("9", skip_spikes=True, spike_zscore=0.0)
@@ -118,6 +119,7 @@ def test_a_loss_before_the_window_is_full_enough_is_no_spike(train, tally):
         assert lines_of(early.folder, "spike") == [] and early.unchanged == []
 
 
+@pytest.mark.slow
 def test_a_resume_around_a_spike_has_the_same_end(train, launch, tmp_path, tally):
     cases = [  # the spike's step, where the run goes on from step 70; processes; whether it is left out
         (SPIKE, 1, True), (SPIKE - 1, 1, True), (SPIKE, 2, True), (SPIKE - 1, 2, True), (SPIKE + 2, 1, True),

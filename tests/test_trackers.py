@@ -148,12 +148,14 @@ def killed_and_resumed(
     return Path(config.log_dir) / config.run_name
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_what_the_log_has_across_a_kill(launch, config, offline):
     run = killed_and_resumed(launch, dataclasses.replace(config, tracker="tensorboard"), offline)
     assert len(list((run / "tensorboard").glob("events.*"))) == 2
     assert_same(tensorboard_curves(run / "tensorboard"), of_log(run))
 
 
+@pytest.mark.slow
 def test_wandb_has_one_run_across_a_kill_and_its_newest_folder_the_whole_curves(launch, config, offline):
     run = killed_and_resumed(launch, dataclasses.replace(config, tracker="wandb"), offline)
     first, second = sorted(run.glob("wandb/offline-run-*/*.wandb"))
@@ -269,6 +271,7 @@ def test_wandb_without_a_login_is_refused_before_anything(key, launch, config):
     assert not Path(config.log_dir).exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_a_tracker_that_lets_it_no_longer_in(launch, config, offline):
     patches = [*offline, partial(set_variables, {**ONLINE, "WANDB_API_KEY": ""})]
     run = killed_and_resumed(launch, config, patches, tracker="wandb")

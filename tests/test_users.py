@@ -116,6 +116,7 @@ def test_all_files_have_the_modes_that_the_umask_says(act, tokenize, place, tall
 
 
 @pytest.mark.fault(37)
+@pytest.mark.slow
 def test_another_user_reads_a_run_as_its_umask_says_and_is_refused_to_write_it(act, whole, place, tally):
     for attempt in tally(1, 6):
         umask, reader = ((0o022, "bob"), (0o027, "bob"), (0o077, "bob"))[attempt.number % 3]
