@@ -454,7 +454,7 @@ def main(cfg: Config) -> Path | None:
 
     figure = draw(runs, cfg)
     with matplotlib.rc_context(style(cfg.theme)):
-        figure.savefig(out)
+        files.write_atomically(out, lambda f: figure.savefig(f, format=out.suffix[1:].lower()))
     print(out)
     return out
 

@@ -254,6 +254,22 @@ def test_the_suffix_chooses_the_format(tmp_path, name, begin):
     assert out.name == (name if "." in name else "a.png")
 
 
+def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    (run / "loss.png").write_bytes(b"the old one")
+
+    def fail(figure, file, **_):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    before = {path.name for path in run.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        plot.main(Config(runs=(str(run),)))
+    assert (run / "loss.png").read_bytes() == b"the old one"
+    assert {path.name for path in run.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     "log",
     ["1 train 5.0\n2 train 4.0\n", "0 val 3.5\n9 val 3.2\n", "5 hella 0.3\n", "1 val nan\n", "1 lr 0.1\n"],
