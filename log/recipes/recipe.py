@@ -1,6 +1,6 @@
 """Trains one small GPT-2 by one recipe, to count the tokens that the recipe needs. sweep.py repeats it.
 
-    python -m log.recipes.recipe --out run.json --tokens 750_000 --optimizer muon --lr 4e-3 --zero-projections
+    python -m log.recipes.recipe --out run.json --tokens 819_200 --optimizer muon --lr 4e-3 --zero-projections
 
 The loop, the data order and the optimizers are train_gpt2.py's, without what a long run needs. Each technique
 is a flag, off by default. All of them leave an exact GPT-2. A duration is a fraction of the run's tokens. On
@@ -11,20 +11,21 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
+from torch.optim.swa_utils import AveragedModel
 
 from lib import device, files, shards
 from lib.optimizers import NEWTON_SCHULZ, Muon
 from model import GPT, GPTConfig
 
-# Five polynomials in place of one, each the best for what the ones before leave (Polar Express: Amsel et al.,
-# 2025, arXiv:2505.16932, algorithm 1, with its safety factor 1.01).
+# Five polynomials in place of one. Each is the best one for the singular values that the previous ones leave
+# (Polar Express: Amsel et al., 2025, arXiv:2505.16932, algorithm 1, with its safety factor 1.01).
 POLAR_EXPRESS = [
     (a / 1.01, b / 1.01**3, c / 1.01**5)
     for a, b, c in [
@@ -42,7 +43,7 @@ MICRO_BATCH = 16  # windows at a time
 @dataclass(frozen=True)
 class Recipe:
     # what is the same for all recipes of a comparison
-    tokens: int = 1_000_000  # of the run
+    tokens: int = 1_024_000  # of the run
     data: str = "data/recipes"
     val_tokens: int = 131_072
     seed: int = 1
@@ -54,17 +55,17 @@ class Recipe:
     optimizer: Literal["adamw", "muon"] = "muon"
     batch_tokens: int = 4096  # per step
     lr: float = 4e-3  # peak
-    warmup: float = 0.04
-    schedule: Literal["cosine", "linear"] = "cosine"
-    decay: float = 0.4  # linear: duration of the decay, at the end
-    final_lr: float = 0.1  # as a fraction of the peak
+    warmup_ratio: float = 0.04
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay_ratio: float = 0.4  # wsd
+    min_lr_ratio: float = 0.1
     weight_decay: float = 0.1
-    # learning rates of AdamW's groups, as multiples of lr
-    embedding_lr: float = 1.0
-    position_lr: float = 1.0
-    vector_lr: float = 1.0  # gains and biases
-    rest_decay: float | None = None  # linear: these groups' own duration of the decay
-    # AdamW of the embedding
+    # learning rates of AdamW's groups, as multiples of lr; weight decay goes with them
+    embedding_lr_ratio: float = 1.0
+    position_lr_ratio: float = 1.0
+    vector_lr_ratio: float = 1.0  # gains and biases
+    rest_decay_ratio: float | None = None  # wsd: decay_ratio of these groups, if it is another
+    # AdamW of the token embedding
     embedding_beta1: float = 0.9
     embedding_beta2: float = 0.95
     embedding_eps: float = 1e-8
@@ -77,10 +78,18 @@ class Recipe:
     momentum_warmup: float = 0.0  # from 0.85
     momentum_cooldown: float = 0.0  # to 0.85
     # the rest
-    average: float = 0.0  # the last steps whose weights are averaged
+    average: float = 0.0  # share of the run, at its end, over whose steps the weights are averaged
     zero_projections: bool = False  # the layers that write to the residual stream begin at zero
-    grow_sequences: bool = False  # a quarter of seq_len, then a half, a third of the tokens each
+    grow_sequences: bool = False  # seq_len/4, seq_len/2, then seq_len, for a third of the tokens each
     grow_batch: bool = False  # the same of batch_tokens
+
+    def __post_init__(self):
+        unit = self.seq_len * (4 if self.grow_batch else 1)
+        if self.batch_tokens % unit or self.tokens % self.batch_tokens:
+            raise ValueError(
+                f"batch_tokens is {self.batch_tokens}, tokens {self.tokens}: the first must be a multiple of "
+                f"{unit}, the second one of the first"
+            )
 
 
 # -----------------------------------------------------------------------------
@@ -90,7 +99,7 @@ class Recipe:
 class TrialMuon(Muon):
     """train_gpt2.py's Muon with the recipe's techniques. Its steps equal Muon's if there are none."""
 
-    def __init__(self, matrices: dict[str, torch.Tensor], recipe: Recipe, dtype: torch.dtype):
+    def __init__(self, matrices: Mapping[str, torch.Tensor], recipe: Recipe, dtype: torch.dtype):
         super().__init__(matrices.values(), recipe.lr, recipe.weight_decay, dtype, recipe.momentum)
         self.recipe, self.names = recipe, {p: name for name, p in matrices.items()}
 
@@ -104,8 +113,8 @@ class TrialMuon(Muon):
             update = torch.cat([self.orthogonalize(part) for part in parts])
             if self.recipe.normuon:
                 update = self.normalize_rows(matrix, update)
-            decay = group["lr"] * group["weight_decay"]
-            matrix.sub_(matrix * (update * matrix > 0) if self.recipe.cautious else matrix, alpha=decay)
+            shrunk = matrix * (update * matrix > 0) if self.recipe.cautious else matrix
+            matrix.sub_(shrunk, alpha=group["lr"] * group["weight_decay"])
             matrix.add_(update, alpha=-group["lr"])
 
     def orthogonalize(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,48 +128,40 @@ class TrialMuon(Muon):
         return scale * (y.mT if x.size(0) > x.size(1) else y).float()
 
     def normalize_rows(self, matrix: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-        """Divides each row by the root of its mean square over the last steps; keeps the matrix's norm."""
+        """Divides each row by the root of its mean square over the last steps. As in the authors' code, the
+        matrix keeps its norm."""
         square, state = update.square().mean(1, keepdim=True), self.state[matrix]
         if "rows" not in state:
             state["rows"] = torch.zeros_like(square)
         # It begins at zero without a correction. The same factor for all rows does not change the result.
         rows = update / (state["rows"].lerp_(square, 0.05).sqrt() + 1e-10)
-        return rows * (update.norm() / rows.norm())
+        return rows * (update.norm() / rows.norm().clamp(min=1e-10))  # an update may be zero
 
 
 def make_optimizers(recipe: Recipe, model: GPT, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """AdamW in groups, and Muon for the blocks' matrices if the recipe says so. Each group has a "ratio", its
-    rate's multiple of lr, and its own duration of the decay."""
-    matrices, vectors, embeddings = {}, [], {}
-    for name, p in model.named_parameters():
-        if p.dim() < 2:
-            vectors.append(p)
-        elif ".h." in name:
-            matrices[name] = p
-        else:
-            embeddings["wte" if "wte" in name else "wpe"] = p
-    rest = recipe.decay if recipe.rest_decay is None else recipe.rest_decay
-    embedding = dict(
-        ratio=recipe.embedding_lr,
-        betas=(recipe.embedding_beta1, recipe.embedding_beta2),
-        eps=recipe.embedding_eps,
-    )
+    """AdamW in groups, and Muon for the blocks' matrices if the recipe says so. Each group has its own
+    lr_ratio and decay_ratio."""
+    named = dict(model.named_parameters())
+    wte, wpe = (named.pop(f"transformer.{name}.weight") for name in ("wte", "wpe"))
+    matrices = {name: p for name, p in named.items() if p.dim() == 2}
+    vectors = [p for p in named.values() if p.dim() < 2]
+    rest = recipe.decay_ratio if recipe.rest_decay_ratio is None else recipe.rest_decay_ratio
+    of_matrices = dict(lr_ratio=1.0, decay_ratio=recipe.decay_ratio)
+    of_embedding = dict(betas=(recipe.embedding_beta1, recipe.embedding_beta2), eps=recipe.embedding_eps)
     groups: list[dict[str, Any]] = [
-        dict(params=[embeddings["wte"]], **embedding),
-        dict(params=[embeddings["wpe"]], ratio=recipe.position_lr),
-        dict(params=vectors, ratio=recipe.vector_lr, weight_decay=0.0),
+        dict(params=[wte], lr_ratio=recipe.embedding_lr_ratio, decay_ratio=rest, **of_embedding),
+        dict(params=[wpe], lr_ratio=recipe.position_lr_ratio, decay_ratio=rest),
+        dict(params=vectors, lr_ratio=recipe.vector_lr_ratio, decay_ratio=rest, weight_decay=0.0),
     ]
     if recipe.optimizer == "adamw":
-        groups.append(dict(params=list(matrices.values()), ratio=1.0))
-    for group in groups:
-        group["decay"] = rest
+        groups.append(dict(params=list(matrices.values()), **of_matrices))
     adamw = torch.optim.AdamW(
         groups, recipe.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=recipe.weight_decay, fused=True
     )
     if recipe.optimizer == "adamw":
         return [adamw]
     muon = TrialMuon(matrices, recipe, dtype)
-    muon.param_groups[0].update(ratio=1.0, decay=recipe.decay)
+    muon.param_groups[0].update(of_matrices)
     return [adamw, muon]
 
 
@@ -168,16 +169,17 @@ def make_optimizers(recipe: Recipe, model: GPT, dtype: torch.dtype) -> list[torc
 # schedules: a function of seen, the tokens before the step
 
 
-def get_lr(recipe: Recipe, seen: int, step_tokens: int, decay: float) -> float:
+def get_lr(recipe: Recipe, seen: int, step_tokens: int, decay_ratio: float) -> float:
     """train_gpt2.py's schedule, in tokens."""
-    warmup = recipe.warmup * recipe.tokens
+    warmup = recipe.warmup_ratio * recipe.tokens
     if seen < warmup:
-        return recipe.lr * (seen + step_tokens) / max(warmup, step_tokens)
+        return recipe.lr * min(1.0, (seen + step_tokens) / warmup)
     if recipe.schedule == "cosine":
         height = 0.5 * (1 + math.cos(math.pi * (seen - warmup) / (recipe.tokens - warmup)))
     else:
-        height = min(1.0, (1 - seen / recipe.tokens) / decay)
-    return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * height)
+        decay = max(step_tokens, min(decay_ratio * recipe.tokens, recipe.tokens - warmup))
+        height = min(1.0, (recipe.tokens - seen) / decay)
+    return recipe.lr * (recipe.min_lr_ratio + (1 - recipe.min_lr_ratio) * height)
 
 
 def get_momentum(recipe: Recipe, progress: float) -> float:
@@ -203,7 +205,9 @@ def read_windows(recipe: Recipe, reader: shards.ShardReader, first: int, count: 
 
 
 @torch.no_grad()
-def validation_loss(recipe: Recipe, model: GPT, reader: shards.ShardReader, autocast: Any) -> float:
+def validation_loss(
+    recipe: Recipe, model: torch.nn.Module, reader: shards.ShardReader, autocast: Any
+) -> float:
     windows = min(recipe.val_tokens // recipe.seq_len, reader.num_windows)
     total = 0.0
     model.eval()
@@ -232,7 +236,8 @@ def make_model(recipe: Recipe) -> GPT:
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
-    """Trains, and returns the final validation loss ("val") and the training losses by tokens ("train")."""
+    """Trains, and returns the final validation loss ("val") and the training losses by tokens ("train"). If
+    weights are averaged, "val" is the loss of the average, "last" that of the last step's weights."""
     cpu = device.pick_device("cpu")
     dtype, _ = device.pick_dtype("auto", cpu)
     autocast = device.autocast(cpu, dtype)
@@ -244,8 +249,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     model = make_model(recipe)
     optimizers = make_optimizers(recipe, model, dtype)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    parameters, mean = list(model.parameters()), [torch.zeros_like(p) for p in model.parameters()]
-    curve, seen, averaged, begin = [], 0, 0, time.time()
+    average, curve, seen, begin = AveragedModel(model), [], 0, time.time()
     while seen < recipe.tokens:
         growth = get_growth(seen / recipe.tokens)
         windows = int(recipe.batch_tokens * (growth if recipe.grow_batch else 1)) // recipe.seq_len
@@ -257,10 +261,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
             loss = loss * (len(x) / windows)
             loss.backward()
             loss_sum += loss.item()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         step_tokens = windows * recipe.seq_len
         for group in groups:
-            group["lr"] = get_lr(recipe, seen, step_tokens, group["decay"]) * group["ratio"]
+            group["lr"] = get_lr(recipe, seen, step_tokens, group["decay_ratio"]) * group["lr_ratio"]
         if recipe.optimizer == "muon":
             groups[-1]["momentum"] = get_momentum(recipe, seen / recipe.tokens)
         for optimizer in optimizers:
@@ -269,15 +273,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
         seen += step_tokens
         curve.append((seen, loss_sum))
         if recipe.average and seen > (1 - recipe.average) * recipe.tokens:
-            averaged += 1
-            for m, p in zip(mean, parameters):
-                m.lerp_(p.detach(), 1 / averaged)
-    seconds, last = time.time() - begin, None
-    if averaged:
-        last = validation_loss(recipe, model, val_data, autocast)
-        for m, p in zip(mean, parameters):
-            p.data.copy_(m)
-    val = validation_loss(recipe, model, val_data, autocast)
+            average.update_parameters(model)
+    seconds = time.time() - begin
+    last = validation_loss(recipe, model, val_data, autocast)
+    val = validation_loss(recipe, average.module, val_data, autocast) if recipe.average else last
     machine = dict(dtype=str(dtype), torch=torch.__version__, seconds=round(seconds))
     return dict(val=val, last=last, **machine, train=thin(curve))
 
