@@ -77,6 +77,7 @@ class Config:
     weight_decay: float = knob(0.1, "weight decay of matrices and embeddings", at_least=0)
     grad_clip: float = knob(1.0, "maximal gradient norm; 0 for no clipping", at_least=0)
     optimizer: Literal["adamw", "muon"] = shape("adamw", "muon: Muon for the blocks' matrices, else AdamW")
+    momentum: float = knob(0.95, "Muon's momentum", at_least=0, at_most=0.999)
     overfit_one_batch: cli.Switch = knob(False, "train on the first step's batch in every step, to find bugs")
     seed: int = knob(1337, "initial weights, data order and dropout", at_least=0)
     # machine
@@ -149,20 +150,18 @@ VAL_BATCH_TOKENS = 8192  # per batch of validation
 def make_optimizers(cfg: Config, model: GPT, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """AdamW with betas (0.9, 0.95) and eps 1e-8 (GPT-3: Brown et al., 2020, appendix B). With --optimizer
     muon, Muon (Jordan et al., 2024) for the blocks' matrices, scaled to AdamW's size (Liu et al., 2025).
-
-    Matrices and embeddings have weight decay; biases and LayerNorm have none.
-    """
-    is_muon, lr, decay = cfg.optimizer == "muon", cfg.learning_rate, cfg.weight_decay
-    rest = dict(model.named_parameters())
-    hidden = [rest.pop(n) for n, p in [*rest.items()] if is_muon and ".h." in n and p.dim() == 2]
-    embedding = rest.pop("transformer.wte.weight")
+    Biases and LayerNorm have no weight decay."""
+    lr, decay, named = cfg.learning_rate, cfg.weight_decay, dict(model.named_parameters())
+    embedding = named.pop("transformer.wte.weight")
+    hidden = {n: p for n, p in named.items() if cfg.optimizer == "muon" and ".h." in n and p.dim() == 2}
+    rest = [p for n, p in named.items() if n not in hidden]
     groups = [
         {"params": [embedding], "weight_decay": decay, "lr_ratio": cfg.embedding_lr_ratio},
-        {"params": [p for p in rest.values() if p.dim() >= 2], "weight_decay": decay},
-        {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    return [adamw, Muon(hidden, lr, decay, dtype)] if hidden else [adamw]
+    return [adamw, Muon(hidden.values(), lr, decay, dtype, cfg.momentum)] if hidden else [adamw]
 
 
 def get_lr(step: int, cfg: Config) -> float:
