@@ -128,9 +128,10 @@ PRESETS = {
     "gpt2-fast": Config(optimizer="muon", learning_rate=3.6e-3, max_steps=7_629, warmup_steps=286),
     "demo": Config(
         dataset_path="data/pydocs", n_layer=6, n_head=4, n_embd=128, seq_len=256, batch_size=4,
-        total_batch_tokens=1024, optimizer="muon", learning_rate=6e-3, min_lr_ratio=0.0, max_steps=640,
-        warmup_steps=20, val_every=160, hellaswag_every=0, sample_every=160, print_every=10,
-        sample_prompt="This function returns", checkpoint_every=320, keep_last=1,
+        total_batch_tokens=2048, optimizer="muon", momentum=0.9, learning_rate=9e-3, embedding_lr_ratio=4.0,
+        schedule="wsd", decay_ratio=0.7, min_lr_ratio=0.0, weight_decay=0.0, max_steps=256, warmup_steps=8,
+        val_every=64, hellaswag_every=0, sample_every=64, print_every=5, checkpoint_every=128, keep_last=1,
+        sample_prompt="This function returns",
     ),
     "finetune": Config(
         init_from="gpt2", dataset_path="data/mine", batch_size=4, total_batch_tokens=32_768,

@@ -239,7 +239,7 @@ def test_what_to_do_next_is_to_be_pasted_in_any_folder(tmp_path, monkeypatch):
 def test_a_refusal_is_the_last_thing_under_torchrun(tmp_path):
     torchrun = "{python} -m torch.distributed.run --standalone --nproc-per-node 1"
     for words, reason in (
-        ("--batch-size 3", "traceback : train_gpt2.py: --total-batch-tokens 1024 is no multiple of"),
+        ("--batch-size 3", "traceback : train_gpt2.py: --total-batch-tokens 2048 is no multiple of"),
         ("--nonsense 3", "there is no flag --nonsense"),
     ):
         done = sh(f"{torchrun} {{root}}/train_gpt2.py demo {words} --log-dir {tmp_path}")
