@@ -45,11 +45,11 @@ class Config:
 
 def make_data(texts: tuple[Path, ...]):
     """Tokenizes JSON lines, their documents in one random order, to data/recipes."""
-    lines = [line for path in texts for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    lines = [line for path in texts for line in gzip.decompress(path.read_bytes()).splitlines()]
     random.Random(0).shuffle(lines)
     with tempfile.TemporaryDirectory() as folder:
         mixed = Path(folder) / "recipes.jsonl"
-        mixed.write_text("\n".join(lines), encoding="utf-8")
+        mixed.write_bytes(b"\n".join(lines))
         command = [sys.executable, "fineweb.py", "--source", str(mixed), "--val-tokens", "524288"]
         subprocess.run([*command, "--out-dir", "data/recipes"], cwd=ROOT, check=True)
 
