@@ -1,6 +1,6 @@
 """Stage 2: trains GPT-2.
 
-    python train_gpt2.py demo                # no data, no network, no GPU: about 5 minutes on two cores
+    python train_gpt2.py demo                # no data, no network, no GPU: about 4 minutes on two cores
     python train_gpt2.py                     # GPT-2 124M on FineWeb-Edu (first: python fineweb.py)
     python train_gpt2.py --num-gpus 8        # the same on 8 GPUs; or torchrun --standalone --nproc_per_node=8
     python train_gpt2.py finetune --dataset-path data/mine     # GPT-2's weights; or --init-from log/<run>
@@ -127,10 +127,10 @@ PRESETS = {
     # scaling by 0.2 * sqrt(768), that is the 0.02 of Muon's author (github.com/KellerJordan/Muon).
     "gpt2-fast": Config(optimizer="muon", learning_rate=3.6e-3, max_steps=7_629, warmup_steps=286),
     "demo": Config(
-        dataset_path="data/pydocs", n_layer=6, n_head=4, n_embd=128, seq_len=256, batch_size=4,
-        total_batch_tokens=2048, optimizer="muon", momentum=0.9, learning_rate=9e-3, embedding_lr_ratio=4.0,
-        schedule="wsd", decay_ratio=0.7, min_lr_ratio=0.0, weight_decay=0.0, max_steps=256, warmup_steps=8,
-        val_every=64, hellaswag_every=0, sample_every=64, print_every=5, checkpoint_every=128, keep_last=1,
+        dataset_path="data/pydocs", n_layer=6, n_head=2, n_embd=64, seq_len=256, batch_size=4,
+        total_batch_tokens=2048, optimizer="muon", momentum=0.9, learning_rate=2e-2, embedding_lr_ratio=4.0,
+        schedule="wsd", decay_ratio=0.7, min_lr_ratio=0.0, weight_decay=0.0, max_steps=340, warmup_steps=30,
+        val_every=85, hellaswag_every=0, sample_every=85, print_every=10, checkpoint_every=170, keep_last=1,
         sample_prompt="This function returns",
     ),
     "finetune": Config(
