@@ -77,7 +77,7 @@ class Config:
     weight_decay: float = knob(0.1, "weight decay of matrices and embeddings", at_least=0)
     grad_clip: float = knob(1.0, "maximal gradient norm; 0 for no clipping", at_least=0)
     optimizer: Literal["adamw", "muon"] = shape("adamw", "muon: Muon for the blocks' matrices, else AdamW")
-    momentum: float = knob(0.95, "Muon's momentum", at_least=0, at_most=0.999)
+    momentum: float = knob(0.95, "momentum of Muon", at_least=0, at_most=0.999)
     overfit_one_batch: cli.Switch = knob(False, "train on the first step's batch in every step, to find bugs")
     seed: int = knob(1337, "initial weights, data order and dropout", at_least=0)
     # machine
