@@ -282,6 +282,13 @@ def test_results_of_other_flags_or_of_two_precisions_are_refused(write, tmp_path
         sweep.load_results(recipes, tmp_path)
 
 
+@pytest.mark.parametrize("path", sorted(sweep.HERE.glob("*.txt")), ids=lambda path: path.stem)
+def test_the_results_that_are_here_are_of_their_list(path):
+    folder = sweep.HERE / "runs" / path.stem
+    results = sweep.load_results(sweep.read_list(path), folder)
+    assert sum(map(len, results.values())) == len([*folder.glob("*.json")])
+
+
 def test_a_failed_run_stops_the_sweep(tmp_path, monkeypatch):
     started = []
 
