@@ -260,7 +260,7 @@ class Bench:
     def hellaswag(self) -> Iterator[Result]:
         ours, theirs = self.make_models()
         theirs.eval()
-        cast_linears(ours, self.dtype)
+        cast_linears(ours.eval(), self.dtype)
         items = self.make_items()
         few = items[:BASELINE_ITEMS] if self.on_gpu else items
         batch_size = hellaswag.pick_batch_size(ours)
@@ -292,7 +292,7 @@ class Bench:
     def generate_rows(self, rows: int, dtype: torch.dtype) -> Result:
         ours, theirs = self.make_models()
         theirs.eval().to(dtype)
-        cast_linears(ours, dtype)
+        cast_linears(ours.eval(), dtype)
         if is_faster := self.cfg.compile or self.on_gpu:
             torch._dynamo.reset()  # of what it knows from the rows before
             speed_up(ours)

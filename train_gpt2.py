@@ -34,7 +34,7 @@ from tqdm import tqdm
 import hellaswag
 from lib import checkpoint, cli, parallel, plan, processes, report, runs, shards, stops, tokenizer, trackers
 from lib.cli import format_path, knob
-from lib.device import allow_cudnn_attention, autocast, pick_dtype, to_device, versions
+from lib.device import allow_cudnn_attention, autocast, pick_dtype, to_device, training_settings, versions
 from lib.hub_runs import check_targets
 from lib.hub_shards import open_data
 from lib.optimizers import Muon, Optimizers
@@ -84,6 +84,7 @@ class Config:
     device: str = free("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: cli.Dtype = knob("auto", "precision of matrix products")
     compile: cli.AutoSwitch = free(None, "torch.compile, by default on GPUs; training goes on if it fails")
+    deterministic: bool = free(False, "on a GPU, slower kernels that give the same bytes in every run")
     activation_checkpointing: bool = free(False, "recompute blocks in the backward pass, to save memory")
     fsdp: bool = free(False, "shard weights, gradients and optimizer state over the processes")
     reduce_dtype: Literal["float32", "bfloat16"] = knob("float32", "precision of the gradients' all-reduce")
@@ -314,7 +315,7 @@ def train(setup: Setup, stack: contextlib.ExitStack) -> Path:
     state, folder, train_data, model_config = setup.state, setup.folder, setup.train_data, setup.model.config
     device, rank, world_size = process.device, process.rank, process.world_size
     assert train_data
-    stack.enter_context(allow_cudnn_attention(True))
+    stack.enter_context(allow_cudnn_attention(not cfg.deterministic))
     raw_model = parallel.place(setup.model, process, cfg.fsdp, cfg.reduce_dtype)
     raw_model.recompute = cfg.activation_checkpointing
     batch_size, why = plan.choose_batch_size(cfg, raw_model, setup.dtype, process)
@@ -373,7 +374,7 @@ def train(setup: Setup, stack: contextlib.ExitStack) -> Path:
         train_loss = torch.zeros((), device=device)
         for micro_step in range(micro_steps):
             x, y = (t.to(device, non_blocking=True) for t in next(batches))
-            # DDP and FSDP average the gradients over the processes in the last micro-step.
+            # DDP averages the gradients over the processes in the last micro-step, FSDP in each.
             parallel.set_gradient_sync(model, is_last=micro_step == micro_steps - 1)
             with setup.autocast:
                 loss = model(x, y)
@@ -475,8 +476,7 @@ def main(cfg: Config, found: checkpoint.Found | None = None) -> Path:
     cfg = runs.set_location(cfg, found)
     connection = processes.connect(cfg.device, cfg.timeout_seconds, spare_memory=cfg.fsdp)
     with connection as process, contextlib.ExitStack() as stack:
-        if process.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32 if the GPU has it
+        stack.enter_context(training_settings(process.device, cfg.deterministic))
         setup = prepare(cfg, process, found)
         if cfg.dry_run:
             return dry_run(setup)

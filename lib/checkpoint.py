@@ -242,7 +242,7 @@ def build_model(cfg: Any) -> GPT:
     without memory. cfg: train_gpt2.py's settings."""
     if cfg.init_from:
         check_init_from(cfg)
-        model, source = load_model(cfg.init_from, "cpu", cfg.dropout, spare_memory=cfg.fsdp)
+        model, source = load_model(cfg.init_from, torch.device("cpu"), cfg.dropout)
         check_context(cfg, model.config.block_size, source)
         return model
     shape = {key: value for key in SHAPE[1:] if (value := getattr(cfg, key)) is not None}
@@ -307,9 +307,7 @@ def check_name(name: str, flag: str = "--model"):
         )
 
 
-def load_model(
-    name: str, device: str = "auto", dropout: float = 0.0, spare_memory: bool = False
-) -> tuple[GPT, str]:
+def load_model(name: str, device: str | torch.device = "auto", dropout: float = 0.0) -> tuple[GPT, str]:
     """The model that a --model flag names, in evaluation mode, and the directory or name it was read from.
 
     name: a checkpoint or another Hugging Face directory, a run folder (its newest valid checkpoint), a .pt
@@ -339,7 +337,7 @@ def load_model(
         )
     tokenizer.check_hf_files(where, model.tokenizer_files)
     check_finite(model, source)
-    return model.to(pick_device(device, spare_memory)).eval(), source
+    return model.to(pick_device(device) if isinstance(device, str) else device).eval(), source
 
 
 def check_finite(model: GPT, source: str):

@@ -96,6 +96,27 @@ def pick_device(name: str, spare_memory: bool = False) -> torch.device:
 
 
 @contextlib.contextmanager
+def training_settings(device: torch.device, deterministic: bool) -> Iterator[None]:
+    """On a GPU, float32 products in TF32. If deterministic, kernels that give the same bytes in every run,
+    where torch has them; cuDNN's attention is not one of them."""
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    if deterministic:
+        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}  # read later
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    precision = "highest"
+    if device.type == "cuda":
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision(precision)
+
+
+@contextlib.contextmanager
 def allow_cudnn_attention(is_on: bool) -> Iterator[None]:
     """Whether attention may use cuDNN. On Hopper it is the fastest for training. But it plans each new shape,
     which takes 0.05 to 0.4 s, and an evaluation has a thousand shapes."""
@@ -141,7 +162,9 @@ def autocast(device: torch.device, dtype: torch.dtype, cache: bool = True) -> to
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copies to the device. The CPU does not wait for a GPU, which copies from pinned memory by itself."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    if device.type != "cuda":
+        return x.to(device)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def cast_linears(model: torch.nn.Module, dtype: torch.dtype):

@@ -138,11 +138,10 @@ def unshard(model: GPT) -> GPT:
 
 
 def set_gradient_sync(model: torch.nn.Module, is_last: bool):
-    """Exchanges gradients in the next backward pass only if its micro-step is the last of the step."""
+    """Under DDP, exchanges gradients in the next backward pass only if its micro-step is the step's last.
+    FSDP does so in each: until then it would keep whole gradients, for which there is no memory."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = is_last
-    elif is_sharded(model):
-        model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
 
 
 def zero_gradients(model: torch.nn.Module):

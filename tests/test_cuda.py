@@ -1,6 +1,6 @@
 """What a GPU could do otherwise than a CPU. Without one, the tests run on the CPU, so that they do not rot.
 
-python -m pytest tests/test_cuda.py -m "slow or not slow"
+python -m pytest tests/test_cuda.py -m "slow or not slow" --numprocesses=0
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def device() -> torch.device:
 @pytest.fixture
 def config(config) -> Config:
     """Twelve steps with dropout, accumulation and checkpoints, on the GPU if there is one."""
-    return dataclasses.replace(config, device=DEVICE, n_embd=8)
+    return dataclasses.replace(config, device=DEVICE, n_embd=8, deterministic=True)
 
 
 def loss_and_gradients(
@@ -123,6 +123,7 @@ def test_one_process_of_nccl_has_the_gradients_of_none(device, wrap, tmp_path):
             loss_and_gradients(model, device, torch.float32)  # after it, DDP arranges its buckets
         else:
             model = parallel.wrap_fsdp(model, Process(0, 1, device), "float32")  # type: ignore[arg-type]
+            parallel.set_gradient_sync(model, is_last=False)  # it divides the gradients all the same
         passes = []
         for _ in range(2):
             assert_close(loss_and_gradients(model, device, torch.float32), plain, 1e-5)
@@ -167,6 +168,22 @@ def test_sigkill_loses_only_the_steps_since_the_last_checkpoint(launch, config, 
     assert end_of(run) == end_of(whole)
 
 
+def test_a_deterministic_run_asks_torch_for_it_and_leaves_no_trace(config, device, monkeypatch):
+    asked, step = [], Muon.step
+
+    def note(*args):
+        asked.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()))
+        return step(*args)
+
+    monkeypatch.setattr(Muon, "step", note)
+    before = torch.get_float32_matmul_precision() if ON_GPU else ""
+    for deterministic in (True, False):
+        train(config, deterministic=deterministic, optimizer="muon", max_steps=1, run_name=f"{deterministic}")
+    assert asked == [(True, False), (False, True)]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not ON_GPU or torch.get_float32_matmul_precision() == before
+
+
 def test_losses_are_those_of_the_cpu(config, tmp_path):
     """Without dropout, whose random numbers differ."""
     runs = [
@@ -189,10 +206,11 @@ def test_the_automatic_batch_trains_without_running_out_of_memory(config, device
 @pytest.mark.fault(*[28] * ON_GPU)
 def test_a_batch_that_is_too_large_is_refused_before_step_0_with_the_one_that_fits(config, device):
     free = plan.free_memory(device, 1)[0]
-    sequences = 2 ** int(free / 1e6).bit_length()  # a sequence takes more than a megabyte
+    sequences = 2 ** int(free / 16e6).bit_length()  # a sequence takes more than 16 megabytes
     cfg = dataclasses.replace(
-        config, n_embd=512, n_layer=8, batch_size=sequences, total_batch_tokens=sequences * 16, max_steps=1
-    )
+        config, n_embd=512, n_layer=8, seq_len=256, batch_size=sequences, total_batch_tokens=sequences * 256,
+        max_steps=1,
+    )  # fmt: skip
     with pytest.raises(ValueError, match=r"--batch-size \d+ .*(, or auto|fits)") as refusal:
         train(cfg)
     assert str(sequences) in str(refusal.value)

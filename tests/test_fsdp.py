@@ -95,7 +95,7 @@ def test_each_process_has_its_share_and_one_block_at_a_time(launch, config, tmp_
         assert [a + b for a, b in zip(mine[:2], others[:2])] == [whole, whole]
         assert mine[2] == others[2] == 0 or mine[2] + others[2] == 2 * whole
         assert mine[0] == pytest.approx(whole / 2, rel=0.01)
-        assert mine[3:] == others[3:] == [1, 4]  # exchanged once a step: three blocks and the rest
+        assert mine[3:] == others[3:] == [1, 2 * 4]  # in both micro-steps: three blocks and the rest
 
 
 def test_whole_copies_accumulate_gradients_in_the_buckets_that_are_exchanged(launch, config, tmp_path):
