@@ -97,8 +97,8 @@ def pick_device(name: str, spare_memory: bool = False) -> torch.device:
 
 @contextlib.contextmanager
 def training_settings(device: torch.device, deterministic: bool) -> Iterator[None]:
-    """On a GPU, float32 products in TF32. If deterministic, kernels that give the same bytes in every run,
-    where torch has them; cuDNN's attention is not one of them."""
+    """On a GPU, float32 products in TF32, and cuDNN's attention. If deterministic, kernels that give the same
+    bytes in every run, where torch has them; cuDNN's attention is not one of them."""
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     if deterministic:
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}  # read later
@@ -109,7 +109,8 @@ def training_settings(device: torch.device, deterministic: bool) -> Iterator[Non
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
     try:
-        yield
+        with allow_cudnn_attention(not deterministic):
+            yield
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
         if device.type == "cuda":

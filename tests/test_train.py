@@ -82,7 +82,11 @@ def test_gpt2_fast_is_gpt2_but_for_the_optimizer_and_four_tenths_of_the_tokens()
     differing = {
         f.name for f in dataclasses.fields(Config) if getattr(plain, f.name) != getattr(fast, f.name)
     }
-    assert differing == {"optimizer", "learning_rate", "max_steps", "warmup_steps"}
+    assert differing == {
+        *("optimizer", "learning_rate", "max_steps", "warmup_steps"),
+        *("schedule", "decay_ratio", "min_lr_ratio"),
+    }
+    assert train_gpt2.get_lr(fast.max_steps, fast) == 0 < train_gpt2.get_lr(fast.max_steps - 1, fast)
     assert fast.max_steps / plain.max_steps == pytest.approx(0.4, abs=1e-4)
     assert train_gpt2.read_flags(["gpt2-fast", "--seed", "2"]) == dataclasses.replace(fast, seed=2)
 
