@@ -99,22 +99,26 @@ def pick_device(name: str, spare_memory: bool = False) -> torch.device:
 def training_settings(device: torch.device, deterministic: bool) -> Iterator[None]:
     """On a GPU, float32 products in TF32, and cuDNN's attention. If deterministic, kernels that give the same
     bytes in every run, where torch has them; cuDNN's attention is not one of them."""
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     if deterministic:
-        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}  # read later
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        for name, value in [("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), ("TORCHINDUCTOR_DETERMINISTIC", "1")]:
+            os.environ.setdefault(name, value)  # cuBLAS and Inductor read these at their first use
+        # With warn_only, flash attention's backward pass would keep its order of additions, which varies.
+        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    precision = "highest"
     if device.type == "cuda":
-        precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
     try:
         with allow_cudnn_attention(not deterministic):
             yield
     finally:
-        torch.use_deterministic_algorithms(was_deterministic)
+        if deterministic:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         if device.type == "cuda":
-            torch.set_float32_matmul_precision(precision)
+            torch.set_float32_matmul_precision("highest")
 
 
 @contextlib.contextmanager
