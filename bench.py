@@ -111,7 +111,8 @@ class Bench:
         self.limits: dict[str, float] = {}
 
     def make_models(self) -> tuple[GPT, Any]:
-        """The same random network twice, without dropout: ours, and transformers' GPT2LMHeadModel."""
+        """The same random network twice, without dropout, in evaluation mode: ours, and transformers'
+        GPT2LMHeadModel."""
         from transformers import GPT2Config, GPT2LMHeadModel
 
         torch.manual_seed(0)
@@ -120,7 +121,7 @@ class Bench:
         hf_config = config_to_hf(self.model_config)
         theirs = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, **{name: hf_config[name] for name in names}))
         theirs.load_state_dict(to_hf(ours.state_dict(), self.model_config), strict=False)  # lm_head is tied
-        return ours.to(self.device), theirs.to(self.device)  # type: ignore[arg-type]
+        return ours.to(self.device).eval(), theirs.to(self.device).eval()  # type: ignore[arg-type]
 
     def time_sides(self, *sides: Callable[[], Any]) -> list[float]:
         """The median seconds of each side, ours first. They take turns; the first round does not count.
@@ -170,6 +171,7 @@ class Bench:
         idx = torch.randint(50257, (batch_size, self.cfg.seq_len), device=self.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
+        model.train()
 
         def compute_loss(idx: torch.Tensor) -> torch.Tensor:
             if isinstance(model, GPT):
@@ -259,8 +261,7 @@ class Bench:
 
     def hellaswag(self) -> Iterator[Result]:
         ours, theirs = self.make_models()
-        theirs.eval()
-        cast_linears(ours.eval(), self.dtype)
+        cast_linears(ours, self.dtype)
         items = self.make_items()
         few = items[:BASELINE_ITEMS] if self.on_gpu else items
         batch_size = hellaswag.pick_batch_size(ours)
@@ -291,8 +292,8 @@ class Bench:
 
     def generate_rows(self, rows: int, dtype: torch.dtype) -> Result:
         ours, theirs = self.make_models()
-        theirs.eval().to(dtype)
-        cast_linears(ours.eval(), dtype)
+        theirs.to(dtype)
+        cast_linears(ours, dtype)
         if is_faster := self.cfg.compile or self.on_gpu:
             torch._dynamo.reset()  # of what it knows from the rows before
             speed_up(ours)

@@ -311,7 +311,8 @@ def load_model(name: str, device: str | torch.device = "auto", dropout: float = 
     """The model that a --model flag names, in evaluation mode, and the directory or name it was read from.
 
     name: a checkpoint or another Hugging Face directory, a run folder (its newest valid checkpoint), a .pt
-    file of nanoGPT or build-nanogpt, a size name, a Hub id, or "" for the newest run. Raises ValueError or
+    file of nanoGPT or build-nanogpt, a size name, a Hub id, or "" for the newest run. device: a name for
+    `pick_device`, or a device whose speed settings stay as they are. Raises ValueError or
     FileNotFoundError for anything else.
     """
     if name:

@@ -99,16 +99,11 @@ def pick_device(name: str, spare_memory: bool = False) -> torch.device:
 def training_settings(device: torch.device, deterministic: bool) -> Iterator[None]:
     """On a GPU, float32 products in TF32, and cuDNN's attention. If deterministic, kernels that give the same
     bytes in every run, where torch has them; cuDNN's attention is not one of them."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
     if deterministic:
         for name, value in [("CUBLAS_WORKSPACE_CONFIG", ":4096:8"), ("TORCHINDUCTOR_DETERMINISTIC", "1")]:
             os.environ.setdefault(name, value)  # cuBLAS and Inductor read these at their first use
         # With warn_only, flash attention's backward pass would keep its order of additions, which varies.
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     try:
@@ -116,7 +111,7 @@ def training_settings(device: torch.device, deterministic: bool) -> Iterator[Non
             yield
     finally:
         if deterministic:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.use_deterministic_algorithms(False)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("highest")
 

@@ -1,5 +1,6 @@
 """bench.py measures every job on a small model, and writes what it prints."""
 
+import dataclasses
 import json
 import typing
 
@@ -9,7 +10,7 @@ import torch
 import bench
 import hellaswag
 from lib import plan
-from model import SIZES
+from model import GPT, SIZES
 
 
 @pytest.fixture
@@ -31,6 +32,23 @@ def pretend_gpu(small, monkeypatch):
         return runner
 
     return make
+
+
+@pytest.mark.parametrize("jobs, is_training", [(("hellaswag",), False), (("train",), True)])
+def test_our_network_is_measured_in_the_mode_of_the_job(small, monkeypatch, jobs, is_training):
+    """In training mode the residual stream is bfloat16."""
+    modes, hidden = set(), GPT.hidden
+
+    def look(model: GPT, *args):
+        modes.add(model.training)
+        return hidden(model, *args)
+
+    monkeypatch.setattr(GPT, "hidden", look)
+    cfg = bench.Config(
+        batch_size=1, seq_len=16, items=1, max_tokens=2, repeats=1, device="cpu", dtype="float32"
+    )
+    bench.main(dataclasses.replace(cfg, jobs=jobs))
+    assert modes == {is_training}
 
 
 @pytest.mark.slow

@@ -245,7 +245,11 @@ def test_attention_by_cudnn_is_for_training_only(config, items, monkeypatch):
         return hidden(model, *args)
 
     monkeypatch.setattr(GPT, "hidden", look)
-    train(config, val_every=5, hellaswag_every=5, sample_every=5)
+    train(config, val_every=5, hellaswag_every=5, sample_every=5, checkpoint_every=10)
+    assert seen == {(True, True), (False, False)}
+    seen.clear()
+    shape = dict(n_layer=None, n_head=None, n_embd=None)
+    train(config, **shape, init_from=str(Path(config.log_dir) / "run"), run_name="tuned", val_every=5)
     assert seen == {(True, True), (False, False)}
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # nor for scripts that only evaluate
 
