@@ -10,5 +10,5 @@ import fineweb  # noqa: F401
 import train_gpt2  # noqa: F401
 from lib import tokenizer
 
-tokenizer.build_tokenizer_json()  # it remembers
+tokenizer.build_vocabulary_files()  # it remembers
 os.fsync = lambda handle: None  # as in conftest.py

@@ -251,6 +251,12 @@ def test_transformers_gives_what_the_model_takes_and_no_more_than_fits(hugging_f
     assert len(hugging_face("one " * 100, truncation=True)["input_ids"]) == 32
 
 
+def test_the_large_files_are_built_once():
+    first, second = tokenizer.build_hf_files(16), tokenizer.build_hf_files(32)
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        assert first[name] is second[name]
+
+
 def test_transformers_knows_end_of_text(hugging_face):
     assert hugging_face.eos_token_id == hugging_face.bos_token_id == 50256
     assert len(hugging_face) == tokenizer.VOCAB_SIZE
