@@ -271,10 +271,10 @@ def start(launch, server, tmp_path) -> Callable[..., Training]:
     """`start(cfg, "--resume", token=...)` launches a script on a machine that sees `server` as the Hub."""
 
     def start(
-        cfg: Config | None, *words: object, token: str = TOKEN, patience: float = 600, picture: bool = False,
-        patches: tuple = (), environment: dict[str, str] | None = None, **options,
+        cfg: Config | None, *words: object, token: str = TOKEN, patience: float = 600, patches: tuple = (),
+        environment: dict[str, str] | None = None, **options,
     ) -> Training:  # fmt: skip
         env = server.environment(tmp_path / "home", token) | (environment or {})
-        return launch(cfg, *words, patches=[partial(see_hub, env, patience, picture), *patches], **options)
+        return launch(cfg, *words, patches=[partial(see_hub, env, patience), *patches], **options)
 
     return start

@@ -22,7 +22,7 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import train_gpt2
-from lib import checkpoint, files, shard_writer, tokenizer
+from lib import checkpoint, files, run_folder, shard_writer, tokenizer
 from model import GPT, GPTConfig
 from train_gpt2 import Config
 
@@ -103,6 +103,15 @@ def run_script(name: str, *args: object, stdin: str = "") -> subprocess.Complete
 
 # -----------------------------------------------------------------------------
 # training
+
+# A run ends with a picture of its curves, which takes more than a second. Only tests of it have it drawn.
+really_draw_curves = run_folder.draw_curves
+run_folder.draw_curves = lambda run, out: "not in this test"
+
+
+def draw_pictures():
+    """A patch for Training."""
+    run_folder.draw_curves = really_draw_curves
 
 
 def train(cfg: Config, **changes) -> Path:

@@ -31,7 +31,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-from lib import files, hub
+from lib import hub
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -492,15 +492,12 @@ class Client:
 # a script that sees the server
 
 
-def see_hub(environment: dict[str, str], patience: float, picture: bool = True):
+def see_hub(environment: dict[str, str], patience: float):
     """A patch for helpers.Training: sets the shell's variables. Pauses take a fiftieth of their time
-    (huggingface_hub's own are up to 23 s before an error). Without `picture`, a run's upload does not find
-    plot.py, which saves a second per upload."""
+    (huggingface_hub's own are up to 23 s before an error)."""
     os.environ.update(environment)
     hub.PATIENCE = patience
     time.sleep = partial(sleep_less, time.sleep)
-    if not picture:
-        files.ROOT = Path("/nowhere")  # the upload looks for plot.py there
 
 
 def sleep_less(sleep: Callable[[float], None], seconds: float):

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from corpora import wait_until
 from faults import each_training_forward, hold_in_save, hold_in_step
-from helpers import end_of, lines_of, resealed, values
+from helpers import draw_pictures, end_of, lines_of, resealed, values
 from hub_server import COMMIT, HubServer
 
 from lib import checkpoint, run_folder, runs
@@ -125,7 +125,8 @@ def test_a_repository_that_cannot_be_written_is_refused_before_the_first_step(
 def test_a_run_puts_its_checkpoints_its_log_and_its_card_on_the_hub(start, config, server, whole, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    printed = start(dataclasses.replace(config, val_every=4, checkpoint_every=12), picture=True).finish()
+    cfg = dataclasses.replace(config, val_every=4, checkpoint_every=12)
+    printed = start(cfg, patches=(draw_pictures,)).finish()
     run = tmp_path / "log" / "run"
     assert f"step_000012 is on the Hub: {REPO}" in printed and "is not on the Hub" not in printed
     assert end_of(run) == end_of(whole())

@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 from faults import each_training_forward
-from helpers import ROOT, flags, resealed, resume, train
+from helpers import ROOT, flags, really_draw_curves, resealed, resume, train
 from hub_server import TOKEN, HubServer, see_hub
 from safetensors import SafetensorError
 from test_hub_runs import PULL, listing, on_the_hub, without
@@ -32,7 +32,7 @@ import generate
 import hellaswag
 import perplexity
 import train_gpt2
-from lib import checkpoint, files
+from lib import checkpoint, files, run_folder
 from train_gpt2 import Config
 
 
@@ -435,7 +435,8 @@ def test_links_in_place_of_what_saving_makes_are_not_followed(name, run, outside
 @pytest.mark.fault(25)
 @pytest.mark.parametrize("there", [True, False], ids=["to a file", "to nothing yet"])
 @pytest.mark.parametrize("name", ["settings.json", "log.txt", "loss.png"])
-def test_links_in_place_of_a_runs_other_files_are_not_followed(name, there, run, outside):
+def test_links_in_place_of_a_runs_other_files_are_not_followed(name, there, run, outside, monkeypatch):
+    monkeypatch.setattr(run_folder, "draw_curves", really_draw_curves)
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(outside / ("precious.txt" if there else "new.txt"))
     before = listing(outside)
@@ -586,7 +587,7 @@ def test_secrets_are_not_in_a_runs_output_its_files_or_on_the_hub(launch, config
             if kind:
                 server.fault(kind, where, times=1000, method=METHODS.get(where, "POST"))
             cfg = dataclasses.replace(config, log_dir=str(folder / "log"), hub_repo="me/toy")
-            patches = [partial(see_hub, server.environment(folder / "home", token) | SECRETS, 2, False)]
+            patches = [partial(see_hub, server.environment(folder / "home", token) | SECRETS, 2)]
             if where == "crash":
                 patches.append(partial(crash_in_step, 3))
             training = launch(cfg, patches=patches)
