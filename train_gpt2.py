@@ -46,8 +46,7 @@ from model import GPT
 # The recipe: one line per setting. A resumed run may change a `free` setting. It may change a `knob` with
 # --override, and a `shape` never. A `start` setting belongs to one start of the run and is not compared.
 
-free, shape = functools.partial(knob, resume="free"), functools.partial(knob, resume="shape")
-start = functools.partial(knob, resume="start")
+free, shape, start = (functools.partial(knob, resume=kind) for kind in ("free", "shape", "start"))
 
 
 # fmt: off
@@ -69,6 +68,7 @@ class Config:
     total_batch_tokens: int = knob(524_288, "tokens per optimizer step, by gradient accumulation", above=0)
     learning_rate: float = knob(6e-4, "peak learning rate", above=0, alias="--lr")
     embedding_lr_ratio: float = knob(1.0, "token embedding's rate, as a multiple of --learning-rate", above=0)
+    position_lr_ratio: float = knob(1.0, "the same for the position embedding", above=0)
     schedule: Literal["cosine", "wsd"] = knob("cosine", "after warm-up: cosine, or flat, then linear")
     decay_ratio: float = knob(0.4, "share of max_steps that wsd's decay takes", at_least=0, at_most=1)
     min_lr_ratio: float = knob(0.1, "the schedule ends at this fraction of the peak", at_least=0, at_most=1)
@@ -127,7 +127,7 @@ PRESETS = {
     # Chosen by small runs (log/recipes). The rate is Muon's author's 0.02 (github.com/KellerJordan/Muon), in
     # torch's scaling by 0.2 * sqrt(768). For the line to zero: Bergsma et al., 2025, arXiv:2502.15938.
     "gpt2-fast": Config(optimizer="muon", learning_rate=3.6e-3, max_steps=7_629, warmup_steps=286,
-                        schedule="wsd", decay_ratio=0.7, min_lr_ratio=0.0),
+                        schedule="wsd", decay_ratio=0.7, min_lr_ratio=0.0, position_lr_ratio=0.3),
     "demo": Config(
         dataset_path="data/pydocs", n_layer=6, n_head=2, n_embd=64, seq_len=256, batch_size=4,
         total_batch_tokens=2048, optimizer="muon", momentum=0.9, learning_rate=2e-2, embedding_lr_ratio=4.0,
@@ -155,16 +155,17 @@ def make_optimizers(cfg: Config, model: GPT, dtype: torch.dtype) -> list[torch.o
     muon, Muon (Jordan et al., 2024) for the blocks' matrices, scaled to AdamW's size (Liu et al., 2025).
     Biases and LayerNorm have no weight decay."""
     lr, decay, named = cfg.learning_rate, cfg.weight_decay, dict(model.named_parameters())
-    embedding = named.pop("transformer.wte.weight")
-    hidden = {n: p for n, p in named.items() if cfg.optimizer == "muon" and ".h." in n and p.dim() == 2}
-    rest = [p for n, p in named.items() if n not in hidden]
+    tokens, positions = (named.pop(f"transformer.{name}.weight") for name in ("wte", "wpe"))
+    matrices = [p for p in named.values() if p.dim() == 2]
     groups = [
-        {"params": [embedding], "weight_decay": decay, "lr_ratio": cfg.embedding_lr_ratio},
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [tokens], "weight_decay": decay, "lr_ratio": cfg.embedding_lr_ratio},
+        {"params": [positions], "weight_decay": decay, "lr_ratio": cfg.position_lr_ratio},
+        {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
+    if cfg.optimizer != "muon":
+        groups.append({"params": matrices, "weight_decay": decay})
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    return [adamw, Muon(hidden.values(), lr, decay, dtype, cfg.momentum)] if hidden else [adamw]
+    return [adamw, Muon(matrices, lr, decay, dtype, cfg.momentum)] if cfg.optimizer == "muon" else [adamw]
 
 
 def get_lr(step: int, cfg: Config) -> float:
@@ -229,8 +230,7 @@ def validation_loss(model: GPT, reader: shards.ShardReader, val_tokens: int, pro
 
 
 def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
-    """Prints four continuations of the sample prompt, drawn with a generator of their own; from new weights,
-    which write noise, a short one."""
+    """Prints four continuations of the sample prompt; from new weights, which write noise, a short one."""
     count, length = (4, 48) if step or cfg.init_from else (1, 12)
     ids = tokenizer.encode(cfg.sample_prompt) or [tokenizer.END_OF_TEXT]
     generator = torch.Generator(device=device).manual_seed(cfg.seed + step)

@@ -48,13 +48,18 @@ def test_with_the_trainer_s_settings_a_recipe_trains_as_the_trainer_does(
 ):
     monkeypatch.setattr(trial, "MICRO_BATCH", 3)  # of four windows a step
     recipe = dataclasses.replace(
-        tiny, optimizer=optimizer, schedule=schedule, embedding_lr_ratio=3.0, momentum=0.8
+        tiny,
+        optimizer=optimizer,
+        schedule=schedule,
+        embedding_lr_ratio=3.0,
+        position_lr_ratio=0.2,
+        momentum=0.8,
     )
     result = trial.train(recipe)
     run = train(
         toy, optimizer=optimizer, seed=tiny.seed, learning_rate=tiny.lr, max_steps=STEPS, warmup_steps=2,
-        schedule=schedule, embedding_lr_ratio=3.0, momentum=0.8, dropout=0.0, dtype="auto", val_every=STEPS,
-        checkpoint_every=0, log_dir=str(tmp_path),
+        schedule=schedule, embedding_lr_ratio=3.0, position_lr_ratio=0.2, momentum=0.8, dropout=0.0,
+        dtype="auto", val_every=STEPS, checkpoint_every=0, log_dir=str(tmp_path),
     )  # fmt: skip
     assert [loss for _, loss in result["train"]] == pytest.approx(values(run), abs=1e-4)
     assert result["val"] == pytest.approx(values(run, "val")[-1], abs=1e-4)

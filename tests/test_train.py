@@ -85,7 +85,7 @@ def test_gpt2_fast_is_gpt2_but_for_the_optimizer_and_four_tenths_of_the_tokens()
     }
     assert differing == {
         *("optimizer", "learning_rate", "max_steps", "warmup_steps"),
-        *("schedule", "decay_ratio", "min_lr_ratio"),
+        *("schedule", "decay_ratio", "min_lr_ratio", "position_lr_ratio"),
     }
     assert train_gpt2.get_lr(fast.max_steps, fast) == 0 < train_gpt2.get_lr(fast.max_steps - 1, fast)
     assert fast.max_steps / plain.max_steps == pytest.approx(0.4, abs=1e-4)
@@ -108,10 +108,10 @@ def test_weight_decay_is_for_matrices_and_muon_for_those_inside_the_blocks():
     model = GPT(GPTConfig(block_size=8, n_layer=2, n_head=2, n_embd=16))
     names = {p: name for name, p in model.named_parameters()}
     adamw, muon = train_gpt2.make_optimizers(Config(optimizer="muon"), model, torch.bfloat16)
-    embedding, decayed, plain = adamw.param_groups
-    assert [names[p] for p in embedding["params"]] == ["transformer.wte.weight"]
-    assert [names[p] for p in decayed["params"]] == ["transformer.wpe.weight"]
-    assert embedding["weight_decay"] == decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
+    tokens, positions, plain = adamw.param_groups
+    assert [names[p] for p in tokens["params"]] == ["transformer.wte.weight"]
+    assert [names[p] for p in positions["params"]] == ["transformer.wpe.weight"]
+    assert tokens["weight_decay"] == positions["weight_decay"] == 0.1 and plain["weight_decay"] == 0
     assert all(p.dim() == 1 for p in plain["params"])
     assert {names[p] for p in muon.param_groups[0]["params"]} == {
         name
@@ -119,12 +119,14 @@ def test_weight_decay_is_for_matrices_and_muon_for_those_inside_the_blocks():
         if ".h." in name and name.endswith(("attn.weight", "proj.weight", "fc.weight"))
     }
     optimizers = Optimizers(model, [adamw, muon], torch.float32)
-    embedding["lr_ratio"] = 3.0
+    tokens["lr_ratio"], positions["lr_ratio"] = 3.0, 2.0
     optimizers.set_lr(0.1)
     rates = [group["lr"] for member in optimizers.members for group in member.param_groups]
-    assert rates == pytest.approx([0.3, 0.1, 0.1, 0.1])
+    assert rates == pytest.approx([0.3, 0.2, 0.1, 0.1])
     (alone,) = train_gpt2.make_optimizers(Config(optimizer="adamw"), model, torch.bfloat16)
     assert sum(len(group["params"]) for group in alone.param_groups) == len(names)
+    decayed = {p for group in alone.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {p for p in names if p.dim() == 2}
     assert (
         alone.defaults["fused"] and alone.defaults["betas"] == (0.9, 0.95) and alone.defaults["eps"] == 1e-8
     )
