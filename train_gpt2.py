@@ -68,7 +68,7 @@ class Config:
     total_batch_tokens: int = knob(524_288, "tokens per optimizer step, by gradient accumulation", above=0)
     learning_rate: float = knob(6e-4, "peak learning rate", above=0, alias="--lr")
     embedding_lr_ratio: float = knob(1.0, "token embedding's rate, as a multiple of --learning-rate", above=0)
-    position_lr_ratio: float = knob(1.0, "the same for the position embedding", above=0)
+    position_lr_ratio: float = knob(1.0, "position embedding's rate, the same way", above=0)
     schedule: Literal["cosine", "wsd"] = knob("cosine", "after warm-up: cosine, or flat, then linear")
     decay_ratio: float = knob(0.4, "share of max_steps that wsd's decay takes", at_least=0, at_most=1)
     min_lr_ratio: float = knob(0.1, "the schedule ends at this fraction of the peak", at_least=0, at_most=1)
@@ -156,16 +156,16 @@ def make_optimizers(cfg: Config, model: GPT, dtype: torch.dtype) -> list[torch.o
     Biases and LayerNorm have no weight decay."""
     lr, decay, named = cfg.learning_rate, cfg.weight_decay, dict(model.named_parameters())
     tokens, positions = (named.pop(f"transformer.{name}.weight") for name in ("wte", "wpe"))
-    matrices = [p for p in named.values() if p.dim() == 2]
+    hidden = [n for n, p in named.items() if cfg.optimizer == "muon" and ".h." in n and p.dim() == 2]
+    matrices = [named.pop(name) for name in hidden]
     groups = [
         {"params": [tokens], "weight_decay": decay, "lr_ratio": cfg.embedding_lr_ratio},
         {"params": [positions], "weight_decay": decay, "lr_ratio": cfg.position_lr_ratio},
+        {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": decay},  # none with Muon
         {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    if cfg.optimizer != "muon":
-        groups.append({"params": matrices, "weight_decay": decay})
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    return [adamw, Muon(matrices, lr, decay, dtype, cfg.momentum)] if cfg.optimizer == "muon" else [adamw]
+    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return [adamw, Muon(matrices, lr, decay, dtype, cfg.momentum)] if matrices else [adamw]
 
 
 def get_lr(step: int, cfg: Config) -> float:
@@ -230,7 +230,7 @@ def validation_loss(model: GPT, reader: shards.ShardReader, val_tokens: int, pro
 
 
 def print_samples(model: GPT, cfg: Config, step: int, device: torch.device):
-    """Prints four continuations of the sample prompt; from new weights, which write noise, a short one."""
+    """Prints four continuations of the sample prompt, by its own generator; from new weights a short one."""
     count, length = (4, 48) if step or cfg.init_from else (1, 12)
     ids = tokenizer.encode(cfg.sample_prompt) or [tokenizer.END_OF_TEXT]
     generator = torch.Generator(device=device).manual_seed(cfg.seed + step)

@@ -176,7 +176,7 @@ def spell(token: bytes) -> str:
 @functools.lru_cache(maxsize=1)
 def build_vocabulary_files() -> dict[str, str]:
     """Returns tokenizer.json for the Hugging Face libraries, and OpenAI's two files, byte for byte. They are
-    built once: every checkpoint has a copy, and building takes 0.2 seconds."""
+    built once: every checkpoint has a copy."""
     vocab = {spell(token): rank for token, rank in load_ranks().items()} | {END_OF_TEXT_STRING: END_OF_TEXT}
     merges = [
         [spell(p) for p in merge_bytes(token, rank)] for token, rank in load_ranks().items() if len(token) > 1

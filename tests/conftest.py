@@ -34,9 +34,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # row 5 watch the calls, in a process of its own the real ones.
 os.fsync = lambda handle: None
 
-from helpers import Training, flags, undisturbed, write_shards  # noqa: E402
+from helpers import Training, flags, really_draw_curves, undisturbed, write_shards  # noqa: E402
 from hub_server import TOKEN, Client, HubServer, see_hub  # noqa: E402
 
+from lib import run_folder  # noqa: E402
 from train_gpt2 import Config  # noqa: E402
 
 # The table of docs/reliability.md: row -> fault. The campaign prints it anew.
@@ -183,6 +184,12 @@ def config(toy, tmp_path) -> Config:
 def whole(toy, tmp_path_factory) -> Callable[..., Path]:
     """`whole(world_size, change=...)` is the folder of an undisturbed run, made once."""
     return undisturbed(toy, tmp_path_factory)
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Runs in this process draw their curves."""
+    monkeypatch.setattr(run_folder, "draw_curves", really_draw_curves)
 
 
 @pytest.fixture

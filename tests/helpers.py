@@ -104,13 +104,13 @@ def run_script(name: str, *args: object, stdin: str = "") -> subprocess.Complete
 # -----------------------------------------------------------------------------
 # training
 
-# A run ends with a picture of its curves, which takes more than a second. Only tests of it have it drawn.
+# A run ends with a picture of its curves, which takes more than a second: it is left out unless asked for.
 really_draw_curves = run_folder.draw_curves
 run_folder.draw_curves = lambda run, out: "not in this test"
 
 
 def draw_pictures():
-    """A patch for Training."""
+    """A patch for Training; in this process, the fixture `pictures`."""
     run_folder.draw_curves = really_draw_curves
 
 

@@ -18,7 +18,7 @@ import torch
 from helpers import ROOT, resealed, resume, train, values
 
 import plot
-from lib import checkpoint, files, hub_runs, run_folder, runs, shards
+from lib import checkpoint, files, hub_runs, runs, shards
 
 # The last commit, or one of the last, that wrote so.
 RUNS = {
@@ -71,10 +71,9 @@ def of(earlier, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("commit", RUNS)
-def test_a_run_goes_on_with_its_very_losses(of, commit, monkeypatch, capsys):
+def test_a_run_goes_on_with_its_very_losses(of, commit, capsys):
     run = of("runs", commit) / "begun"
     before = {stream: values(run, stream) for stream in ("train", "val", "lr", "norm")}
-    monkeypatch.setattr(run_folder, "draw_curves", lambda *_: "")  # takes seconds
     resume(run, "--dataset-path", "toy")
     printed = capsys.readouterr()
     assert "resumed at step 6" in printed.out

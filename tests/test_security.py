@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 from faults import each_training_forward
-from helpers import ROOT, flags, really_draw_curves, resealed, resume, train
+from helpers import ROOT, flags, resealed, resume, train
 from hub_server import TOKEN, HubServer, see_hub
 from safetensors import SafetensorError
 from test_hub_runs import PULL, listing, on_the_hub, without
@@ -32,7 +32,7 @@ import generate
 import hellaswag
 import perplexity
 import train_gpt2
-from lib import checkpoint, files, run_folder
+from lib import checkpoint, files
 from train_gpt2 import Config
 
 
@@ -435,8 +435,7 @@ def test_links_in_place_of_what_saving_makes_are_not_followed(name, run, outside
 @pytest.mark.fault(25)
 @pytest.mark.parametrize("there", [True, False], ids=["to a file", "to nothing yet"])
 @pytest.mark.parametrize("name", ["settings.json", "log.txt", "loss.png"])
-def test_links_in_place_of_a_runs_other_files_are_not_followed(name, there, run, outside, monkeypatch):
-    monkeypatch.setattr(run_folder, "draw_curves", really_draw_curves)
+def test_links_in_place_of_a_runs_other_files_are_not_followed(name, there, run, outside, pictures):
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(outside / ("precious.txt" if there else "new.txt"))
     before = listing(outside)

@@ -19,7 +19,6 @@ from helpers import (
     end_of,
     flags,
     lines_of,
-    really_draw_curves,
     resume,
     run_script,
     save_checkpoint,
@@ -32,7 +31,7 @@ from safetensors.torch import load_file
 
 import hellaswag
 import train_gpt2
-from lib import checkpoint, files, parallel, plan, processes, run_folder, shard_writer, shards
+from lib import checkpoint, files, parallel, plan, processes, shard_writer, shards
 from lib.hub_shards import open_data
 from lib.optimizers import Optimizers
 from model import GPT, GPTConfig
@@ -323,8 +322,7 @@ def test_processes_that_share_a_validation_find_exactly_what_one_finds(config, m
         assert min(shared) > 0 and sum(shared) == one
 
 
-def test_a_picture_that_cannot_be_drawn_is_said(config, capsys, monkeypatch):
-    monkeypatch.setattr(run_folder, "draw_curves", really_draw_curves)
+def test_a_picture_that_cannot_be_drawn_is_said(config, capsys, pictures):
     cfg = dataclasses.replace(config, val_every=2, checkpoint_every=2, max_steps=2)
     picture = train_gpt2.main(cfg) / "loss.png"
     picture.unlink()
@@ -333,11 +331,11 @@ def test_a_picture_that_cannot_be_drawn_is_said(config, capsys, monkeypatch):
     assert "plot.py failed: plot.py: " in capsys.readouterr().out
 
 
-def test_the_run_folder_holds_what_the_contract_says(config, monkeypatch):
-    monkeypatch.setattr(run_folder, "draw_curves", really_draw_curves)
+def test_the_run_folder_holds_what_the_contract_says(config, capsys, pictures):
     cfg = dataclasses.replace(config, val_every=5, checkpoint_every=5, max_steps=5)
     run = train_gpt2.main(cfg)
     assert {p.name for p in run.iterdir()} == {"log.txt", "settings.json", "loss.png", "step_000005"}
+    assert f"The curves are in {run / 'loss.png'}." in capsys.readouterr().out
     assert json.loads((run / "settings.json").read_text())["learning_rate"] == cfg.learning_rate
     state = checkpoint.verify(run / "step_000005")
     assert state["step"] == 5 and state["data"] == shards.Folder(Path(cfg.dataset_path)).fingerprint()
