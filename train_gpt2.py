@@ -68,7 +68,7 @@ class Config:
     total_batch_tokens: int = knob(524_288, "tokens per optimizer step, by gradient accumulation", above=0)
     learning_rate: float = knob(6e-4, "peak learning rate", above=0, alias="--lr")
     embedding_lr_ratio: float = knob(1.0, "token embedding's rate, as a multiple of --learning-rate", above=0)
-    position_lr_ratio: float = knob(1.0, "position embedding's rate, the same way", above=0)
+    position_lr_ratio: float = knob(1.0, "position embedding's rate, a multiple of --learning-rate", above=0)
     schedule: Literal["cosine", "wsd"] = knob("cosine", "after warm-up: cosine, or flat, then linear")
     decay_ratio: float = knob(0.4, "share of max_steps that wsd's decay takes", at_least=0, at_most=1)
     min_lr_ratio: float = knob(0.1, "the schedule ends at this fraction of the peak", at_least=0, at_most=1)

@@ -48,13 +48,9 @@ def test_with_the_trainer_s_settings_a_recipe_trains_as_the_trainer_does(
 ):
     monkeypatch.setattr(trial, "MICRO_BATCH", 3)  # of four windows a step
     recipe = dataclasses.replace(
-        tiny,
-        optimizer=optimizer,
-        schedule=schedule,
-        embedding_lr_ratio=3.0,
-        position_lr_ratio=0.2,
+        tiny, optimizer=optimizer, schedule=schedule, embedding_lr_ratio=3.0, position_lr_ratio=0.2,
         momentum=0.8,
-    )
+    )  # fmt: skip
     result = trial.train(recipe)
     run = train(
         toy, optimizer=optimizer, seed=tiny.seed, learning_rate=tiny.lr, max_steps=STEPS, warmup_steps=2,
